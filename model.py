@@ -1,0 +1,753 @@
+"""
+The policy: Qwen2-VL as a robot that reads an instruction, looks, and writes its next six actions.
+
+The weights, the configuration, the tokenizer and the files on disk are Hugging Face's. The forward
+pass is written out here, over the same modules, because a navigator's batch has a structure that
+no general forward can see:
+
+    one walk   = one instruction, T frames, T decisions;  a decision looks at <= 17 of the T frames
+    one group  = one prompt, G sampled plans               (GRPO)
+
+so a frame is encoded once however many decisions look at it, the words that prompts have in common
+are run once, a group's prompt is run once for its G plans, and the vocabulary is multiplied only
+where an answer stands. All of it is exact: tests/test_model.py holds every piece against
+transformers' own tokenizer, image processor, positions, logits and generate().
+
+Read it in this order
+    prompt     instruction and frames -> text with <image> marks          window_prompt
+    frames     uint8 pictures -> patches -> features                      Policy.encode_frames
+    tokens     text and features -> ids and 3-D positions                 Policy.prompt
+    decoder    embeddings -> hidden states, with a cache that may be shared   Policy.decode
+    training   log-probability of given answers                           Policy.logps
+    sampling   answers, drafted by the plan grammar and verified          Policy.generate
+    disk       load_policy, save_policy
+
+Shapes     B prompts, G answers each, N = B*G rows (siblings adjacent), T new tokens, P cached
+           tokens, C answer tokens, H hidden size, V vocabulary
+
+A checkpoint folder is what from_pretrained reads, plus nav.json: the navigation contract (degrees
+and metres, horizon, memory, image budget, prompt version), so that evaluate.py acts as sft.py taught.
+
+[1] Qwen2-VL, https://arxiv.org/abs/2409.12191 (M-RoPE: section 2.1)
+[2] VLN-R1, https://arxiv.org/abs/2506.17221
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.checkpoint import checkpoint
+
+from reward import STOP, UserError, action_phrases, write_plan
+
+HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
+
+# ---------------------------------------------------------------- the contract and the prompt
+
+# What a checkpoint promises to whoever runs it. 65,536 pixels is the paper's image budget [2]; the
+# memory's numbers are not public: lsm.py says why these.
+NAV = {
+    "version": 1, "dataset": "", "prompt": "window-1", "horizon": 6,
+    "turn_deg": 15, "forward_m": 0.25, "hfov_deg": 90, "camera_height_m": 1.25,
+    "min_pixels": 56 * 56, "max_pixels": 65536,
+    "memory": {"name": "lsm", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4},
+}
+
+
+def window_prompt(instruction, n_history, nav):
+    """One decision, as text: the words first (they are the same all along a walk), then the eyes.
+
+    instruction str; n_history: remembered frames, oldest first -> str with n_history + 1 <image>.
+    """
+    if "<image>" in instruction or "<|" in instruction:
+        raise UserError(f"the instruction {instruction!r} holds a reserved mark (<image> or <|); "
+                        "take it out of the episode file")
+    phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
+    options = ", ".join(phrases[a] for a in (1, 2, 3, STOP))
+    return (f"You are a robot walking through a building. Choose your next {nav['horizon']} actions"
+            f" from: {options}.\nInstruction: {' '.join(instruction.split())}\n"
+            f"Seen before: {'<image>' * n_history}\nNow: <image>")
+
+
+# ---------------------------------------------------------------- frames: pictures -> patches
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)        # CLIP's, as every Qwen2-VL checkpoint has
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def fit_pixels(height, width, min_pixels, max_pixels, factor=28):
+    """The size at which a frame is seen: multiples of `factor`, area within the budget, aspect kept.
+
+    The rule of Qwen2-VL's image processor [1]. 640x480 under 65,536 pixels is 280x196 = 70 tokens:
+    >>> fit_pixels(480, 640, 56 * 56, 65536)
+    (196, 280)
+    >>> fit_pixels(56, 56, 56 * 56, 65536)
+    (56, 56)
+    """
+    h, w = round(height / factor) * factor, round(width / factor) * factor
+    if h * w > max_pixels:
+        shrink = math.sqrt(height * width / max_pixels)
+        h = max(factor, math.floor(height / shrink / factor) * factor)
+        w = max(factor, math.floor(width / shrink / factor) * factor)
+    elif h * w < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        h = math.ceil(height * grow / factor) * factor
+        w = math.ceil(width * grow / factor) * factor
+    return h, w
+
+
+def resize(frame, nav):
+    """uint8 (H, W, 3) -> uint8 (h, w, 3) within the contract's pixel budget (PIL bicubic)."""
+    h, w = fit_pixels(*frame.shape[:2], nav["min_pixels"], nav["max_pixels"])
+    if frame.shape[:2] == (h, w):
+        return np.ascontiguousarray(frame)
+    return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC))
+
+
+def patchify(frames, patch=14, merge=2):
+    """uint8 (n, h, w, 3) -> float32 (n, p, 3 * patch * patch), normalised, in merge order.
+
+    Merge order: the four patches that become one token are neighbours in the sequence [1]. The
+    processor of transformers repeats every still frame to fill the two-frame (temporal) patch; we
+    keep one copy and add the two halves of the weight instead (PatchProjection).
+    """
+    n, h, w, _ = frames.shape
+    mean = torch.tensor(IMAGE_MEAN, device=frames.device) * 255
+    std = torch.tensor(IMAGE_STD, device=frames.device) * 255
+    x = (frames.float() - mean) / std
+    x = x.view(n, h // patch // merge, merge, patch, w // patch // merge, merge, patch, 3)
+    return x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n, -1, 3 * patch * patch)
+
+
+class PatchProjection(nn.Module):
+    """Qwen2-VL's Conv3d over patches (kernel = stride), as the matrix product that it is.
+
+    The parameter keeps Conv3d's name and shape, so checkpoints load and save unchanged; Conv3d
+    itself is one to two orders slower on some cuDNN builds (pytorch#174051) and on CPUs.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.weight = conv.weight                               # (E, 3, 2, patch, patch)
+
+    def forward(self, x):
+        if x.dim() == 5:                                        # transformers' own forward
+            return F.linear(x.flatten(1), self.weight.flatten(1))
+        return F.linear(x, self.weight.sum(dim=2).flatten(1))   # a still frame: both halves see it
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding in the half-split layout: x (..., D) with cos, sin (..., D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+@lru_cache(maxsize=64)
+def patch_angles(h, w, merge, head_dim, device):
+    """cos, sin (p, head_dim) of the vision tower's 2-D rotary embedding, in merge order."""
+    rows, cols = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    order = [g.view(h // merge, merge, w // merge, merge).transpose(1, 2).flatten()
+             for g in (rows, cols)]
+    inv_freq = 10000.0 ** -(torch.arange(0, head_dim // 2, 2).float() / (head_dim // 2))
+    angles = torch.cat([g[:, None] * inv_freq for g in order], dim=-1).repeat(1, 2)
+    return angles.cos().to(device), angles.sin().to(device)
+
+
+# ---------------------------------------------------------------- tokens: where each one stands
+
+
+@lru_cache(maxsize=4096)
+def mrope_positions(runs):
+    """M-RoPE positions [1] of a sequence: runs, a tuple of n (words) or (h, w) (an image's tokens)
+    -> int64 (3, L) for time, height, width.
+
+    Words move one step on all three axes; an image stands still in time and spreads over height
+    and width; what follows starts after its longer side. Hand-worked: a word, a 1x2 image, a word:
+    >>> mrope_positions((1, (1, 2), 1)).tolist()
+    [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
+    """
+    parts, now = [], 0
+    for run in runs:
+        if isinstance(run, int):
+            parts.append(np.arange(now, now + run)[None].repeat(3, axis=0))
+            now += run
+        else:
+            h, w = run
+            parts.append(now + np.stack([np.zeros(h * w, dtype=np.int64),
+                                         np.repeat(np.arange(h), w), np.tile(np.arange(w), h)]))
+            now += max(h, w)
+    return torch.from_numpy(np.concatenate(parts, axis=1))
+
+
+class Prompt(NamedTuple):
+    """One decision, ready to run."""
+    ids: list            # L ints, images expanded to one id per feature
+    positions: torch.Tensor   # (3, L) on the CPU
+    features: list       # one (rows, cols, H) tensor per image, in reading order
+    head: int            # ids before the first image: words that a walk's decisions have in common
+
+
+class Cache(NamedTuple):
+    """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool."""
+    keys: list
+    values: list
+    valid: torch.Tensor
+
+    def rows(self, index):
+        """The cache of rows index (N',): repeats share nothing but the numbers, gradients add."""
+        return Cache([k[index] for k in self.keys], [v[index] for v in self.values],
+                     self.valid[index])
+
+    def drop(self, keep):
+        """Mark cached tokens unseen where keep (N, P) is False: a rejected draft."""
+        return self._replace(valid=self.valid & keep)
+
+
+class Rollout(NamedTuple):
+    """N = B*G answers. completion_ids (N, C), completion_mask (N, C) bool with <|im_end|> inside."""
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    texts: list
+    passes: int          # decoder passes after the prompt
+
+
+# ---------------------------------------------------------------- the policy
+
+
+class Policy(nn.Module):
+    """A Qwen2-VL model, its tokenizer and its navigation contract."""
+
+    def __init__(self, model, tokenizer, nav):
+        super().__init__()
+        self.model, self.tokenizer, self.nav = model, tokenizer, nav
+        self.phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
+        self.vision, self.lm = model.model.visual, model.model.language_model
+        self.checkpointing = False
+        if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
+            self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
+
+        text = model.config.text_config
+        self.head_dim = text.hidden_size // text.num_attention_heads
+        rope = getattr(text, "rope_parameters", None) or text.rope_scaling
+        self.mrope_section = rope["mrope_section"]
+        theta = rope.get("rope_theta") or text.rope_theta
+        self.inv_freq = theta ** -(torch.arange(0, self.head_dim, 2).float() / self.head_dim)
+        token = tokenizer.convert_tokens_to_ids
+        self.image_token, self.end_token = token("<|image_pad|>"), token("<|im_end|>")
+        # The policy may not draw pictures: these ids have probability zero in sampling and in the
+        # log-probs alike, so the two are one distribution.
+        self.banned = [token(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+                                          "<|vision_end|>", "<|vision_pad|>")
+                       if token(t) is not None and token(t) != tokenizer.unk_token_id]
+        self._words = {}                                        # text piece -> token ids
+        self._trie = None                                       # the plan grammar, made when needed
+
+    @property
+    def device(self):
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self):
+        return next(self.model.parameters()).dtype
+
+    def _block(self, function, *inputs):
+        """Run one layer; with activation checkpointing, recompute it in the backward pass."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False)
+        return function(*inputs)
+
+    # ------------------------------------------------------------ frames -> features
+
+    def encode_frames(self, frames):
+        """uint8 (H, W, 3) arrays, of any sizes -> list of (rows, cols, H) tensors, differentiable.
+
+        Frames of one size go through the tower in one call. The tower attends within a frame only,
+        so a frame's features do not depend on its company.
+        """
+        small = [resize(np.asarray(f), self.nav) for f in frames]
+        features = [None] * len(small)
+        for size in sorted({f.shape for f in small}):
+            index = [i for i, f in enumerate(small) if f.shape == size]
+            pixels = torch.from_numpy(np.stack([small[i] for i in index])).to(self.device)
+            for i, feature in zip(index, self._tower(pixels).unbind(0)):
+                features[i] = feature
+        return features
+
+    def _tower(self, pixels):
+        """uint8 (n, h, w, 3) -> (n, tokens, H): transformers' vision tower, one attention call."""
+        n, h, w, _ = pixels.shape
+        heads = self.vision.blocks[0].attn.num_heads
+        merge = self.vision.spatial_merge_size
+        x = self.vision.patch_embed.proj(patchify(pixels, merge=merge).to(self.dtype))  # (n, p, E)
+        cos, sin = patch_angles(h // 14, w // 14, merge, x.shape[-1] // heads, x.device)
+
+        def layer(block, x):
+            q, k, v = block.attn.qkv(block.norm1(x)).view(n, x.shape[1], 3, heads, -1).unbind(2)
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (n, heads, p, D)
+            q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+            x = x + block.attn.proj(y)
+            return x + block.mlp(block.norm2(x))
+
+        for block in self.vision.blocks:
+            x = self._block(layer, block, x)
+        return self.vision.merger(x).view(n, h // 14 // merge, w // 14 // merge, -1)
+
+    # ------------------------------------------------------------ text -> ids
+
+    def _encode(self, text):
+        if text not in self._words:
+            if len(self._words) > 50_000:
+                self._words.clear()
+            self._words[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self._words[text]
+
+    def prompt(self, text, features):
+        """One user turn and the opening of the answer, in the model's own chat template.
+
+        text with one <image> per tensor in features [(rows, cols, H)] -> Prompt
+        """
+        chat = self._chat(text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
+        pieces = chat.split("<|image_pad|>")                    # special tokens split cleanly
+        if len(pieces) != len(features) + 1:
+            raise UserError(f"the prompt has {len(pieces) - 1} <image> marks for {len(features)} "
+                            "frames; make them agree")
+        ids = list(self._encode(pieces[0]))
+        head, runs = len(ids), [len(ids)]
+        for feature, piece in zip(features, pieces[1:]):
+            words = self._encode(piece)
+            runs += [tuple(feature.shape[:2]), len(words)]
+            ids += [self.image_token] * (feature.shape[0] * feature.shape[1]) + words
+        return Prompt(ids, mrope_positions(tuple(runs)), features, head)
+
+    def _chat(self, text):
+        """The chat template around a text; rendered once and filled in, for it is slow."""
+        if not hasattr(self, "_template"):
+            mark = "\x00"
+            self._template = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": mark}], tokenize=False,
+                add_generation_prompt=True).split(mark)
+        return self._template[0] + text + self._template[1]
+
+    def answers(self, texts):
+        """Texts -> completion_ids, completion_mask (N, C), each closed by <|im_end|>."""
+        rows = [self._encode(text) + [self.end_token] for text in texts]
+        ids = torch.full((len(rows), max(map(len, rows))), self.end_token)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, :len(row)] = torch.tensor(row)
+            mask[i, :len(row)] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    # ------------------------------------------------------------ the decoder
+
+    def decode(self, embeds, positions, valid, past=None):
+        """Run new tokens over a cache: transformers' decoder layers, one causal pass.
+
+        embeds (N, T, H); positions (3, N, T); valid (N, T) bool, False for padding; past: Cache of
+        N rows or None -> hidden (N, T, H) after the last norm, Cache of P + T tokens.
+        A row never looks at padding, at rejected drafts, or at another row.
+        """
+        n, t, _ = embeds.shape
+        mask = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril() & valid[:, None, :]
+        if past is not None:
+            mask = torch.cat((past.valid[:, None, :].expand(n, t, -1), mask), dim=-1)
+        mask = mask[:, None]                                                # (N, 1, T, P + T)
+        cos, sin = self._angles(positions, embeds.dtype)
+
+        def layer(block, x, k_past, v_past):
+            attn, y = block.self_attn, block.input_layernorm(x)
+            q, k, v = (proj(y).view(n, t, -1, self.head_dim).transpose(1, 2)
+                       for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            if k_past is not None:
+                k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)
+            share = q.shape[1] // k.shape[1]                                # grouped-query heads
+            y = F.scaled_dot_product_attention(q, k.repeat_interleave(share, dim=1),
+                                               v.repeat_interleave(share, dim=1), attn_mask=mask)
+            x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
+            return x + block.mlp(block.post_attention_layernorm(x)), k, v
+
+        x, keys, values = embeds, [], []
+        for i, block in enumerate(self.lm.layers):
+            k, v = (past.keys[i], past.values[i]) if past is not None else (None, None)
+            x, k, v = self._block(layer, block, x, k, v)
+            keys.append(k)
+            values.append(v)
+        seen = valid if past is None else torch.cat((past.valid, valid), dim=1)
+        return self.lm.norm(x), Cache(keys, values, seen)
+
+    def _angles(self, positions, dtype):
+        """cos, sin (N, 1, T, D) of M-RoPE: the frequency bands take turns at time, height, width."""
+        freqs = positions[..., None].float() * self.inv_freq.to(positions.device)   # (3, N, T, D/2)
+        bands = freqs.split(self.mrope_section, dim=-1)
+        angles = torch.cat([band[i % 3] for i, band in enumerate(bands)], dim=-1).repeat(1, 1, 2)
+        return angles.cos()[:, None].to(dtype), angles.sin()[:, None].to(dtype)
+
+    def _embed(self, rows, features):
+        """Padded id rows with their images' features in place -> (N, T, H).
+
+        rows (N, T) int64 on the CPU; features: per row, its list of (rows, cols, H) tensors.
+        """
+        embeds = self.lm.embed_tokens(rows.to(self.device))
+        where = (rows == self.image_token).flatten().nonzero().squeeze(1).to(self.device)
+        if len(where):
+            # Each distinct tensor once, then one gather: a frame shared by eight decisions is
+            # stored once, and its gradient is summed once.
+            unique, start, offset = [], {}, 0
+            for f in (f for row in features for f in row):
+                if id(f) not in start:
+                    start[id(f)] = offset
+                    unique.append(f.flatten(0, 1))
+                    offset += unique[-1].shape[0]
+            index = np.concatenate([np.arange(start[id(f)], start[id(f)] + f.shape[0] * f.shape[1])
+                                    for row in features for f in row])
+            bank = torch.cat(unique)[torch.from_numpy(index).to(self.device)]
+            embeds = embeds.flatten(0, 1).index_copy(0, where, bank.to(embeds.dtype))
+            embeds = embeds.view(*rows.shape, -1)
+        return embeds
+
+    def _run(self, segments, past=None):
+        """Pad segments to one batch and decode. segments: (ids, positions (3, L), features) each."""
+        width = max(len(ids) for ids, _, _ in segments)
+        rows = torch.full((len(segments), width), self.end_token)
+        positions = torch.zeros(3, len(segments), width, dtype=torch.long)
+        valid = torch.zeros(rows.shape, dtype=torch.bool)
+        for i, (ids, where, _) in enumerate(segments):
+            rows[i, :len(ids)] = torch.tensor(ids)
+            positions[:, i, :len(ids)] = where
+            valid[i, :len(ids)] = True
+        embeds = self._embed(rows, [features for _, _, features in segments])
+        return self.decode(embeds, positions.to(self.device), valid.to(self.device), past)
+
+    def _heads(self, prompts):
+        """Run the words that prompts begin with, each distinct text once -> Cache with B rows.
+
+        Shared words are exact, not an approximation: causal attention lets nothing later change
+        them. None when no two prompts begin alike, for then there is nothing to save.
+        """
+        texts = [tuple(p.ids[:p.head]) for p in prompts]
+        unique = list(dict.fromkeys(texts))
+        if len(unique) == len(texts) or min(map(len, unique)) == 0:
+            return None
+        first = [prompts[texts.index(text)] for text in unique]
+        _, cache = self._run([(p.ids[:p.head], p.positions[:, :p.head], []) for p in first])
+        return cache.rows(torch.tensor([unique.index(text) for text in texts], device=self.device))
+
+    def _tail(self, prompt, cut, answer=()):
+        """The part of a prompt after its first `cut` ids, followed by answer ids."""
+        after = prompt.positions.max() + 1 + torch.arange(len(answer))
+        where = torch.cat((prompt.positions[:, cut:], after.expand(3, -1)), dim=1)
+        return prompt.ids[cut:] + list(answer), where, prompt.features
+
+    def _logits(self, hidden, temperature):
+        """hidden (..., H) -> fp32 logits (..., V), vision tokens at minus infinity."""
+        logits = self.model.lm_head(hidden).float() / temperature
+        logits[..., self.banned] = -math.inf
+        return logits
+
+    # ------------------------------------------------------------ training: log-probabilities
+
+    def read(self, decisions, frames):
+        """Decisions (instruction, frames: keys, the current one last, prompt or None) and frames
+        {key: uint8 (H, W, 3)} -> one Prompt each. Every distinct frame is encoded once.
+        """
+        features = dict(zip(frames, self.encode_frames(list(frames.values()))))
+        return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
+                            [features[key] for key in d.frames]) for d in decisions]
+
+    def forward(self, decisions, frames, completion_ids, completion_mask, group_size=1,
+                temperature=1.0):
+        """read() and logps() in one call: under ZeRO-3 the weights are only there inside it."""
+        return self.logps(self.read(decisions, frames), completion_ids, completion_mask,
+                          group_size, temperature)
+
+    def logps(self, prompts, completion_ids, completion_mask, group_size=1, temperature=1.0):
+        """log p(answer token | everything before it), at answer positions only.
+
+        prompts: B Prompts; completion_ids, completion_mask (B*G, C), siblings adjacent, padded on
+        the right -> logps (B*G, C) fp32, differentiable, 0 where masked.
+        The distribution is the one generate() samples from: same temperature, same banned ids.
+        """
+        lengths = completion_mask.sum(dim=1).tolist()
+        ids = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
+        past = self._heads(prompts)
+        cuts = [p.head if past is not None else 0 for p in prompts]
+
+        if group_size == 1:                  # prompt and answer in one row
+            tails = [self._tail(p, c, a[:-1]) for p, c, a in zip(prompts, cuts, ids)]
+            hidden, _ = self._run(tails, past)
+            start = [len(t[0]) - max(len(a) - 1, 0) - 1 for t, a in zip(tails, ids)]
+        else:                                # the prompt once, its G answers over its cache
+            tails = [self._tail(p, c) for p, c in zip(prompts, cuts)]
+            last, cache = self._run(tails, past)
+            last = last[range(len(tails)), [len(t[0]) - 1 for t in tails]]             # (B, H)
+            siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
+            answers = [self._tail(prompts[i // group_size], len(prompts[i // group_size].ids),
+                                  a[:-1])[:2] + ([],) for i, a in enumerate(ids)]
+            hidden, _ = self._run([a if a[0] else ([self.end_token], torch.zeros(3, 1), [])
+                                   for a in answers], cache.rows(siblings))
+            hidden = torch.cat((last[siblings][:, None], hidden), dim=1)
+            start = [0] * len(ids)
+
+        column = torch.arange(completion_ids.shape[1], device=self.device)
+        where = torch.tensor(start, device=self.device)[:, None] + column              # (N, C)
+        row = torch.arange(len(ids), device=self.device)[:, None].expand_as(where)
+        picked = completion_mask.nonzero(as_tuple=True)
+        logits = self._logits(hidden[row[picked], where[picked]], temperature)         # (tokens, V)
+        token = completion_ids[picked]
+        logps = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        out = torch.zeros(completion_ids.shape, device=self.device)
+        return out.index_put(picked, logps)
+
+    # ------------------------------------------------------------ sampling
+
+    @torch.no_grad()
+    def generate(self, prompts, group_size=1, temperature=0.0, seeds=None, draft=True,
+                 max_new_tokens=96):
+        """Sample G answers per prompt (temperature 0: the most likely one) -> Rollout.
+
+        seeds: one int per prompt; the j-th token of an answer is drawn with the j-th number of its
+        own stream, so an answer depends on its prompt and seed, never on the batch around it.
+        draft: after "A" only ". Move forward 25 cm" is a plan, so those tokens are proposed and
+        checked in one pass. At each proposed place the policy draws its own token from its own
+        distribution; the first that differs from the proposal ends it, and stands. That is
+        sampling, token for token: the proposal only decides how many tokens a pass may yield.
+        """
+        past = self._heads(prompts)
+        tails = [self._tail(p, p.head if past is not None else 0) for p in prompts]
+        hidden, cache = self._run(tails, past)
+        hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
+        siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
+        cache, hidden = cache.rows(siblings), hidden[siblings][:, None]                # (N, 1, H)
+        start = torch.tensor([int(p.positions.max()) + 1 for p in prompts for _ in range(group_size)])
+        noise = self._noise(seeds, len(prompts), group_size, max_new_tokens, temperature)
+
+        answers, done, passes = [[] for _ in start], [False] * len(start), 0
+        proposals = [[] for _ in start]
+        while True:
+            # 1. draw at every open place; keep what agrees with the proposal, and one token more
+            logits = self._logits(hidden, temperature or 1.0)                          # (N, K+1, V)
+            drawn = self._draw(logits, noise, [len(a) for a in answers], proposals)
+            kept = torch.ones(len(answers), hidden.shape[1], dtype=torch.bool)
+            for i, answer in enumerate(answers):
+                if done[i]:
+                    continue
+                for j, token in enumerate(drawn[i][:len(proposals[i]) + 1]):
+                    answer.append(token)
+                    done[i] = token == self.end_token or len(answer) == max_new_tokens
+                    if done[i] or j == len(proposals[i]) or token != proposals[i][j]:
+                        break
+                kept[i, 1 + j:] = False      # column 0 is the token before the proposal: it stands
+            if passes:
+                old = torch.ones(len(answers), cache.valid.shape[1] - kept.shape[1],
+                                 dtype=torch.bool)
+                cache = cache.drop(torch.cat((old, kept), dim=1).to(self.device))
+            if all(done):
+                break
+            # 2. propose what the grammar leaves no choice about, and run it in one pass
+            proposals = [self.draft(a) if draft and not d else [] for a, d in zip(answers, done)]
+            room = [max_new_tokens - len(a) - 1 for a in answers]
+            proposals = [p[:max(r, 0)] for p, r in zip(proposals, room)]
+            segments = [([a[-1]] + p, (start[i] + len(a) - 1 + torch.arange(1 + len(p)))
+                         .expand(3, -1), []) for i, (a, p) in enumerate(zip(answers, proposals))]
+            hidden, cache = self._run(segments, cache)
+            passes += 1
+
+        ids = torch.full((len(answers), max(map(len, answers))), self.end_token)
+        mask = torch.zeros(ids.shape, dtype=torch.bool)
+        for i, answer in enumerate(answers):
+            ids[i, :len(answer)] = torch.tensor(answer)
+            mask[i, :len(answer)] = True
+        texts = [self.tokenizer.decode(a[:-1] if a[-1] == self.end_token else a) for a in answers]
+        return Rollout(ids.to(self.device), mask.to(self.device), texts, passes)
+
+    def _noise(self, seeds, n_prompts, group_size, length, temperature):
+        """Uniform numbers (B*G, length), row by row from the prompt's own stream; None if greedy."""
+        if temperature == 0:
+            return None
+        seeds = seeds if seeds is not None else torch.randint(2 ** 62, (n_prompts,)).tolist()
+        return torch.cat([torch.rand(group_size, length, dtype=torch.float64,
+                                     generator=torch.Generator().manual_seed(seed))
+                          for seed in seeds])
+
+    def _draw(self, logits, noise, lengths, proposals):
+        """One token per row and open place: argmax, or the inverse of the distribution function."""
+        if noise is None:
+            return logits.argmax(dim=-1).tolist()
+        cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)                           # (N, K, V)
+        place = torch.tensor(lengths)[:, None] + torch.arange(logits.shape[1])
+        u = noise.gather(1, place.clamp(max=noise.shape[1] - 1)).to(self.device)
+        return torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True
+                                  ).squeeze(-1).tolist()
+
+    def draft(self, answer):
+        """The tokens that must follow `answer` (list of ids) if it is to become a plan; often none.
+
+        The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
+        stops, tokenized once into a tree: where the tree does not fork, the next token is certain.
+        """
+        if self._trie is None:
+            self._trie = self._grammar()
+        node = self._trie
+        for token in answer:
+            node = node.get(token)
+            if node is None:
+                return []
+        forced = []
+        while len(node) == 1:
+            (token, node), = node.items()
+            forced.append(token)
+        return forced
+
+    def _grammar(self):
+        plans = [[]]
+        for _ in range(self.nav["horizon"]):
+            plans = [p + [a] for p in plans for a in ([STOP] if p and p[-1] == STOP
+                                                      else sorted(self.phrases))]
+        root = {}
+        for plan in plans:
+            node = root
+            for token in self._encode(write_plan(plan, self.phrases)) + [self.end_token]:
+                node = node.setdefault(token, {})
+        return root
+
+
+# ---------------------------------------------------------------- disk
+
+
+def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=0):
+    """A folder, a hub id, a short name of HUB_NAMES, or "tiny" (built from `texts`) -> Policy.
+
+    nav: the contract for a model that carries none (a fresh start); a checkpoint's own nav.json
+    wins. texts: the data set's words, from which tiny's byte-level BPE is learned.
+    UserError when the weights are not there or not a Qwen2-VL.
+    """
+    from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+    if name == "tiny":
+        return build_tiny(texts or [], nav or NAV, seed).to(device, getattr(torch, dtype))
+    source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        if config.model_type != "qwen2_vl":
+            raise UserError(f"{source} is a {config.model_type}; this project drives qwen2_vl models"
+                            " (Qwen2-VL-2B, Qwen2-VL-7B, or a checkpoint of ours)")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model = Qwen2VLForConditionalGeneration.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    except OSError as error:
+        raise UserError(
+            f"no model at {source!r}: it is neither a folder here nor in the Hugging Face cache, "
+            f"and the hub did not give it ({str(error).splitlines()[0]}). On a machine with network"
+            f" run `hf download {source} --local-dir models/{os.path.basename(source)}`, "
+            "copy the folder here and pass --model FOLDER; or use --model tiny") from error
+    path = os.path.join(source, "nav.json")
+    if os.path.exists(path):
+        with open(path) as f:
+            nav = json.load(f)
+    return Policy(model.to(device), tokenizer, nav or NAV)
+
+
+def save_policy(policy, folder, state_dict=None):
+    """Write a folder that from_pretrained reads and vLLM serves, plus nav.json.
+
+    Everything goes to a temporary folder first and is moved into place file by file, so a crash
+    leaves each file whole. state_dict: consolidated weights of policy (ZeRO), else its own.
+    """
+    temporary = os.path.join(folder, ".saving")
+    os.makedirs(temporary, exist_ok=True)
+    if state_dict is not None:
+        state_dict = {k[len("model."):]: v for k, v in state_dict.items() if k.startswith("model.")}
+    policy.model.save_pretrained(temporary, state_dict=state_dict)
+    policy.tokenizer.save_pretrained(temporary)
+    vision, nav = policy.model.config.vision_config, policy.nav
+    processor = {"image_processor_type": "Qwen2VLImageProcessor",
+                 "min_pixels": nav["min_pixels"], "max_pixels": nav["max_pixels"],
+                 "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD, "patch_size": vision.patch_size,
+                 "merge_size": vision.spatial_merge_size,
+                 "temporal_patch_size": vision.temporal_patch_size}
+    for file, content in (("preprocessor_config.json", processor), ("nav.json", nav)):
+        with open(os.path.join(temporary, file), "w") as f:
+            json.dump(content, f, indent=2)
+    for file in sorted(os.listdir(temporary)):
+        os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+    os.rmdir(temporary)
+
+
+# ---------------------------------------------------------------- tiny: the same model, small
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>",
+                  "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
+                  "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+                  "<|image_pad|>", "<|video_pad|>"]
+# Qwen2-VL's template for text turns (images are already marks in the text when it is applied).
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# Words are split as Qwen2 splits them, but an option of a plan ("A. Move forward 25 cm, ") and a
+# line of the prompt's frame stay whole, so that a BPE learned on them makes each one token.
+WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are [^:\n]+: ", r"system\n", r"user\n", r"assistant\n",
+         r"\.\nInstruction: ", r"\nSeen before: ", r"\nNow: "]
+QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+              r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def tiny_tokenizer(texts, nav, vocab_size=1536):
+    """A byte-level BPE learned on the data set's own words -> PreTrainedTokenizerFast."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex("|".join([*WHOLE, QWEN_SPLIT])), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
+    frame = "system\nYou are a helpful assistant.user\n{}assistant\n"
+    corpus = [frame.format(window_prompt(t, 0, nav).replace("<image>", "")) for t in sorted(set(texts))]
+    corpus += [write_plan([a, a], phrases) for a in sorted(phrases)] * max(len(corpus), 8)
+    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe.add_special_tokens(SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", padding_side="left",
+                                   pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE)
+
+
+def build_tiny(texts, nav, seed=0):
+    """Qwen2-VL's classes at 1/2000 of the size, random weights, deterministic from the seed."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    tokenizer = tiny_tokenizer(texts, nav)
+    token = tokenizer.convert_tokens_to_ids
+    hidden = 128
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+            num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=token("<|endoftext|>"),
+            eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+            initializer_range=hidden ** -0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+                             "mrope_section": [8, 12, 12]}),
+        vision_config=dict(depth=2, embed_dim=64, num_heads=2, mlp_ratio=4, hidden_size=hidden,
+                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
+                           initializer_range=64 ** -0.5),
+        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=True)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    torch.random.set_rng_state(state)
+    model.generation_config.eos_token_id = token("<|im_end|>")
+    model.generation_config.pad_token_id = token("<|endoftext|>")
+    return Policy(model, tokenizer, nav)

@@ -1,0 +1,318 @@
+"""model.py against independent witnesses: transformers' own processor, positions, logits, generate.
+
+Run it   python -m pytest tests/test_model.py
+"""
+import json
+import os
+from collections import Counter, namedtuple
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from model import NAV, Policy, fit_pixels, load_policy, patchify, resize, save_policy, window_prompt
+from reward import UserError, write_plan
+
+torch.set_num_threads(1)
+NAV30 = dict(NAV, turn_deg=30)
+WORDS = "turn around left right go to the red green blue sofa chair and stop in front of it".split()
+Decision = namedtuple("Decision", "instruction frames plan prompt", defaults=(None,))
+
+
+def texts(n=60):
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS, 9)) for _ in range(n)]
+
+
+def pictures(n, h=56, w=56, seed=0):
+    return list(np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return load_policy("tiny", nav=NAV30, texts=texts())
+
+
+@pytest.fixture(scope="module")
+def wordy():
+    """A policy whose tokenizer spells phrases out, as Qwen2's does: something to draft."""
+    whole, model.WHOLE = model.WHOLE, []
+    try:
+        return load_policy("tiny", nav=NAV30, texts=texts(), seed=1)
+    finally:
+        model.WHOLE = whole
+
+
+def pixel_values(frames, nav):
+    """What transformers' processor would hand its model: (patches, 1176), both time halves."""
+    rows, grids = [], []
+    for frame in frames:
+        small = resize(frame, nav)
+        patches = patchify(torch.from_numpy(small.copy())[None])[0]
+        rows.append(patches.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176))
+        grids.append([1, small.shape[0] // 14, small.shape[1] // 14])
+    return torch.cat(rows), torch.tensor(grids)
+
+
+def hf_inputs(policy, ids, frames):
+    pixels, grids = pixel_values(frames, policy.nav)
+    return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grids,
+                mm_token_type_ids=(ids == policy.image_token).int())
+
+
+def hf_logps(policy, prompt, frames, completion):
+    """log p of one completion (C,) by transformers' own forward, vision tokens banned."""
+    ids = torch.cat((torch.tensor(prompt.ids), completion))[None]
+    logits = policy.model(**hf_inputs(policy, ids, frames)).logits[0]
+    logits[:, policy.banned] = -torch.inf
+    logps = logits[len(prompt.ids) - 1:-1].log_softmax(-1)
+    return logps.gather(1, completion[:, None])[:, 0]
+
+
+def make_prompt(policy, frames, text=None):
+    features = policy.encode_frames(frames)
+    instruction = text or texts()[0]
+    return policy.prompt(window_prompt(instruction, len(frames) - 1, policy.nav), features)
+
+
+# ---------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize("h,w", [(480, 640), (56, 56), (100, 30), (720, 1280), (224, 224)])
+def test_pixels_equal_the_pil_image_processor(h, w):
+    backend = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    from PIL import Image
+    frames = pictures(2, h, w)
+    nav = NAV30
+    want = backend.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": nav["min_pixels"], "longest_edge": nav["max_pixels"]})(
+        [Image.fromarray(f) for f in frames], return_tensors="pt")
+    pixels, grids = pixel_values(frames, nav)
+    assert torch.equal(grids, want["image_grid_thw"])
+    torch.testing.assert_close(pixels, want["pixel_values"].float(), atol=1e-5, rtol=0)
+
+
+def test_a_real_frame_costs_seventy_tokens():
+    h, w = fit_pixels(480, 640, NAV["min_pixels"], NAV["max_pixels"])
+    assert h // 28 * (w // 28) == 70
+
+
+def test_features_equal_transformers_and_ignore_company(policy):
+    frames = pictures(3) + pictures(2, 84, 112)
+    ours = policy.encode_frames(frames)
+    pixels, grids = pixel_values(frames, policy.nav)
+    theirs = policy.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
+    for a, b, grid in zip(ours, theirs, grids):
+        assert a.shape[:2] == (grid[1] // 2, grid[2] // 2)
+        torch.testing.assert_close(a.flatten(0, 1), b, atol=1e-5, rtol=1e-4)
+    alone = policy.encode_frames(frames[4:])[0]
+    torch.testing.assert_close(alone, ours[4], atol=1e-6, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- tokens and positions
+
+
+def test_prompt_equals_the_chat_template_and_rope_index(policy):
+    frames = pictures(3) + pictures(1, 84, 140)
+    prompt = make_prompt(policy, frames)
+    text = window_prompt(texts()[0], 3, policy.nav)
+    chat = policy.tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+    for f in prompt.features:
+        n = f.shape[0] * f.shape[1]
+        chat = chat.replace("<image>", f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>", 1)
+    assert prompt.ids == policy.tokenizer(chat)["input_ids"]
+    ids = torch.tensor([prompt.ids])
+    inputs = hf_inputs(policy, ids, frames)
+    want, _ = policy.model.model.get_rope_index(ids, inputs["mm_token_type_ids"],
+                                                inputs["image_grid_thw"])
+    assert torch.equal(prompt.positions, want[:, 0])
+
+
+def test_an_action_phrase_is_one_token_of_tiny(policy):
+    ids = policy._encode(write_plan([1, 2, 3, 0, 0, 0], policy.phrases))
+    assert len(ids) == 6
+    assert policy.tokenizer.decode(ids) == write_plan([1, 2, 3, 0, 0, 0], policy.phrases)
+
+
+@pytest.mark.parametrize("text", ["go <image> left", "go <|im_end|> left"])
+def test_reserved_marks_in_an_instruction_are_refused(text):
+    with pytest.raises(UserError, match="reserved"):
+        window_prompt(text, 0, NAV30)
+
+
+def test_marks_and_frames_must_agree(policy):
+    with pytest.raises(UserError, match="2 <image> marks for 1 frames"):
+        policy.prompt("<image><image>", policy.encode_frames(pictures(1)))
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+PLANS = ([1, 2, 3, 0, 0, 0], [1] * 6, [2, 0], [3, 3, 1, 1])
+
+
+def test_logps_equal_transformers(policy):
+    """Prompts of different lengths, sizes and words, answers of different lengths, in one batch."""
+    sets = [pictures(1), pictures(4, seed=1), pictures(2, 84, 112, seed=2), pictures(3, seed=3)]
+    prompts = [make_prompt(policy, f, texts()[i // 2]) for i, f in enumerate(sets)]
+    ids, mask = policy.answers([write_plan(p, policy.phrases) for p in PLANS])
+    ours = policy.logps(prompts, ids, mask)
+    for prompt, frames, row, m, got in zip(prompts, sets, ids, mask, ours):
+        torch.testing.assert_close(got[m], hf_logps(policy, prompt, frames, row[m]),
+                                   atol=1e-5, rtol=1e-5)
+        assert (got[~m] == 0).all()
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_shared_prompt_equals_separate_rows(policy, checkpointing):
+    """One prefix and G suffixes, words shared between prompts: same loss, same gradient."""
+    decisions = [Decision(texts()[0], (0, 1, 2), None), Decision(texts()[0], (1, 2), None)]
+    frames = dict(enumerate(pictures(3)))
+    answers = [write_plan(p, policy.phrases) for p in PLANS]
+    ids, mask = policy.answers(answers)
+    weight = torch.randn(ids.shape, generator=torch.Generator().manual_seed(0))
+    policy.checkpointing = checkpointing
+    shared = policy(decisions, frames, ids, mask, group_size=2)
+    got = gradients(policy, (shared * weight).sum())
+    policy.checkpointing = False
+
+    loss, rows = 0, []
+    for i in range(4):
+        d = decisions[i // 2]
+        rows.append(policy([d], {k: frames[k] for k in d.frames}, ids[i:i + 1], mask[i:i + 1])[0])
+        loss = loss + (rows[-1] * weight[i]).sum()
+    want = gradients(policy, loss)
+    torch.testing.assert_close(shared, torch.stack(rows), atol=1e-5, rtol=1e-5)
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+def test_banned_tokens_have_no_probability(policy):
+    prompt = make_prompt(policy, pictures(2))
+    ids = torch.arange(len(policy.tokenizer))[:, None]
+    logps = policy.logps([prompt], ids, torch.ones_like(ids, dtype=torch.bool),
+                         group_size=len(ids))[:, 0]
+    assert torch.isinf(logps[policy.banned]).all()
+    assert abs(logps.exp().sum().item() - 1) < 1e-4
+
+
+# ---------------------------------------------------------------- sampling
+
+
+def test_greedy_equals_transformers_generate(wordy):
+    sets = [pictures(2), pictures(4, seed=5)]
+    prompts = [make_prompt(wordy, f) for f in sets]
+    ours = wordy.generate(prompts, max_new_tokens=20)
+    for i, (prompt, frames) in enumerate(zip(prompts, sets)):
+        ids = torch.tensor([prompt.ids])
+        want = wordy.model.generate(**hf_inputs(wordy, ids, frames), do_sample=False,
+                                    max_new_tokens=20, suppress_tokens=wordy.banned)
+        got = ours.completion_ids[i][ours.completion_mask[i]]
+        assert torch.equal(got, want[0, ids.shape[1]:][:len(got)])
+
+
+def confident(policy, steps=80):
+    """Learn four plans by heart, so that drafts are often right and sometimes wrong."""
+    plans = ([1, 2, 3, 1, 2, 3], [1] * 6, [2, 2, 1, 1, 1, 1], [3] * 6)
+    ids, mask = policy.answers([write_plan(p, policy.phrases) for p in plans])
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
+    for _ in range(steps):
+        features = policy.encode_frames(pictures(2))
+        prompts = [policy.prompt(window_prompt(texts()[0], 1, policy.nav), features)]
+        loss = -policy.logps(prompts, ids, mask, group_size=4).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_drafting_changes_the_passes_and_nothing_else(wordy):
+    """The same uniform numbers give the same tokens: drafted and plain are one distribution."""
+    prompts = [make_prompt(wordy, pictures(2)), make_prompt(wordy, pictures(3, seed=4))]
+    kwargs = dict(group_size=16, temperature=1.0, seeds=[3, 4], max_new_tokens=70)
+    wild = [wordy.generate(prompts, draft=d, **kwargs) for d in (True, False)]
+    assert torch.equal(wild[0].completion_ids, wild[1].completion_ids)
+    confident(wordy)
+    tame = [wordy.generate(prompts, draft=d, **kwargs) for d in (True, False)]
+    assert torch.equal(tame[0].completion_ids, tame[1].completion_ids)
+    assert tame[0].texts == tame[1].texts
+    greedy = [wordy.generate(prompts[:1], draft=d, max_new_tokens=70) for d in (True, False)]
+    assert greedy[0].texts == greedy[1].texts
+    assert greedy[0].passes <= 8 < 40 < greedy[1].passes, "54 token-by-token passes become 7"
+
+
+def test_samples_follow_the_log_probabilities(policy):
+    """Chi-square of 4,000 drafted samples against the exact distribution of the first token."""
+    prompt = make_prompt(policy, pictures(2))
+    n = 4000
+    rollout = policy.generate([prompt], group_size=n, temperature=1.3, seeds=[0], max_new_tokens=1)
+    vocabulary = torch.arange(len(policy.tokenizer))[:, None]
+    p = policy.logps([prompt], vocabulary, torch.ones_like(vocabulary, dtype=torch.bool),
+                     group_size=len(vocabulary), temperature=1.3)[:, 0].exp()
+    counts = torch.bincount(rollout.completion_ids[:, 0], minlength=len(p)).double()
+    big = p * n >= 5
+    observed = torch.cat((counts[big], counts[~big].sum()[None]))
+    expected = torch.cat((p[big], p[~big].sum()[None])).double().detach() * n
+    chi2 = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    freedom = int(big.sum())
+    assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
+    assert not set(rollout.completion_ids.flatten().tolist()) & set(policy.banned)
+
+
+def test_a_sample_does_not_depend_on_its_batch(policy):
+    prompts = [make_prompt(policy, pictures(n, seed=n), texts()[n]) for n in (1, 2, 3)]
+    together = policy.generate(prompts, group_size=2, temperature=1.0, seeds=[7, 8, 9])
+    for i, prompt in enumerate(prompts):
+        alone = policy.generate([prompt], group_size=2, temperature=1.0, seeds=[7 + i])
+        assert alone.texts == together.texts[2 * i:2 * i + 2]
+
+
+def test_sampled_tokens_have_the_log_probabilities_they_were_drawn_with(policy):
+    """generate()'s cached pass and logps()' training pass are one distribution (exact on-policy)."""
+    prompt = make_prompt(policy, pictures(3))
+    rollout = policy.generate([prompt], group_size=4, temperature=0.7, seeds=[1], max_new_tokens=9)
+    a = policy.logps([prompt], rollout.completion_ids, rollout.completion_mask, 4, 0.7)
+    b = torch.cat([policy.logps([prompt], i[None], m[None], 1, 0.7) for i, m in
+                   zip(rollout.completion_ids, rollout.completion_mask)])
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- disk
+
+
+def test_a_saved_policy_is_a_hugging_face_folder(policy, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoTokenizer
+    save_policy(policy, str(tmp_path))
+    again = load_policy(str(tmp_path))
+    assert again.nav == policy.nav
+    for (name, a), (_, b) in zip(policy.named_parameters(), again.named_parameters()):
+        assert torch.equal(a, b), name
+    prompt = make_prompt(policy, pictures(2))
+    assert make_prompt(again, pictures(2)).ids == prompt.ids
+    theirs = AutoModelForImageTextToText.from_pretrained(str(tmp_path))
+    ids = torch.tensor([prompt.ids])
+    inputs = hf_inputs(policy, ids, pictures(2))
+    torch.testing.assert_close(theirs(**inputs).logits, policy.model(**inputs).logits)
+    tokens = AutoTokenizer.from_pretrained(str(tmp_path))
+    text = "A. Move forward 25 cm, D. Stop, go to the sofa"
+    assert tokens(text)["input_ids"] == policy.tokenizer(text)["input_ids"]
+    assert json.load(open(os.path.join(tmp_path, "nav.json")))["turn_deg"] == 30
+    assert not os.path.exists(tmp_path / ".saving")
+
+
+def test_tiny_is_deterministic():
+    a, b = (load_policy("tiny", nav=NAV30, texts=texts(), seed=5) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
+    assert Counter(map(type, a.modules()))[model.PatchProjection] == 1
+    assert isinstance(a, Policy)
+
+
+def test_a_missing_model_is_said_in_a_sentence():
+    with pytest.raises(UserError, match="hf download Qwen/Qwen2-VL-2B-Instruct"):
+        load_policy("Qwen2-VL-2B")
