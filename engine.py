@@ -1,0 +1,237 @@
+"""
+What sft.py, grpo.py and grpo_online.py do around their idea, and do alike: start the processes,
+wrap the policy in DeepSpeed, say what happened, and survive a kill -9.
+
+One path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in a
+DeepSpeed engine (ZeRO 0-3, set by ds_config.json or --zero-stage) over gloo on CPUs or NCCL on
+GPUs; a single process is a world of one.
+
+A run directory (--out):
+    args.json                 the flags, as they were
+    log.jsonl                 one line a step; tb/ holds the same for TensorBoard
+    state/step_000200/        weights, optimizer, step: everything that resuming needs
+    config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (model.save_policy)
+A state is complete when DeepSpeed's state/latest names it; that file is written last. On resume the
+log is cut back to the state's step, so the run goes on as if nothing had happened: the data order
+and the sampling noise are functions of (seed, step), not of a generator that would have to be kept.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from reward import UserError
+
+# ---------------------------------------------------------------- pure
+
+
+def learning_rate(step, total, peak, warmup, schedule):
+    """Linear warm-up over the share `warmup` of all steps, then cosine to 0 (or constant).
+
+    step counts from 0; a step's rate is that of its middle, so neither end wastes a step at 0.
+    >>> [round(learning_rate(s, 10, 1.0, 0.2, "cosine"), 3) for s in (0, 1, 2, 9)]
+    [0.25, 0.75, 0.99, 0.01]
+    """
+    at = (step + 0.5) / total
+    if at < warmup:
+        return peak * at / warmup
+    if schedule == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
+
+
+# ---------------------------------------------------------------- flags that the trainers share
+
+
+def add_optimizer_args(parser, lr, schedule, weight_decay):
+    add = parser.add_argument_group("optimizer").add_argument
+    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    add("--schedule", choices=("cosine", "constant"), default=schedule)
+    add("--warmup", type=float, default=0.1, help="share of all steps with a rising rate")
+    add("--weight-decay", type=float, default=weight_decay)
+    add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
+    add("--max-grad-norm", type=float, default=1.0)
+
+
+def add_machine_args(parser):
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default=None, choices=("float32", "bfloat16"),
+        help="default: bfloat16 with fp32 master weights on GPUs, float32 on CPUs")
+    add("--deepspeed-config", default=os.path.join(os.path.dirname(__file__), "ds_config.json"))
+    add("--zero-stage", type=int, choices=range(4), help="overrides the config file's stage")
+    add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
+    add("--threads", type=int, default=1, help="CPU threads per process")
+    add("--seed", type=int, default=0)
+    add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+
+
+# ---------------------------------------------------------------- processes
+
+
+def start(args):
+    """Join (or make) the process group -> rank, world, device. Call once, before any model."""
+    for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
+                       ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(key, value)
+    os.environ.setdefault("DS_ACCELERATOR", args.device)
+    import deepspeed
+    # Without these lines DeepSpeed compiles an extension on the first start (half a minute and a
+    # compiler); plain gloo and torch's AdamW need none.
+    from deepspeed.ops import __compatible_ops__
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        deepspeed.init_distributed("nccl" if args.device == "cuda" else "gloo", verbose=False)
+    torch.manual_seed(args.seed)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def total(values, device):
+    """Sum each of a list of numbers over all ranks (float64, so that counts stay exact)."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def default_dtype(args):
+    return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+
+
+def make_engine(policy, args, micro_steps):
+    """DeepSpeed around the trainable weights; micro_steps backward passes make one update."""
+    import deepspeed
+    with open(args.deepspeed_config) as f:
+        config = json.load(f)
+    if args.zero_stage is not None:
+        config["zero_optimization"]["stage"] = args.zero_stage
+    config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=micro_steps,
+                  gradient_clipping=args.max_grad_norm,
+                  bf16={"enabled": default_dtype(args) == "bfloat16"})
+    weights = [p for p in policy.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
+              {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
+    engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
+    return engine
+
+
+def set_learning_rate(engine, lr):
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextlib.contextmanager
+def gathered(engine):
+    """All weights whole on every rank, for sampling; below ZeRO-3 they are already.
+
+    Hooks are taken off meanwhile: with them every forward is a collective, and ranks whose plans
+    differ in length would wait for each other for ever (deepspeed#860).
+    """
+    if engine.zero_optimization_stage() < 3:
+        yield
+        return
+    import deepspeed
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        hooks = engine.optimizer.parameter_offload
+        for hook in hooks.forward_hooks + hooks.backward_hooks:
+            hook.remove()
+        hooks.forward_hooks, hooks.backward_hooks = [], []
+        yield
+        hooks._register_deepspeed_module(hooks.module)
+
+
+def consolidated(engine):
+    """The whole state dict on rank 0 (None on the others), whatever the ZeRO stage."""
+    if engine.zero_optimization_stage() == 3:
+        return engine._zero3_consolidated_16bit_state_dict()
+    return engine.module.state_dict() if dist.get_rank() == 0 else None
+
+
+# ---------------------------------------------------------------- disk
+
+
+def open_run(args, rank):
+    """Make --out and write args.json; a folder that cannot be written is said in a sentence."""
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        if rank == 0:
+            with open(os.path.join(args.out, "args.json.tmp"), "w") as f:
+                json.dump(vars(args), f, indent=2, sort_keys=True)
+            os.replace(os.path.join(args.out, "args.json.tmp"), os.path.join(args.out, "args.json"))
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); "
+                        "choose another folder") from error
+
+
+def save_state(engine, out, step):
+    """Write state/step_N, then drop the older one. Killed half-way, the older one still counts."""
+    folder, tag = os.path.join(out, "state"), f"step_{step:06d}"
+    engine.save_checkpoint(folder, tag=tag, client_state={"step": step})
+    if dist.get_rank() == 0:
+        for old in os.listdir(folder):
+            if old.startswith("step_") and old != tag:
+                shutil.rmtree(os.path.join(folder, old))
+    dist.barrier()
+
+
+def load_state(engine, out):
+    """Resume from the last complete state -> its step; 0 if there is none."""
+    folder = os.path.join(out, "state")
+    if not os.path.exists(os.path.join(folder, "latest")):
+        return 0
+    path, client = engine.load_checkpoint(folder)
+    if path is None:
+        raise UserError(f"{folder} cannot be resumed from with these flags (another ZeRO stage or "
+                        "number of processes?); restore them, or remove the folder to start again")
+    return client["step"]
+
+
+class Log:
+    """One JSON line a step (log.jsonl), the same to TensorBoard, and a progress bar, on rank 0."""
+
+    def __init__(self, out, rank, step, steps, show):
+        self.path, self.show, self.on = os.path.join(out, "log.jsonl"), show, rank == 0
+        if not self.on:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        kept = []
+        if os.path.exists(self.path):                     # cut back to the state we resume from
+            with open(self.path) as f:
+                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(self.path + ".tmp", "w") as f:
+            f.writelines(kept)
+        os.replace(self.path + ".tmp", self.path)
+        self.file = open(self.path, "a", buffering=1)
+        self.board = SummaryWriter(os.path.join(out, "tb"), purge_step=step + 1)
+        self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True)
+        self.last = time.monotonic()
+
+    def __call__(self, step, **values):
+        if not self.on:
+            return
+        now = time.monotonic()
+        values["seconds"], self.last = now - self.last, now
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        for key, value in values.items():
+            self.board.add_scalar(key, value, step)
+        self.bar.update(step - self.bar.n)
+        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in self.show if k in values})
+
+    def close(self):
+        if self.on:
+            self.bar.close()
+            self.board.close()
+            self.file.close()

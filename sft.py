@@ -1,0 +1,243 @@
+"""
+SFT: teach the navigator by imitation (VLN-R1 [1], stage one).
+
+At every step t of an expert's recorded walk the policy is shown the instruction, the frames that
+its memory keeps (lsm.py) and the frame of step t, and is asked for the expert's next six actions,
+a_t .. a_{t+5}, as text. The loss is the cross-entropy of the answer's tokens and nothing else:
+
+    L = - sum over decisions, sum_j log p(w_j | w_<j, H_t, v_t, I)   /   number of answer tokens
+
+Several decisions of one walk stand in a batch together (--steps-per-walk): they share its words and
+most of its frames, and each is encoded once. The gradient of a batch is exact; what changes is who
+is in the batch with whom. 1 gives independent decisions.
+
+Run it
+    python sft.py --model tiny --data data/vln_ego/train --out ckpt/sft      # a laptop's CPU
+    deepspeed sft.py --model Qwen2-VL-2B                                     # every GPU there is
+    deepspeed --num_gpus 2 sft.py --model tiny --device cpu                  # two CPU processes
+    python sft.py --model Qwen2-VL-2B --data released.json --image-root DIR  # ShareGPT, as released
+
+Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
+         ShareGPT JSON;  --val-data  the same for a split that is not trained on
+Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
+Expect   loss near ln(4) per action at once, then a plateau: the words' first turn is learned early,
+         what the camera shows much later. val/first is the share of decisions whose next action is
+         the expert's (always forward: about 0.64 on R2R), val/plan that of all six.
+
+[1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3: SFT; lr 5e-6, cosine, batch 64, one epoch)
+"""
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+import engine as E
+from make_data import ShareGpt, VlnEgo
+from model import NAV, load_policy, save_policy
+from reward import UserError, parse_plan, run, write_plan
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument_group("files").add_argument
+    add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
+    add("--data", default="data/vln_ego/train", help="VLN-Ego folder or ShareGPT .json")
+    add("--image-root", help="where a ShareGPT file's images are (default: beside it)")
+    add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
+    add("--out", default="ckpt/sft")
+    add = p.add_argument_group("data").add_argument
+    add("--horizon", type=int, default=6, help="actions per answer")
+    add("--memory", choices=("lsm", "even", "exponential"), default="lsm")
+    add("--memory-budget", type=int, default=16, help="most frames remembered")
+    add("--recent", type=int, default=8, help="M of the short-term memory, in steps (not public)")
+    add("--short-stride", type=int, default=1, help="delta 1 (not public)")
+    add("--long-stride", type=int, default=4, help="delta 2 (not public)")
+    add("--max-pixels", type=int, default=65536, help="a frame is shrunk to at most this")
+    add("--steps-per-walk", type=int, default=8, help="decisions of one walk trained together")
+    add = p.add_argument_group("objective").add_argument
+    add("--batch-size", type=int, default=64, help="decisions per update, over all processes")
+    add("--micro-batch", type=int, default=0, help="decisions per forward; 0: all of a process's")
+    add("--freeze-vision", action="store_true", help="train the language model only")
+    E.add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
+    add = p.add_argument_group("schedule").add_argument
+    add("--epochs", type=float, default=1.0)
+    add("--max-steps", type=int, help="overrides --epochs")
+    add("--stop-after", type=int, help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=int, default=500)
+    add("--val-every", type=int, default=500)
+    add("--val-decisions", type=int, default=256)
+    E.add_machine_args(p)
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- which decisions, in which order
+
+
+def batch_units(data, seed, epoch, steps_per_walk):
+    """Every decision once, in an order made from (seed, epoch) -> list of (episode, (t, ...)).
+
+    A unit is up to steps_per_walk steps of one walk, spread over it; units are shuffled.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    units = []
+    for episode in range(len(data.episodes)):
+        steps = rng.permutation(data.steps(episode))
+        units += [(episode, tuple(sorted(steps[i:i + steps_per_walk].tolist())))
+                  for i in range(0, len(steps), steps_per_walk)]
+    return [units[i] for i in rng.permutation(len(units))]
+
+
+class Order:
+    """step -> the units of that global batch, for any step, without history (so resuming is exact)."""
+
+    def __init__(self, data, seed, steps_per_walk, per_batch):
+        self.make = lambda epoch: batch_units(data, seed, epoch, steps_per_walk)
+        self.per_batch, self.epoch, self.units = per_batch, 0, self.make(0)
+        self.per_epoch = len(self.units) // per_batch      # a rest too small for a batch is dropped
+        if self.per_epoch == 0:
+            raise UserError(f"--data has {len(self.units)} groups of steps and a batch takes "
+                            f"{per_batch}; lower --batch-size or record more walks")
+
+    def __call__(self, step):
+        epoch, at = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.units = epoch, self.make(epoch)
+        return self.units[at * self.per_batch:(at + 1) * self.per_batch]
+
+
+def load_batch(data, nav, units):
+    """Units -> (decisions, {frame key: uint8 (H, W, 3)}): the part that runs in a loader thread."""
+    decisions = [data.decision(episode, t, nav) for episode, steps in units for t in steps]
+    return decisions, {key: data.frame(key) for d in decisions for key in d.frames}
+
+
+def answers_of(policy, decisions):
+    return policy.answers([d.answer or write_plan(d.plan, policy.phrases) for d in decisions])
+
+
+# ---------------------------------------------------------------- validation
+
+
+@torch.no_grad()
+def validate(policy, data, units, rank, world):
+    """Loss on held-out answers, and greedy plans against the expert's -> dict of means over ranks."""
+    sums = np.zeros(5)
+    for unit in units[rank::world]:
+        decisions, frames = load_batch(data, policy.nav, [unit])
+        prompts = policy.read(decisions, frames)
+        ids, mask = answers_of(policy, decisions)
+        loss = -policy.logps(prompts, ids, mask).sum().item()
+        plans = [parse_plan(text, policy.phrases, policy.nav["horizon"])
+                 for text in policy.generate(prompts).texts]
+        right = [[a == b for a, b in zip(plan, d.plan)] for plan, d in zip(plans, decisions)]
+        sums += (loss, mask.sum().item(), len(right), sum(r[0] for r in right if r),
+                 sum(all(r) for r in right))
+    loss, tokens, n, first, plan = E.total(sums.tolist(), policy.device)
+    return {"val/loss": loss / tokens, "val/first": first / n, "val/plan": plan / n}
+
+
+# ---------------------------------------------------------------- the run
+
+
+def setup(args, world, device):
+    """Data, contract and policy, from the flags."""
+    data = (ShareGpt(args.data, args.image_root) if args.data.endswith(".json")
+            else VlnEgo(args.data))
+    robot = data.meta.get("robot", {})
+    nav = dict(NAV, dataset=data.meta.get("dataset", ""), horizon=args.horizon,
+               max_pixels=args.max_pixels,
+               memory={"name": args.memory, "budget": args.memory_budget, "recent": args.recent,
+                       "short_stride": args.short_stride, "long_stride": args.long_stride})
+    nav.update({k: robot[k] for k in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
+                if k in robot})
+    policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
+                         texts=[e["instruction"] for e in data.episodes])
+    policy.nav = nav                       # an older contract is replaced by what is taught now
+    policy.vision.requires_grad_(not args.freeze_vision)
+    policy.checkpointing = args.gradient_checkpointing
+    return data, policy
+
+
+def micro_batches(units, rank, world, per_forward):
+    """This rank's share of a global batch, in pieces of at most per_forward units."""
+    mine = units[rank::world]
+    return [mine[i:i + per_forward] for i in range(0, len(mine), per_forward)]
+
+
+def main(args):
+    rank, world, device = E.start(args)
+    data, policy = setup(args, world, device)
+    E.open_run(args, rank)
+
+    per_walk = 1 if isinstance(data, ShareGpt) else args.steps_per_walk
+    per_batch = args.batch_size // per_walk
+    per_forward = args.micro_batch // per_walk or per_batch // world
+    if per_batch % world or (per_batch // world) % per_forward:
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
+                        f"--micro-batch of whole walks ({per_walk} decisions); change one of them")
+    micro_steps = per_batch // world // per_forward
+    order = Order(data, args.seed, per_walk, per_batch)
+    steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
+
+    engine = E.make_engine(policy, args, micro_steps)
+    first = E.load_state(engine, args.out)
+    val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
+    val = VlnEgo(val_path) if os.path.exists(os.path.join(val_path, "meta.json")) else None
+    val_units = batch_units(val, 0, 0, 8)[:args.val_decisions // 8] if val else []
+    if rank == 0:
+        print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
+              f"epoch, {steps} steps, {sum(p.numel() for p in policy.parameters()):,} weights on "
+              f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan"))
+
+    loader = ThreadPoolExecutor(1)
+    def load(step):
+        return [load_batch(data, policy.nav, units)
+                for units in micro_batches(order(step), rank, world, per_forward)]
+    batches = loader.submit(load, first)
+    for step in range(first, steps):
+        lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
+        E.set_learning_rate(engine, lr)
+        batch = batches.result()
+        if step + 1 < steps:
+            batches = loader.submit(load, step + 1)
+
+        # 1. one token is one vote, on whichever rank it stands
+        answers = [answers_of(policy, decisions) for decisions, _ in batch]
+        tokens, = E.total([sum(mask.sum().item() for _, mask in answers)], device)
+
+        # 2. imitate
+        losses = 0.0
+        for (decisions, frames), (ids, mask) in zip(batch, answers):
+            logps = engine(decisions, frames, ids, mask)
+            loss = -logps.sum() / tokens
+            engine.backward(loss * world * micro_steps)     # DeepSpeed averages over both
+            engine.step()
+            losses += loss.item()
+
+        # 3. tell, check, keep
+        done = step + 1
+        told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens}
+        if val and (done % args.val_every == 0 or done == steps):
+            with E.gathered(engine):
+                told.update(validate(policy, val, val_units, rank, world))
+        log(done, **told)
+        if done % args.save_every == 0 or done == steps or done == args.stop_after:
+            E.save_state(engine, args.out, done)
+        if done == args.stop_after:
+            break
+    log.close()
+    loader.shutdown()
+    weights = E.consolidated(engine)
+    if rank == 0:
+        save_policy(policy, args.out, weights)
+        print(f"wrote {args.out} (log.jsonl, tb/, and the policy for grpo.py and evaluate.py)")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
