@@ -696,8 +696,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # Words are split as Qwen2 splits them, but an option of a plan ("A. Move forward 25 cm, ") and a
 # line of the prompt's frame stay whole, so that a BPE learned on them makes each one token.
-WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are [^:\n]+: ", r"system\n", r"user\n", r"assistant\n",
-         r"\.\nInstruction: ", r"\nSeen before: ", r"\nNow: "]
+WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are a helpful assistant\.", r"You are a robot [^:\n]+: ",
+         r"(?:system|user|assistant)\n", r"\.\nInstruction: ", r"\nSeen before: ", r"\nNow: "]
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -712,9 +712,10 @@ def tiny_tokenizer(texts, nav, vocab_size=1536):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
-    frame = "system\nYou are a helpful assistant.user\n{}assistant\n"
-    corpus = [frame.format(window_prompt(t, 0, nav).replace("<image>", "")) for t in sorted(set(texts))]
-    corpus += [write_plan([a, a], phrases) for a in sorted(phrases)] * max(len(corpus), 8)
+    corpus = [window_prompt(text, 0, nav).replace("<image>", "") for text in sorted(set(texts))]
+    often = ["system\n", "You are a helpful assistant.", "user\n", "assistant\n",
+             *(write_plan([a, a], phrases) for a in sorted(phrases))]
+    corpus += often * max(len(corpus), 8)
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))

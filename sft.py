@@ -36,6 +36,7 @@ import numpy as np
 import torch
 
 import engine as E
+import lsm
 from make_data import ShareGpt, VlnEgo
 from model import NAV, load_policy, save_policy
 from reward import UserError, parse_plan, run, write_plan
@@ -52,11 +53,7 @@ def parse_args(argv=None):
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
     add("--horizon", type=int, default=6, help="actions per answer")
-    add("--memory", choices=("lsm", "even", "exponential"), default="lsm")
-    add("--memory-budget", type=int, default=16, help="most frames remembered")
-    add("--recent", type=int, default=8, help="M of the short-term memory, in steps (not public)")
-    add("--short-stride", type=int, default=1, help="delta 1 (not public)")
-    add("--long-stride", type=int, default=4, help="delta 2 (not public)")
+    lsm.add_memory_args(add)
     add("--max-pixels", type=int, default=65536, help="a frame is shrunk to at most this")
     add("--steps-per-walk", type=int, default=8, help="decisions of one walk trained together")
     add = p.add_argument_group("objective").add_argument
@@ -151,8 +148,7 @@ def setup(args, world, device):
     robot = data.meta.get("robot", {})
     nav = dict(NAV, dataset=data.meta.get("dataset", ""), horizon=args.horizon,
                max_pixels=args.max_pixels,
-               memory={"name": args.memory, "budget": args.memory_budget, "recent": args.recent,
-                       "short_stride": args.short_stride, "long_stride": args.long_stride})
+               memory=lsm.memory_from_args(args))
     nav.update({k: robot[k] for k in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
                 if k in robot})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,

@@ -1,0 +1,831 @@
+"""
+VLN-Ego: let the expert walk, and write down what it saw.
+
+Input is what R2R-VLN-CE and RxR-VLN-CE publish, and houses.py imitates: episodes (an instruction, a
+start, a goal) and ground truth (the expert's actions). A simulator replays the actions; what comes
+out is all that imitation needs: the frames, the actions, the words.
+
+    time      t = 0        t = 1        t = 2              t = T-1
+    frame     v_0          v_1          v_2        ..      v_T-1         the view BEFORE action t
+    action    a_0          a_1          a_2        ..      a_T-1 = stop
+    label at t = what the expert does from here on: a_t, a_t+1, .. a_t+5, padded with stop
+
+(The released converter of VLN-R1 starts at a_t+1. That is a fault: tests/test_real_data.py shows
+it from the pictures. A released JSON is read as it is when asked for; --import-walk keeps released
+frames and gives them the right labels.)
+
+Three things differ from the released collection, all to make the data checkable:
+  * A walk is stored once. R2R has three instructions to a trajectory, so episodes point at walks.
+  * It checks itself. The turn angle is asserted, on the ground truth before and on the poses
+    after; a replayed walk must follow the ground truth's positions and end at the goal, or it is
+    kept out and counted by reason. More than 1% kept out is an error: the set-up is wrong then.
+  * --noise adds copies in which the expert is now and then pushed off its way and has to recover,
+    labelled with what it would do from each very state (DAgger's idea, without a policy).
+
+Run it
+    python make_data.py --episodes data/houses --split train --out data/vln_ego [--noise 0.1]
+    python make_data.py --sim habitat --robot r2r --sim-python ~/habitat/bin/python --sims 8 \
+        --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed --scenes data/scene_datasets
+    python make_data.py --robot r2r --import-walk rgb_images_r2r_train --out data/released
+    python make_data.py --out data/vln_ego --split train --export-sharegpt data/sharegpt
+
+Reads    --episodes  {split}.json.gz and {split}_gt.json.gz;  --scenes  what scene_id names
+Writes   --out/<split>/  meta.json       robot, counts, action mix, what was skipped, flags
+                         walks.jsonl     per walk: actions, poses, scene, shard, labels if noisy
+                         episodes.jsonl  per instruction: the words and the walk they belong to
+                         frames/0000.zip plain zips of pictures, <walk_id>/<t>.png (any viewer)
+                         rows/           the shards' parts of walks.jsonl, for restarts
+Expect   the action mix of R2R: forward 64%, left 17.5%, right 16.7%, stop 1.7%. Kill it at any
+         time and start it again: the files come out bit for bit as if nothing had happened.
+
+[1] VLN-R1, https://arxiv.org/abs/2506.17221   [2] VLN-CE, https://arxiv.org/abs/2004.02857
+"""
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import math
+import os
+import re
+import zipfile
+import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+import lsm
+from reward import (
+    FORWARD,
+    LEFT,
+    RIGHT,
+    STOP,
+    UserError,
+    action_phrases,
+    parse_plan,
+    run,
+    write_plan,
+)
+from sim import ROBOTS, SimDied, SimPool
+
+VERSION = 1  # of the layout above
+CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~15 decisions
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Record VLN-Ego: walk the expert, keep what it saw.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument_group("files").add_argument
+    add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
+    add("--split", default="train")
+    add("--out", default="data/vln_ego", help="the split becomes a folder in here")
+    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes for houses")
+    add("--import-walk", metavar="FOLDER", help="import released walks at or below FOLDER instead")
+    add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
+
+    add = p.add_argument_group("data").add_argument
+    add("--limit", type=int, help="only the first N episodes")
+    add("--expert", choices=("replay", "walk"), default="replay",
+        help="replay the ground truth's actions, or walk the simulator's expert anew")
+    add("--waypoints", choices=("goal", "reference"), help="what a walking expert heads for; "
+        "default: goal, and for rxr the reference path, whose bends its words describe")
+    add("--noise", type=float, default=0.0, help="chance per step of a push; above 0 adds copies")
+    add("--noise-copies", type=int, default=1, help="noisy copies per walk, if --noise is above 0")
+    add("--horizon", type=int, default=6, help="actions per label of noisy copies; the paper's 6")
+    add("--max-steps", type=int, default=500, help="the expert gives up here; VLN-CE's 500")
+    add("--success-m", type=float, help="a walk must end nearer to the goal than this; default: "
+        "goals[].radius in the data (houses 1, R2R 3)")
+    add("--max-drift", type=float, default=0.25,
+        help="metres between replay and ground truth; ours: a step. The same simulator has none")
+    add("--objects", action="store_true", help="also write what each frame shows (houses only)")
+    add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
+    add("--jpeg-quality", type=int, default=90, help="the released set has PIL's 75")
+    add("--shard-walks", type=int, default=64, help="walks per zip: the unit of resumption")
+    add("--seed", type=int, default=0, help="of the pushes")
+    lsm.add_memory_args(add)  # for --export-sharegpt only: VLN-Ego itself holds whole walks
+
+    add = p.add_argument_group("simulator").add_argument
+    add("--sim", choices=("house", "habitat"), default="house")
+    add("--robot", choices=sorted(ROBOTS), default="houses", help="camera, turn angle, body")
+    for name, value in ROBOTS["houses"].items():
+        if not isinstance(value, bool):
+            add("--" + name.replace("_", "-"), type=type(value), help="instead of the robot's")
+    add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+
+    add = p.add_argument_group("machine").add_argument
+    add("--sims", type=int, default=2, help="simulator processes; the files do not depend on it")
+    add("--sim-timeout", type=float, default=300.0, help="seconds for one walk; then it is dead")
+    add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- reading episodes
+
+
+def read_json_gz(folder, names, what):
+    """The first of `names` below folder (or folder, if that is a file) -> (its path, its data)."""
+    paths = [folder] if os.path.isfile(folder) else [os.path.join(folder, n) for n in names]
+    path = next((p for p in paths if os.path.isfile(p)), None)
+    if path is None:
+        raise UserError(f"no {what} found: looked for {', '.join(paths)}; point --episodes at the "
+                        "folder that holds them (houses.py makes one)")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            return path, json.load(f)  # RxR's timed_instruction holds NaN; json.load takes it
+    except (EOFError, OSError, zlib.error) as error:
+        raise UserError(f"{path} is truncated or not gzip ({error}); copy it again") from None
+    except ValueError as error:  # bad JSON, bad UTF-8
+        raise UserError(f"{path} is not JSON inside ({error}); copy it again") from None
+
+
+def read_episodes(path, split):
+    """R2R_VLNCE_v1-3 or RxR_VLNCE_v0 episodes, ours included -> list of dicts, as in the file.
+
+    Ids stay what they are (R2R int, RxR str). The one change: white space of instructions is made
+    single, since 10,811 of R2R's 10,819 end in a blank. Test splits have no goals.
+    """
+    path, data = read_json_gz(path, [
+        f"{split}/{split}.json.gz", f"{split}.json.gz", f"{split}/{split}_guide.json.gz",
+        f"{split}_guide.json.gz"], f"episodes of split {split!r}")
+    episodes = data.get("episodes") if isinstance(data, dict) else None
+    if not isinstance(episodes, list):
+        raise UserError(f"{path} has no list 'episodes'; is it an R2R_VLNCE or RxR_VLNCE file?")
+    sizes = {"episode_id": None, "scene_id": None, "start_position": 3, "start_rotation": 4,
+             "instruction": None, **({} if split.startswith("test") else {"goals": None})}
+    for i, episode in enumerate(episodes):
+        name = f"{path}: episode {episode.get('episode_id', f'number {i}')}"
+        for field, size in sizes.items():
+            value = episode.get(field)
+            if value is None or value == [] or (size and len(value) != size):
+                raise UserError(f"{name} has no good {field!r} ({value!r}); repair or remove it")
+        text = episode["instruction"].get("instruction_text")
+        if not text or not text.strip():
+            raise UserError(f"{name} has no 'instruction_text'; repair or remove it")
+        episode["instruction"]["instruction_text"] = " ".join(text.split())
+        episode.setdefault("trajectory_id", episode["episode_id"])
+    return episodes
+
+
+def read_ground_truth(path, split):
+    """-> {str(episode_id): {"actions": [.., 0], "locations": [[x, y, z]..], "forward_steps": n}}.
+
+    locations: the start and the place after every forward move, so forward_steps + 1 of them.
+    """
+    path, truths = read_json_gz(path, [
+        f"{split}/{split}_gt.json.gz", f"{split}_gt.json.gz", f"{split}/{split}_guide_gt.json.gz",
+        f"{split}_guide_gt.json.gz"], f"ground truth of split {split!r}")
+    for key, truth in truths.items():
+        actions, locations = truth.get("actions") or [], truth.get("locations") or []
+        if actions[-1:] != [STOP] or not set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}:
+            raise UserError(f"{path}: 'actions' of {key} must be 1, 2, 3 and one 0 at the end; "
+                            "repair or remove it")
+        if not locations or any(len(place) != 3 for place in locations):
+            raise UserError(f"{path}: 'locations' of {key} must be a list of [x, y, z]; repair or "
+                            "remove it")
+    return truths
+
+
+def window(actions, t, n):
+    """The label at step t: the next n actions, this one first, padded with STOP.
+
+    >>> window([3, 1, 1, 0], 1, 6)
+    [1, 1, 0, 0, 0, 0]
+    """
+    return (list(actions[t:t + n]) + [STOP] * n)[:n]
+
+
+# ---------------------------------------------------------------- checking what is recorded
+
+
+def yaw_deg(rotation):
+    """Heading of a quaternion (x, y, z, w) about +y in degrees: left is positive, 0 looks along -z.
+
+    >>> round(yaw_deg([0, 0.5, 0, 0.75 ** 0.5]), 6)
+    60.0
+    """
+    return math.degrees(2 * math.atan2(rotation[1], rotation[3]))
+
+
+def turned(before, after):
+    """Degrees from one heading to another, the short way round, in [-180, 180).
+
+    >>> turned(170, -170)
+    20
+    """
+    return (after - before + 180) % 360 - 180
+
+
+def heading_fit(rotation, actions, locations, turn_deg):
+    """If every turn is turn_deg, do forward moves go where the robot faces? -> (fitting, moves).
+
+    Within 5 degrees. Moves of less than 0.1 m over ground (walls, stairs) have no direction and are
+    left out. On R2R's val_seen 98.5% fit at 15 degrees and 6% at 30.
+
+    >>> heading_fit([0, 0, 0, 1], [2, 1, 0], [[0, 0, 0], [-0.25, 0, 0]], turn_deg=90)
+    (1, 1)
+    """
+    heading, fitting, moves, places = yaw_deg(rotation), 0, 0, zip(locations, locations[1:])
+    for action in actions:
+        heading += {LEFT: turn_deg, RIGHT: -turn_deg}.get(action, 0)
+        if action == FORWARD:
+            (x0, _, z0), (x1, _, z1) = next(places)
+            if math.hypot(x1 - x0, z1 - z0) > 0.1:
+                went = math.degrees(math.atan2(x0 - x1, z0 - z1))
+                fitting += abs(turned(heading, went)) < 5
+                moves += 1
+    return fitting, moves
+
+
+def check_turn_deg(walks, turn_deg):
+    """Assert the robot's turn angle on the ground truth, before an hour is spent on replaying it.
+
+    walks: [{"episode", "actions", "locations"}]. Sliding along walls costs the right angle a few
+    percent, a wrong one fits a few percent: 80% divides them.
+    """
+    walks = [w for w in walks if w["actions"]
+             and len(w["locations"]) == w["actions"].count(FORWARD) + 1][:200]
+
+    def share(deg):
+        fits = [heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"], deg)
+                for w in walks]
+        return sum(f for f, _ in fits) / max(1, sum(n for _, n in fits))
+    if walks and share(turn_deg) < 0.8:
+        best = max((10, 15, 22.5, 30, 45, 90), key=share)
+        raise UserError(
+            f"the robot turns {turn_deg:g} degrees, but the ground truth was walked with turns of "
+            f"{best:g} ({share(best):.0%} of its moves fit that, {share(turn_deg):.0%} fit "
+            f"{turn_deg:g}); use --turn-deg {best:g} or the --robot of these episodes")
+
+
+def check_walk(walk, reply, robot, radius, max_drift):
+    """Is this recording what the ground truth says? -> (reason to keep it out, detail, drift).
+
+    reason is None for a good walk; drift is the largest distance (metres) between the replayed
+    positions and the ground truth's, None where the expert walked anew.
+    """
+    actions, poses = reply["actions"], np.asarray(reply["poses"], dtype=float)  # (T,), (T, 7)
+    assert len(reply["frames"]) == len(poses) == len(actions), "one frame and one pose per action"
+    for t in np.flatnonzero(np.isin(actions[:-1], (LEFT, RIGHT))):
+        angle = turned(yaw_deg(poses[t, 3:]), yaw_deg(poses[t + 1, 3:]))
+        if abs(angle - (1 if actions[t] == LEFT else -1) * robot["turn_deg"]) > 0.5:
+            raise UserError(f"walk {walk['walk_id']}: action {actions[t]} at step {t} turned the "
+                            f"simulator by {angle:.1f} degrees (left is positive), but the robot's "
+                            f"turn_deg is {robot['turn_deg']:g}; check --robot and --turn-deg")
+    drift = None
+    if walk["actions"]:
+        places = poses[[0] + [t + 1 for t, a in enumerate(actions) if a == FORWARD], :3]
+        truth = np.asarray(walk["locations"], dtype=float)      # (forward moves + 1, 3)
+        if len(places) != len(truth):
+            return ("the ground truth contradicts itself",
+                    f"{len(truth)} locations for {len(places) - 1} forward moves", None)
+        drift = float(np.linalg.norm(places - truth, axis=1).max())
+    distance = reply["distance_to_goal"]
+    if actions[-1] != STOP:
+        return "the expert did not stop", f"not in {len(actions)} steps", drift
+    if distance is None or not math.isfinite(distance):
+        return "the goal cannot be reached", f"its distance is {distance}", drift
+    if distance >= radius:
+        return f"ended {radius:g} m or more from the goal", f"{distance:.2f} m", drift
+    if drift is not None and drift > max_drift:
+        return "left the ground truth's way", f"by {drift:.2f} m", drift
+    return None, "", drift
+
+
+# ---------------------------------------------------------------- what to record
+
+
+def plan_walks(episodes, truths, args):
+    """Which walks to record, and which episode belongs to which. -> (walks, rows of episodes.jsonl)
+
+    A walk is one (scene, trajectory, start, actions). Its id is <scene>-<trajectory>, with .1, .2
+    for further ways along the same trajectory, and -n1, -n2 for its noisy copies.
+    """
+    walks, rows, found, ways = [], [], {}, Counter()
+    copies = range(1 + (args.noise_copies if args.noise > 0 else 0))
+    via = args.waypoints or ("reference" if args.robot == "rxr" else "goal")
+    for episode in episodes:
+        truth = truths.get(str(episode["episode_id"])) if args.expert == "replay" else {}
+        if truth is None:
+            raise UserError(f"episode {episode['episode_id']} has no ground truth; check that both "
+                            "files are of one release, or use --expert walk")
+        if not episode.get("goals"):
+            raise UserError(f"episode {episode['episode_id']} has no goals (R2R's test split hides "
+                            "them), so no walk can be checked; choose another --split")
+        actions = truth.get("actions")
+        key = (episode["scene_id"], episode["trajectory_id"], *episode["start_position"],
+               *episode["start_rotation"], *(actions or ()))
+        if key not in found:
+            scene = os.path.splitext(os.path.basename(episode["scene_id"]))[0]
+            name = f"{scene}-{episode['trajectory_id']}"
+            way = name + (f".{ways[name]}" if ways[name] else "")
+            ways[name] += 1
+            found[key] = [way + (f"-n{copy}" if copy else "") for copy in copies]
+            walks += [{
+                "walk_id": walk_id,
+                "episode": {k: v for k, v in episode.items() if k != "instruction"},
+                "actions": None if copy else actions,           # None: the expert walks anew
+                "locations": None if copy else truth.get("locations"),
+                "waypoints": episode["reference_path"][1:] if via == "reference" else None,
+                "noise": args.noise if copy else 0.0,
+                "seed": zlib.crc32(f"{args.seed}/{walk_id}".encode()),
+            } for copy, walk_id in enumerate(found[key])]
+        rows += [{"episode_id": episode["episode_id"], "walk_id": walk_id,
+                  "instruction": episode["instruction"]["instruction_text"], "split": args.split}
+                 for walk_id in found[key]]
+    return walks, rows
+
+
+def make_shards(walks, size):
+    """Cut the walks, sorted by scene (loading one is slow), into {"0000": [..size walks..], ..}."""
+    walks = sorted(walks, key=lambda w: w["episode"]["scene_id"] or "")     # stable within a scene
+    return {f"{k // size:04d}": walks[k:k + size] for k in range(0, len(walks), size)}
+
+
+# ---------------------------------------------------------------- writing shards
+
+
+class Shard:
+    """A zip of frames and its walks' rows. Both appear whole at commit(), or not at all.
+
+    The zip is renamed last: where a zip exists its rows exist, and that is all a restart asks for.
+    Times and rights inside the zip are constants, so that equal pictures make equal files.
+    """
+
+    def __init__(self, out, name):
+        self.name, self.rows = f"frames/{name}.zip", []
+        self.zip_path, self.rows_path = f"{out}/frames/{name}.zip", f"{out}/rows/{name}.jsonl"
+        self.zip = zipfile.ZipFile(self.zip_path + ".tmp", "w", zipfile.ZIP_STORED)
+
+    def add(self, row, pictures, suffix):
+        """row of walks.jsonl, its frames as encoded bytes in order of time."""
+        for t, data in enumerate(pictures):
+            entry = zipfile.ZipInfo(f"{row['walk_id']}/{t:04d}.{suffix}", (1980, 1, 1, 0, 0, 0))
+            entry.external_attr, entry.create_system = 0o644 << 16, 3
+            self.zip.writestr(entry, data)
+        self.rows.append({**row, "shard": self.name})
+
+    def skip(self, walk_id, reason, detail):
+        self.rows.append({"walk_id": walk_id, "skipped": reason, "detail": detail})
+
+    def commit(self):
+        self.zip.close()
+        write_lines(self.rows_path, self.rows)
+        os.replace(self.zip_path + ".tmp", self.zip_path)
+
+
+def write_text(path, text):
+    """All or nothing: written beside its place, then moved there."""
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    os.replace(path + ".tmp", path)
+
+
+def write_lines(path, rows):
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_lines(path):
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def encode(frame, suffix, quality):
+    """uint8 (H, W, 3) -> bytes of a png or jpg."""
+    buffer = io.BytesIO()
+    if suffix == "jpg":
+        Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    else:
+        Image.fromarray(frame).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def record_shard(name, walks, args, robot, out, threads):
+    """Record one shard. A generator: it yields requests for a simulator and is sent the replies.
+
+    Walks of a shard are walked one after another by one simulator, so the zip's order, and every
+    byte of it, does not depend on how many simulators there are or how fast.
+    """
+    shard = Shard(out, name)
+    for walk in walks:
+        request = {k: walk[k] for k in ("episode", "actions", "noise", "seed", "waypoints")}
+        request |= {k: getattr(args, k) for k in ("horizon", "max_steps", "objects")}
+        for _ in range(1 + args.retries):                       # from its start: nothing is lost
+            reply = yield "record", request
+            if not isinstance(reply, SimDied):
+                break
+        if isinstance(reply, Exception):
+            shard.skip(walk["walk_id"], "the simulator died on it" if isinstance(reply, SimDied)
+                       else "the simulator refused it", str(reply))
+            continue
+        radius = args.success_m or walk["episode"]["goals"][0].get("radius", 3.0)
+        reason, detail, drift = check_walk(walk, reply, robot, radius, args.max_drift)
+        if reason:
+            shard.skip(walk["walk_id"], reason, detail)
+            continue
+        row = {"walk_id": walk["walk_id"], "scene_id": walk["episode"]["scene_id"],
+               "trajectory_id": walk["episode"]["trajectory_id"],
+               "actions": [int(a) for a in reply["actions"]],
+               "poses": np.asarray(reply["poses"], dtype=float).round(6).tolist(),
+               "distance_to_goal": round(reply["distance_to_goal"], 4)}
+        row |= {} if drift is None else {"drift_m": round(drift, 4)}
+        row |= {"labels": list(reply["labels"])} if walk["noise"] else {}
+        row |= {"objects": reply["objects"]} if args.objects else {}
+        shard.add(row, threads.map(lambda f: encode(f, args.image_format, args.jpeg_quality),
+                                   reply["frames"]), args.image_format)
+    shard.commit()
+
+
+def drive(pool, sims, jobs):
+    """Keep every simulator busy: each serves one job (a generator of requests) until it ends."""
+    waiting, running = iter(jobs), {}                           # running: simulator -> its job
+
+    def serve(i, reply):
+        """Give simulator i's reply to its job, and the next request, of whatever job, to i."""
+        while True:
+            try:
+                if i in running:
+                    verb, request = running[i].send(reply)
+                else:
+                    running[i] = next(waiting)
+                    verb, request = next(running[i])
+                return pool.submit(i, verb, **request)
+            except StopIteration:                               # of the job, or of all jobs
+                if running.pop(i, None) is None:
+                    return
+
+    for i in range(sims):
+        serve(i, None)
+    while running:
+        serve(*pool.wait_any())
+
+
+# ---------------------------------------------------------------- reading VLN-Ego and ShareGPT
+
+
+class Decision(NamedTuple):
+    """One training example: what the policy is shown, and what the expert did."""
+    instruction: str
+    frames: tuple           # keys for .frame(), oldest first, the current frame LAST
+    plan: tuple             # the expert's next actions; () or None in a slot where they are unknown
+    prompt: str = None      # a ShareGPT record's own words, with <image> marks; override ours
+    answer: str = None
+
+
+def decode(data, where):
+    """Bytes of a jpg or png -> uint8 (H, W, 3), read-only. `where` names it in the error."""
+    try:
+        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:         # PIL's three ways to say "damaged"
+        raise UserError(f"{where} is truncated or not a picture ({error})") from None
+
+
+class VlnEgo:
+    """A recorded split, as data: episode i, step t -> Decision; key -> frame.
+
+    Opens nothing until a frame is asked for, and anew in a child process (pickled, it is its
+    folder's name; forked, it would otherwise share file positions with its parent).
+    """
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+        try:
+            with open(f"{folder}/meta.json", encoding="utf-8") as f:
+                self.meta = json.load(f)
+            self.episodes = read_lines(f"{folder}/episodes.jsonl")
+            self.walks = {w["walk_id"]: w for w in read_lines(f"{folder}/walks.jsonl")}
+        except OSError as error:
+            raise UserError(f"{folder} is not a finished VLN-Ego folder ({error}); make it, or end "
+                            "its making, with make_data.py --out") from None
+        except ValueError as error:
+            raise UserError(f"{folder}: a file of it is damaged ({error}); run make_data.py again "
+                            "with its old flags: the tables are made anew") from None
+        self.zips, robot = {}, self.meta["robot"]
+        self.frame = lru_cache(CACHE_BYTES // (robot["width"] * robot["height"] * 3))(self.read)
+
+    def __reduce__(self):
+        return VlnEgo, (self.folder,)
+
+    def __len__(self):
+        return len(self.episodes)
+
+    def steps(self, i):
+        """Steps of episode i that are training targets: all, less those amid a push (no label)."""
+        walk = self.walks[self.episodes[i]["walk_id"]]
+        return [t for t, label in enumerate(walk.get("labels", walk["actions"])) if label != ""]
+
+    def decision(self, i, t, nav):
+        """Episode i at step t, with the horizon and the memory of the contract nav (model.NAV)."""
+        episode = self.episodes[i]
+        walk, horizon = self.walks[episode["walk_id"]], nav["horizon"]
+        plan = window(walk["actions"], t, horizon)
+        if "labels" in walk:
+            plan = [int(digit) for digit in walk["labels"][t][:horizon]]
+            if len(plan) < horizon:
+                raise UserError(f"the labels in {self.folder} hold {len(plan)} actions and the "
+                                f"policy plans {horizon}: record again with --horizon {horizon}")
+        shown = [*lsm.pick_frames(t, **nav["memory"]), t]
+        return Decision(episode["instruction"], tuple((walk["walk_id"], s) for s in shown),
+                        tuple(plan))
+
+    def read(self, key):
+        """key (walk_id, t) -> uint8 (H, W, 3). Ask for .frame(key), which remembers recent ones."""
+        return decode(self.frame_bytes(key), f"frame {key[1]} of walk {key[0]} in {self.folder}")
+
+    def frame_bytes(self, key):
+        """The picture file itself, unchanged."""
+        (walk_id, t), process = key, os.getpid()
+        path = f"{self.folder}/{self.walks[walk_id]['shard']}"
+        try:
+            if (process, path) not in self.zips:
+                self.zips[process, path] = zipfile.ZipFile(path)
+            name = f"{walk_id}/{t:04d}.{self.meta['image_format']}"
+            return self.zips[process, path].read(name)
+        except (OSError, zipfile.BadZipFile, KeyError, EOFError) as error:
+            raise UserError(f"{path}, frame {t} of walk {walk_id}: {error}; delete that zip and "
+                            "run make_data.py with its old flags: only it is made anew") from None
+
+
+class ShareGpt:
+    """Records as LLaMA-Factory reads them: {"conversations": [human, gpt], "images": [paths]}.
+
+    Words and labels are used as they stand, the released files' shift by one step included. Paths
+    are tried as they are, then with leading folders left out, below image_root (default: where the
+    JSON lies): VLN-Ego/data/r2r_training_rgb/ep_1/traj_2/step_0.jpg finds <root>/ep_1/traj_2/...
+    """
+
+    def __init__(self, json_path, image_root=None):
+        self.json_path, self.image_root = str(json_path), image_root
+        try:
+            with open(json_path, encoding="utf-8") as f:
+                self.records = json.load(f)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{json_path} cannot be read as JSON ({error}); give a file made by "
+                            "make_data.py --export-sharegpt or the released converter") from None
+        for i, record in enumerate(self.records):
+            turns = [turn.get("from") for turn in record.get("conversations", ())]
+            if turns != ["human", "gpt"]:
+                raise UserError(f"{json_path}: record {i} has the turns {turns}, not one human and "
+                                "one gpt; remove it")
+            marks, images = self.words(i)[0].count("<image>"), len(record.get("images", ()))
+            if marks != images or marks == 0:
+                raise UserError(f"{json_path}: record {i} has {marks} <image> in its words and "
+                                f"{images} images; repair or remove it")
+        self.episodes = [{"episode_id": i, "instruction": self.words(i)[0]}
+                         for i in range(len(self.records))]
+        self.meta = {"dataset": os.path.basename(self.json_path), "robot": self.spoken_robot()}
+        self.frame = lru_cache(CACHE_BYTES // (640 * 480 * 3))(self.read)
+
+    def __reduce__(self):
+        return ShareGpt, (self.json_path, self.image_root)
+
+    def __len__(self):
+        return len(self.records)
+
+    def words(self, i):
+        """(the human's, gpt's)"""
+        return [turn["value"] for turn in self.records[i]["conversations"]]
+
+    def spoken_robot(self):
+        """Turn angle and step as the words state them; R2R's say 30 and the pictures show 15."""
+        text = self.words(0)[0] if self.records else ""
+        turn = re.search(r"turn left ([\d.]+) degrees", text, re.IGNORECASE)
+        step = re.search(r"move forward ([\d.]+) cm", text, re.IGNORECASE)
+        robot = {"turn_deg": float(turn.group(1))} if turn else {}
+        return {**robot, "forward_m": float(step.group(1)) / 100} if step else robot
+
+    def steps(self, i):
+        return [0]
+
+    def decision(self, i, t, nav):
+        """Record i. Its plan is what the answer says in nav's phrases, None in unreadable slots."""
+        human, gpt = self.words(i)
+        plan = parse_plan(gpt, action_phrases(nav["turn_deg"], nav["forward_m"]), nav["horizon"])
+        return Decision("", tuple(self.records[i]["images"]),
+                        () if set(plan) == {None} else tuple(plan), human, gpt)
+
+    def read(self, key):
+        """key: an image path as in the record -> uint8 (H, W, 3). Ask for .frame(key)."""
+        path = self.find(key)
+        with open(path, "rb") as f:
+            return decode(f.read(), f"the frame {path} (copy it again, or remove its record)")
+
+    def find(self, path):
+        """An image path of a record -> a file that exists."""
+        root, parts = self.image_root or os.path.dirname(self.json_path) or ".", path.split("/")
+        tries = [path] + [os.path.join(root, *parts[k:]) for k in range(len(parts))]
+        found = next((p for p in tries if os.path.isfile(p)), None)
+        if found is None:
+            raise UserError(f"the frame {path} of {self.json_path} is not there (last looked for "
+                            f"below {root}); give the folder of the pictures: --image-root")
+        return found
+
+
+# ---------------------------------------------------------------- to and from other formats
+
+
+def export_sharegpt(data, folder, nav):
+    """Write a VlnEgo as picture files and the JSON that LLaMA-Factory reads. -> number of records
+
+    Writes <folder>/vln_ego.json, dataset_info.json (LLaMA-Factory's register) and images/<walk>/.
+    Picture files are the recording's own bytes. One record a line: R2R's train split is gigabytes.
+    """
+    from model import window_prompt  # brings torch: only for this
+    phrases, n = action_phrases(nav["turn_deg"], nav["forward_m"]), 0
+    suffix = "." + data.meta["image_format"]
+    for walk_id, walk in data.walks.items():
+        os.makedirs(f"{folder}/images/{walk_id}", exist_ok=True)
+        for t in range(len(walk["actions"])):
+            with open(f"{folder}/images/{walk_id}/{t:04d}{suffix}", "wb") as f:
+                f.write(data.frame_bytes((walk_id, t)))
+    with open(f"{folder}/vln_ego.json.tmp", "w", encoding="utf-8") as f:
+        for d in (data.decision(i, t, nav) for i in range(len(data)) for t in data.steps(i)):
+            human = window_prompt(d.instruction, len(d.frames) - 1, nav)
+            f.write(("[\n" if n == 0 else ",\n") + json.dumps({
+                "conversations": [{"from": "human", "value": human},
+                                  {"from": "gpt", "value": write_plan(d.plan, phrases)}],
+                "images": [f"images/{walk_id}/{t:04d}{suffix}" for walk_id, t in d.frames]}))
+            n += 1
+        f.write("\n]\n" if n else "[]\n")
+    os.replace(f"{folder}/vln_ego.json.tmp", f"{folder}/vln_ego.json")
+    write_text(f"{folder}/dataset_info.json", json.dumps({"vln_ego": {
+        "file_name": "vln_ego.json", "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "images": "images"}}}, indent=1) + "\n")
+    return n
+
+
+def released_walks(folder, split):
+    """Walks of the released VLN-Ego (ep_*/traj_*/action_list.json) at or below folder.
+
+    -> (walks, rows of episodes.jsonl), by episode number. The files name no scene and no poses.
+    """
+    found = sorted((os.path.abspath(root) for root, _, files in os.walk(folder)
+                    if "action_list.json" in files),
+                   key=lambda root: ([int(n) for n in re.findall(r"\d+", root)], root))
+    if not found:
+        raise UserError(f"no action_list.json at or below {folder}; --import-walk wants a folder "
+                        "ep_*/traj_*/ of the released VLN-Ego, or one that holds such folders")
+    walks, rows = [], []
+    for root in found:
+        episode, trajectory = root.split(os.sep)[-2:]
+        walks.append({"walk_id": f"{episode}-{trajectory}", "folder": root, "actions": None,
+                      "episode": {"scene_id": None, "trajectory_id": trajectory}})
+        try:
+            with open(f"{root}/instruction.txt", encoding="utf-8") as f:
+                rows.append({"episode_id": episode, "walk_id": f"{episode}-{trajectory}",
+                             "instruction": " ".join(f.read().split()), "split": split})
+        except (OSError, ValueError) as error:
+            raise UserError(f"{root}/instruction.txt cannot be read ({error}); copy it again, or "
+                            "remove that folder") from None
+    return walks, rows
+
+
+def import_shard(name, walks, out):
+    """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
+    shard = Shard(out, name)
+    for walk in walks:
+        try:
+            with open(f"{walk['folder']}/action_list.json", encoding="utf-8") as f:
+                actions = json.load(f)
+            pictures = []
+            for t in range(len(actions)):                       # frame t: before action t, as ours
+                with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:
+                    pictures.append(f.read())
+                decode(pictures[-1], f"{walk['folder']}/step_{t}.jpg")
+            if actions[-1:] != [STOP] or not set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}:
+                raise UserError(f"{walk['folder']}/action_list.json must be 1, 2, 3 and a last 0")
+            shard.add({"walk_id": walk["walk_id"], **walk["episode"], "actions": actions},
+                      pictures, "jpg")
+        except (OSError, ValueError, UserError) as error:
+            shard.skip(walk["walk_id"], "damaged", str(error))
+    shard.commit()
+
+
+# ---------------------------------------------------------------- the run, top to bottom
+
+
+def open_folder(out, settings):
+    """Make the folder, or go on in one that was begun with the same flags on the same input."""
+    try:
+        for folder in ("frames", "rows"):
+            os.makedirs(f"{out}/{folder}", exist_ok=True)
+        if not os.path.exists(f"{out}/recording.json"):
+            write_text(f"{out}/recording.json", json.dumps(settings, indent=1) + "\n")
+        with open(f"{out}/recording.json", encoding="utf-8") as f:
+            begun = json.load(f)
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error}); give another --out") from None
+    other = [k for k in settings if begun.get(k) != settings[k]]
+    if other:
+        raise UserError(f"{out} was begun with other settings (see {', '.join(other)} in its "
+                        "recording.json); give another --out, or delete that folder")
+
+
+def finish(out, order, shards, episodes, meta):
+    """Put the shards' rows together in the episodes' order, write meta.json last, and tell."""
+    rows = {}
+    for name in shards:
+        rows.update((row["walk_id"], row) for row in read_lines(f"{out}/rows/{name}.jsonl"))
+    walks = [rows[walk_id] for walk_id in order if "skipped" not in rows[walk_id]]
+    lost = [rows[walk_id] for walk_id in order if "skipped" in rows[walk_id]]
+    episodes = [episode for episode in episodes if "skipped" not in rows[episode["walk_id"]]]
+    count = Counter(a for walk in walks for a in walk["actions"])
+    frames, skipped = count.total(), Counter(row["skipped"] for row in lost)
+    mix = {"forward": count[FORWARD], "left": count[LEFT], "right": count[RIGHT],
+           "stop": count[STOP]}
+    drift = max((walk["drift_m"] for walk in walks if "drift_m" in walk), default=None)
+    write_lines(f"{out}/walks.jsonl", walks)
+    write_lines(f"{out}/episodes.jsonl", episodes)
+    write_text(f"{out}/meta.json", json.dumps({
+        "version": VERSION, "generator": f"make_data.py {VERSION}", **meta,
+        "episodes": len(episodes), "walks": len(walks), "frames": frames, "actions": mix,
+        "max_drift_m": drift, "skipped": dict(sorted(skipped.items()))}, indent=1) + "\n")
+
+    size = sum(os.path.getsize(f"{out}/frames/{name}.zip") for name in shards)
+    print(f"{out}: {len(episodes):,} episodes over {len(walks):,} walks, {frames:,} frames, "
+          f"{size / 1e6:,.1f} MB in {len(shards)} zips")
+    print("actions: " + ", ".join(f"{k} {n / max(frames, 1):.1%}" for k, n in mix.items()))
+    if drift is not None:
+        print(f"replayed positions: at most {drift:.3f} m from the ground truth's")
+    print(f"skipped: {len(lost)} of {len(order):,} walks" +
+          "".join(f"; {reason}: {n}" for reason, n in sorted(skipped.items())))
+    if len(lost) > 0.01 * len(order):
+        first = f"{lost[0]['walk_id']}: {lost[0]['skipped']}: {lost[0]['detail']}"
+        raise UserError(f"{len(lost)} of {len(order)} walks were skipped, more than 1%; the first "
+                        f"is {first}; what is good is in {out}; mend the cause, delete that folder "
+                        "and record again")
+
+
+def main(args):
+    out = f"{args.out}/{args.split}"
+    robot = ROBOTS[args.robot]
+    given = {k: getattr(args, k, None) for k in robot}
+    robot = {**robot, **{k: v for k, v in given.items() if v is not None}}
+
+    # 1. another format out of a recording that is there
+    if args.export_sharegpt:
+        from model import NAV
+        data, keys = VlnEgo(out), ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
+        nav = {**NAV, **{k: data.meta["robot"][k] for k in keys}, "horizon": args.horizon,
+               "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
+        n = export_sharegpt(data, args.export_sharegpt, nav)
+        print(f"{args.export_sharegpt}/vln_ego.json: {n:,} records of {len(data):,} episodes")
+        return
+
+    # 2. what there is to do, and whether the flags fit it
+    if not 0 <= args.noise < 1 or min(args.noise_copies, args.sims, args.horizon) < 1:
+        raise UserError("--noise is below 1; --noise-copies, --sims and --horizon are 1 or more")
+    args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
+    if args.import_walk:
+        if args.robot == "houses":
+            raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")
+        walks, rows = released_walks(args.import_walk, args.split)
+        args.image_format, flags = "jpg", ("split", "shard_walks")
+    else:
+        episodes = read_episodes(args.episodes, args.split)[:args.limit]
+        truths = read_ground_truth(args.episodes, args.split) if args.expert == "replay" else {}
+        walks, rows = plan_walks(episodes, truths, args)
+        check_turn_deg(walks, robot["turn_deg"])
+        scenes = args.scenes or (f"{args.episodes}/scenes" if args.sim == "house"
+                                 else "data/scene_datasets")
+        missing = [scene for scene in sorted({e["scene_id"] for e in episodes})
+                   if not os.path.isfile(os.path.join(scenes, scene))]
+        if missing:
+            raise UserError(f"{len(missing)} scenes are missing below {scenes}, the first is "
+                            f"{missing[0]}; give the folder that holds them: --scenes")
+        flags = ("split", "sim", "expert", "noise", "noise_copies", "horizon", "max_steps", "seed",
+                 "success_m", "max_drift", "image_format", "jpeg_quality", "objects",
+                 "shard_walks")
+    shards = make_shards(walks, args.shard_walks)
+    settings = {k: getattr(args, k) for k in flags}
+    settings["input_crc32"] = zlib.crc32(json.dumps(
+        [[walk["walk_id"], walk["episode"], walk["actions"]] for walk in walks]).encode())
+    open_folder(out, {**settings, "robot": robot})
+    todo = [name for name in shards if not (os.path.exists(f"{out}/frames/{name}.zip")
+                                            and os.path.exists(f"{out}/rows/{name}.jsonl"))]
+    print(f"{out}: {len(walks):,} walks in {len(shards)} shards, {len(shards) - len(todo)} of them "
+          "there already", flush=True)
+
+    # 3. walk, or copy
+    if args.import_walk:
+        for name in todo:
+            import_shard(name, shards[name], out)
+    elif todo:
+        sims = min(args.sims, len(todo))
+        with ThreadPoolExecutor(os.cpu_count()) as threads, \
+                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout) as pool:
+            drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
+                               for name in todo))
+
+    # 4. one table out of many, and the account
+    finish(out, [walk["walk_id"] for walk in walks], shards, rows, {
+        "dataset": args.robot, "split": args.split, "robot": robot,
+        "image_format": args.image_format, "args": settings})
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,533 @@
+"""Recording, resuming, checking and reading VLN-Ego; mostly over a simulator made of arithmetic."""
+import doctest
+import gzip
+import io
+import json
+import math
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lsm
+import make_data
+from make_data import ShareGpt, VlnEgo, read_episodes, read_ground_truth, window
+from reward import UserError
+from sim import HouseSim, SimDied, SimError
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+NAV = {"turn_deg": 30, "forward_m": 0.25, "horizon": 6,
+       "memory": {"name": "lsm", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4}}
+WALKS = [[2, 2, 1, 1, 3, 1, 0], [1, 3, 1, 0], [3] * 6 + [1] * 15 + [0], [1, 1, 0], [2, 1, 2, 1, 0]]
+
+# ---------------------------------------------------------------- a world of arithmetic
+
+
+def dead_reckon(actions, turn_deg=30):
+    """Actions from the origin, facing -z -> poses (T, 7) before each action, locations."""
+    x = z = yaw = 0.0
+    poses, locations = [], [[0.0, 0.0, 0.0]]
+    for a in actions:
+        half = math.radians(yaw) / 2
+        poses.append([x, 0.0, z, 0.0, math.sin(half), 0.0, math.cos(half)])
+        yaw += {2: turn_deg, 3: -turn_deg}.get(a, 0)
+        if a == 1:
+            x -= 0.25 * math.sin(math.radians(yaw))
+            z -= 0.25 * math.cos(math.radians(yaw))
+            locations.append([x, 0.0, z])
+    return poses, locations
+
+
+def picture(walk_id_number, t):
+    """A frame that knows where it was taken: (8, 8, 3), constant."""
+    return np.full((8, 8, 3), (walk_id_number, t, 7), dtype=np.uint8)
+
+
+class FakePool:
+    """SimPool's three methods over dead_reckon. Replies in a random order; dies when told to."""
+    turn_deg, distance, drift = 30, 0.1, 0.0
+
+    def __init__(self, kind, robot, scenes_dir, sims, sim_python, timeout_s):
+        self.jobs, self.random = {}, random.Random(sims)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, i, verb, episode, actions, noise, seed, waypoints, horizon, max_steps,
+               objects):
+        assert verb == "record" and i not in self.jobs, "one outstanding request per simulator"
+        self.jobs[i] = (episode, actions, noise)
+
+    def wait_any(self):
+        i = self.random.choice(sorted(self.jobs))
+        episode, actions, noise = self.jobs.pop(i)
+        number = int(episode["trajectory_id"])
+        self.log.append(number)
+        if self.deaths.get(number, 0):
+            self.deaths[number] -= 1
+            return i, SimDied(f"simulator {i} died")
+        if number in self.refused:
+            return i, SimError("no such navmesh")
+        actions = actions or WALKS[number]
+        labels = ["".join(map(str, window(actions, t, 6))) for t in range(len(actions))]
+        labels[1] = ""                                          # as if amid a push
+        poses = np.asarray(dead_reckon(actions, self.turn_deg)[0])
+        poses[:, 0] += self.drift
+        frames = np.stack([picture(number, t) for t in range(len(actions))])
+        return i, {"frames": frames, "actions": actions, "poses": poses,
+                   "labels": labels if noise else None, "distance_to_goal": self.distance}
+
+
+@pytest.fixture
+def pool(monkeypatch):
+    """make_data with the fake simulators, reset for each test."""
+    fake = type("Fake", (FakePool,), {"deaths": {}, "refused": set(), "log": []})
+    monkeypatch.setattr(make_data, "SimPool", fake)
+    return fake
+
+
+def write_gz(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with gzip.open(path, "wt") as f:
+        json.dump(data, f)
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Five walks in two scenes, the first with three instructions, the others with one."""
+    episodes, truths = [], {}
+    for n in [0, 1, 0, 2, 3, 4, 0]:
+        scene = f"houses/h{n % 2}/h{n % 2}.glb"
+        number = len(episodes) + 1
+        episodes.append({
+            "episode_id": number, "trajectory_id": n, "scene_id": scene,
+            "start_position": [0.0, 0.0, 0.0], "start_rotation": [0.0, 0.0, 0.0, 1.0],
+            "goals": [{"position": [0, 0, -1], "radius": 1.0}],
+            "reference_path": [[0, 0, 0], [0, 0, -1]], "info": {"geodesic_distance": 1.0},
+            "instruction": {"instruction_text": f" Walk {number}\n times. ",
+                            "instruction_tokens": [1]}})
+        truths[str(number)] = {"actions": WALKS[n], "locations": dead_reckon(WALKS[n])[1],
+                               "forward_steps": WALKS[n].count(1)}
+        os.makedirs(tmp_path / "scenes" / os.path.dirname(scene), exist_ok=True)
+        (tmp_path / "scenes" / scene).touch()
+    write_gz(f"{tmp_path}/train/train.json.gz", {"episodes": episodes, "instruction_vocab": {}})
+    write_gz(f"{tmp_path}/train/train_gt.json.gz", truths)
+    return tmp_path
+
+
+def record(world, out, *flags):
+    args = make_data.parse_args(["--episodes", str(world), "--out", str(out), "--shard-walks", "2",
+                                 *map(str, flags)])
+    make_data.main(args)
+    return VlnEgo(f"{out}/train")
+
+
+def tree(folder):
+    """All files below a folder -> {relative path: bytes}."""
+    found = {}
+    for root, _, files in os.walk(folder):
+        for name in files:
+            with open(os.path.join(root, name), "rb") as f:
+                found[os.path.relpath(os.path.join(root, name), folder)] = f.read()
+    return found
+
+
+# ---------------------------------------------------------------- recording
+
+
+def test_doctests():
+    assert doctest.testmod(make_data).failed == 0
+
+
+def test_window():
+    assert window([1, 2, 0], 0, 6) == [1, 2, 0, 0, 0, 0]
+    assert window([1, 2, 3, 1, 2, 3, 1, 0], 0, 6) == [1, 2, 3, 1, 2, 3]
+    assert window([1, 0], 1, 6) == [0] * 6
+
+
+def test_a_walk_is_stored_once_and_says_what_was_seen(world, pool, capsys):
+    data = record(world, world / "out")
+    assert sorted(pool.log) == [0, 1, 2, 3, 4], "seven episodes, five walks"
+    assert [e["walk_id"] for e in data.episodes] == [
+        "h0-0", "h1-1", "h0-0", "h0-2", "h1-3", "h0-4", "h0-0"]
+    assert data.episodes[2] == {"episode_id": 3, "walk_id": "h0-0", "split": "train",
+                                "instruction": "Walk 3 times."}
+    assert list(data.walks) == ["h0-0", "h1-1", "h0-2", "h1-3", "h0-4"], "the episodes' order"
+    walk = data.walks["h0-0"]
+    assert walk["actions"] == WALKS[0] and len(walk["poses"]) == 7 and "labels" not in walk
+    meta = data.meta
+    assert (meta["episodes"], meta["walks"], meta["frames"]) == (7, 5, sum(map(len, WALKS)))
+    assert meta["actions"] == {name: sum(w.count(a) for w in WALKS) for a, name in
+                               ((1, "forward"), (2, "left"), (3, "right"), (0, "stop"))}
+    assert meta["robot"]["turn_deg"] == 30 and meta["skipped"] == {} and meta["max_drift_m"] == 0
+    told = capsys.readouterr().out
+    for words in ("7 episodes over 5 walks, 41 frames", "forward 58.5%", "skipped: 0 of 5",
+                  "at most 0.000 m"):
+        assert words in told
+
+    assert data.steps(0) == list(range(7))
+    long = next(i for i, e in enumerate(data.episodes) if e["walk_id"] == "h0-2")
+    for t in data.steps(long):
+        d = data.decision(long, t, NAV)
+        assert d.plan == tuple(window(WALKS[2], t, 6)) and len(d.plan) == 6
+        assert [k[1] for k in d.frames] == [*lsm.pick_frames(t, **NAV["memory"]), t]
+        assert d.instruction == "Walk 4 times." and d.prompt is None
+    for key in d.frames:
+        frame = data.frame(key)
+        assert frame.dtype == np.uint8 and np.array_equal(frame, picture(2, key[1]))
+    with zipfile.ZipFile(f"{world}/out/train/{walk['shard']}") as z:
+        assert all(info.compress_type == zipfile.ZIP_STORED and info.date_time[0] == 1980
+                   for info in z.infolist())
+        assert "h0-0/0006.png" in z.namelist()
+
+
+def test_files_do_not_depend_on_the_simulators(world, pool):
+    record(world, world / "a", "--sims", 1, "--noise", 0.1)
+    record(world, world / "b", "--sims", 3, "--noise", 0.1)
+    assert tree(world / "a") == tree(world / "b")
+
+
+def test_noisy_copies_are_labelled_from_the_very_state(world, pool):
+    data = record(world, world / "out", "--noise", 0.2, "--noise-copies", 2)
+    assert len(data) == 7 * 3 and len(data.walks) == 5 * 3
+    assert [e["walk_id"] for e in data.episodes[:3]] == ["h0-0", "h0-0-n1", "h0-0-n2"]
+    assert data.steps(0) == list(range(7))
+    assert data.steps(1) == [0, 2, 3, 4, 5, 6], "step 1 was amid a push: no label"
+    assert data.decision(1, 2, NAV).plan == (1, 1, 3, 1, 0, 0)
+    assert data.decision(1, 2, {**NAV, "horizon": 3}).plan == (1, 1, 3)
+    with pytest.raises(UserError, match="--horizon 8"):
+        data.decision(1, 2, {**NAV, "horizon": 8})
+
+
+def test_a_walk_is_begun_again_when_its_simulator_dies(world, pool):
+    clean = tree(record(world, world / "a").folder)
+    pool.deaths, pool.log = {0: 2, 3: 1}, []
+    assert tree(record(world, world / "b").folder) == clean
+    assert sorted(pool.log) == [0, 0, 0, 1, 2, 3, 3, 4]
+
+
+def test_skipped_walks_are_counted_and_more_than_one_percent_is_an_error(world, pool):
+    pool.deaths, pool.refused = {0: 99}, {1}
+    with pytest.raises(UserError, match="2 of 5 walks were skipped, more than 1%"):
+        record(world, world / "out")
+    data = VlnEgo(world / "out" / "train")                      # what is good was written
+    assert data.meta["skipped"] == {"the simulator died on it": 1, "the simulator refused it": 1}
+    assert sorted(data.walks) == ["h0-2", "h0-4", "h1-3"] and len(data) == 3
+
+
+@pytest.mark.parametrize("what, reason", [
+    ({"distance": 1.0}, "ended 1 m or more from the goal"),
+    ({"distance": float("inf")}, "the goal cannot be reached"),
+    ({"drift": 0.3}, "left the ground truth's way")])
+def test_it_checks_its_labels(world, pool, what, reason):
+    for name, value in what.items():
+        setattr(pool, name, value)
+    with pytest.raises(UserError, match=reason):
+        record(world, world / "out")
+    assert VlnEgo(world / "out" / "train").meta["skipped"] == {reason: 5}
+
+
+def test_turn_angle_is_asserted_before_and_after(world, pool):
+    with pytest.raises(UserError, match="turns 15 degrees.* turns of 30"):
+        record(world, world / "out", "--turn-deg", 15)
+    assert pool.log == []
+    pool.turn_deg = 15
+    with pytest.raises(UserError, match="turned the simulator by 15.0"):
+        record(world, world / "out")
+
+
+def test_resume_after_a_crash_gives_the_same_files(world, pool, monkeypatch):
+    whole = tree(record(world, world / "a").folder)
+    answer = pool.wait_any
+
+    def crash(self):
+        if len(self.log) == 3:
+            raise KeyboardInterrupt
+        return answer(self)
+    pool.log = []
+    monkeypatch.setattr(pool, "wait_any", crash)
+    with pytest.raises(KeyboardInterrupt):
+        record(world, world / "b", "--sims", 1)
+    assert os.path.exists(world / "b/train/frames/0000.zip")
+    assert not os.path.exists(world / "b/train/meta.json")
+    with pytest.raises(UserError, match="not a finished VLN-Ego folder"):
+        VlnEgo(world / "b" / "train")
+    pool.log = []
+    monkeypatch.setattr(pool, "wait_any", answer)
+    assert tree(record(world, world / "b").folder) == whole
+    assert len(pool.log) == 3, "the first shard's two walks were not walked again"
+
+    with pytest.raises(UserError, match="other settings .see seed in"):
+        record(world, world / "b", "--seed", 1)
+
+
+# ---------------------------------------------------------------- bad input, in a sentence
+
+
+def test_bad_episode_files(world):
+    path = f"{world}/train/train.json.gz"
+    with pytest.raises(UserError, match="no episodes of split 'dev'"):
+        read_episodes(world, "dev")
+    data = gzip.open(path).read()
+
+    def rewritten(change):
+        episodes = json.loads(data)
+        change(episodes)
+        write_gz(path, episodes)
+    with open(path, "rb") as f:
+        whole = f.read()
+    with open(path, "wb") as f:
+        f.write(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="train.json.gz is truncated"):
+        read_episodes(world, "train")
+    with open(path, "wb") as f:
+        f.write(b"not gzip")
+    with pytest.raises(UserError, match="not gzip"):
+        read_episodes(world, "train")
+    with gzip.open(path, "wt") as f:
+        f.write("{oops")
+    with pytest.raises(UserError, match="not JSON"):
+        read_episodes(world, "train")
+    for field in ("episode_id", "scene_id", "start_position", "start_rotation", "goals"):
+        rewritten(lambda d, field=field: d["episodes"][3].pop(field))
+        with pytest.raises(UserError, match=f"train.json.gz: episode .* no good '{field}'"):
+            read_episodes(world, "train")
+    rewritten(lambda d: d["episodes"][3]["instruction"].pop("instruction_text"))
+    with pytest.raises(UserError, match="'instruction_text'"):
+        read_episodes(world, "train")
+    path = f"{world}/train/train_gt.json.gz"
+    truths = read_ground_truth(world, "train")
+    truths["2"]["actions"].pop()
+    write_gz(path, truths)
+    with pytest.raises(UserError, match="'actions' of 2"):
+        read_ground_truth(world, "train")
+
+
+def test_rxr_files_are_read(tmp_path):
+    episode = {"episode_id": "17", "trajectory_id": "9", "scene_id": "mp3d/a/a.glb",
+               "start_position": [0, 0, 0], "start_rotation": [0, 0, 0, 1], "goals": [{}],
+               "instruction": {"instruction_text": "go", "language": "en-IN",
+                               "timed_instruction": [{"start_time": math.nan}]}}
+    write_gz(f"{tmp_path}/val_seen/val_seen_guide.json.gz", {"episodes": [episode]})
+    write_gz(f"{tmp_path}/val_seen/val_seen_guide_gt.json.gz",
+             {"17": {"actions": [0], "locations": [[0, 0, 0]]}})
+    (read,) = read_episodes(tmp_path, "val_seen")
+    assert read["episode_id"] == "17" and read["instruction"]["language"] == "en-IN"
+    assert list(read_ground_truth(tmp_path, "val_seen")) == ["17"]
+
+
+def test_missing_scene_and_unwritable_folder(world, pool):
+    os.remove(world / "scenes/houses/h1/h1.glb")
+    with pytest.raises(UserError, match="1 scenes are missing .* houses/h1/h1.glb.* --scenes"):
+        record(world, world / "out")
+    (world / "scenes/houses/h1/h1.glb").touch()
+    (world / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        record(world, world / "file")
+
+
+def test_a_split_without_goals_cannot_be_recorded(world, pool):
+    episodes = read_episodes(world, "train")
+    for episode in episodes:
+        del episode["goals"]
+    write_gz(f"{world}/test/test.json.gz", {"episodes": episodes})
+    with pytest.raises(UserError, match="episode 1 has no goals"):
+        record(world, world / "out", "--split", "test", "--expert", "walk")
+
+
+def test_exit_status_two(world):
+    done = subprocess.run([sys.executable, "make_data.py", "--episodes", str(world),
+                           "--split", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("make_data.py: error: no episodes")
+    assert "Traceback" not in done.stderr
+
+
+def test_damaged_recording(world, pool):
+    data = record(world, world / "out", "--image-format", "jpg")
+    path = f"{data.folder}/{data.walks['h0-0']['shard']}"
+    with open(path, "rb") as f:
+        whole = f.read()
+    with open(path, "wb") as f:
+        f.write(whole[:-100])
+    with pytest.raises(UserError, match=r"0000.zip, frame 0 of walk h0-0"):
+        data.frame(("h0-0", 0))
+    with pytest.raises(UserError, match="truncated or not a picture"):
+        make_data.decode(pictures_jpg()[:-200], "here")
+    os.remove(path)
+    with pytest.raises(UserError, match="made anew"):
+        data.frame(("h0-0", 0))
+    record(world, world / "out", "--image-format", "jpg")       # as the sentence promises
+    with open(path, "rb") as f:
+        assert f.read() == whole
+
+
+def pictures_jpg():
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_readers_travel_to_other_processes_and_forget(world, pool, monkeypatch):
+    data = record(world, world / "out")
+    data.frame(("h0-0", 1))
+    other = pickle.loads(pickle.dumps(data))
+    assert other.zips == {} and np.array_equal(other.frame(("h0-0", 1)), picture(0, 1))
+    monkeypatch.setattr(make_data, "CACHE_BYTES", 3 * 56 * 56 * 3)
+    data = VlnEgo(data.folder)
+    for t in range(20):
+        assert np.array_equal(data.frame(("h0-2", t)), picture(2, t))
+    assert data.frame(("h0-2", 19)) is data.frame(("h0-2", 19)), "decoded once"
+    assert data.frame.cache_info().currsize == 3
+
+
+# ---------------------------------------------------------------- ShareGPT
+
+
+def test_sharegpt_there_and_back(world, pool):
+    pytest.importorskip("torch")
+    data = record(world, world / "out")
+    make_data.main(make_data.parse_args(["--out", f"{world}/out", "--memory-budget", "4",
+                                         "--export-sharegpt", f"{world}/share"]))
+    read = ShareGpt(f"{world}/share/vln_ego.json")
+    assert len(read) == sum(len(data.steps(i)) for i in range(len(data)))
+    assert read.meta["robot"] == {"turn_deg": 30.0, "forward_m": 0.25}
+    pairs = [(i, t) for i in range(len(data)) for t in data.steps(i)]
+    nav = {**NAV, "memory": {**NAV["memory"], "budget": 4}}
+    for k, (i, t) in enumerate(pairs):
+        ours, theirs = data.decision(i, t, nav), read.decision(k, 0, nav)
+        assert theirs.plan == ours.plan and ours.instruction in theirs.prompt
+        assert [data.frame_bytes(key) for key in ours.frames] == [
+            open(read.find(key), "rb").read() for key in theirs.frames]
+        assert np.array_equal(read.frame(theirs.frames[-1]), data.frame(ours.frames[-1]))
+    with open(f"{world}/share/dataset_info.json") as f:
+        assert json.load(f)["vln_ego"]["file_name"] == "vln_ego.json"
+
+
+def test_sharegpt_bad_records(tmp_path):
+    def written(images, marks=1, turns=("human", "gpt")):
+        record = {"conversations": [{"from": turn, "value": "<image>" * marks if turn == "human"
+                                     else "D. Stop"} for turn in turns], "images": images}
+        with open(tmp_path / "x.json", "w") as f:
+            json.dump([record], f)
+        return ShareGpt(tmp_path / "x.json")
+    with pytest.raises(UserError, match="record 0 has 2 <image> in its words and 1 images"):
+        written(["a.jpg"], marks=2)
+    with pytest.raises(UserError, match="record 0 has the turns"):
+        written(["a.jpg"], turns=("human", "gpt", "human"))
+    data = written(["VLN-Ego/data/ep_1/a.jpg"])
+    assert data.decision(0, 0, NAV).plan == (0, None, None, None, None, None)
+    with pytest.raises(UserError, match="ep_1/a.jpg .*--image-root"):
+        data.frame("VLN-Ego/data/ep_1/a.jpg")
+    os.makedirs(tmp_path / "ep_1")
+    (tmp_path / "ep_1/a.jpg").write_bytes(pictures_jpg())
+    assert data.frame("VLN-Ego/data/ep_1/a.jpg").shape == (32, 32, 3)
+    (tmp_path / "ep_1/b.jpg").write_bytes(pictures_jpg()[:-200])
+    with pytest.raises(UserError, match="ep_1/b.jpg .copy it again.*truncated"):
+        data.frame("ep_1/b.jpg")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        ShareGpt(tmp_path / "none.json")
+
+
+# ---------------------------------------------------------------- the real simulator, two houses
+
+
+@pytest.fixture(scope="module")
+def houses(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("houses")
+    subprocess.run([sys.executable, "houses.py", "--out", str(folder), "--level", "1",
+                    "--train-houses", "2", "--walks-per-house", "12", "--unseen-houses", "1",
+                    "--val-episodes", "2", "--jobs", "1"], cwd=ROOT, check=True, timeout=120,
+                   capture_output=True)
+    return folder
+
+
+def command(houses, out, *flags):
+    return [sys.executable, "make_data.py", "--episodes", str(houses), "--out", str(out),
+            "--shard-walks", "2", "--noise", "0.1", *flags]
+
+
+def begin(houses, out):
+    """Start a recording, and wait until one shard is done (of a dozen)."""
+    process = subprocess.Popen(command(houses, out), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (os.path.isdir(f"{out}/train/frames")
+               and any(f.endswith(".zip") for f in os.listdir(f"{out}/train/frames"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    return process
+
+
+def children(pid):
+    """Process ids whose parent is pid, from /proc."""
+    found = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{name}/stat") as f:
+                if int(f.read().rsplit(")", 1)[1].split()[1]) == pid:
+                    found.append(int(name))
+        except OSError:                                         # it ended meanwhile
+            pass
+    return found
+
+
+def test_two_houses_recorded_killed_and_recorded_on(houses, tmp_path):
+    done = subprocess.run(command(houses, tmp_path / "a", "--sims", "1"), cwd=ROOT, text=True,
+                          capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "skipped: 0 of" in done.stdout and "at most 0.00" in done.stdout
+    whole = tree(tmp_path / "a")
+
+    process = begin(houses, tmp_path / "b")
+    process.kill()                                              # SIGKILL: no chance to tidy up
+    process.wait()
+    assert not os.path.exists(tmp_path / "b/train/meta.json"), "it was killed in mid-run"
+    subprocess.run(command(houses, tmp_path / "b"), cwd=ROOT, check=True, timeout=120,
+                   stdout=subprocess.DEVNULL)
+    assert tree(tmp_path / "b") == whole, "bit for bit, and with two simulators as with one"
+
+    process = begin(houses, tmp_path / "c")
+    os.kill(children(process.pid)[0], signal.SIGKILL)           # a simulator; its walk begins again
+    assert process.wait(timeout=120) == 0
+    assert tree(tmp_path / "c") == whole
+
+
+def test_frames_and_labels_are_the_simulators(houses, tmp_path):
+    """Clean walks: walking the labels shows the frames and ends at the goal. Noisy copies: from
+    every recorded pose that has a label, the expert of the simulator walks that label."""
+    make_data.main(make_data.parse_args(["--episodes", str(houses), "--out", str(tmp_path),
+                                         "--limit", "3", "--sims", "1", "--noise", "0.2"]))
+    data = VlnEgo(tmp_path / "train")
+    sim = HouseSim(data.meta["robot"], f"{houses}/scenes")
+    episodes = {e["episode_id"]: e for e in read_episodes(houses, "train")}
+    pushed = 0
+    for i, row in enumerate(data.episodes):
+        walk = data.walks[row["walk_id"]]
+        sim.reset(episodes[row["episode_id"]])
+        pushed += len(walk["actions"]) - len(data.steps(i))
+        for t in data.steps(i):
+            d, pose = data.decision(i, t, NAV), walk["poses"][t]
+            if "labels" in walk:
+                sim.set_pose(pose[:3], pose[3:])
+                assert np.array_equal(data.frame(d.frames[-1]), sim.observe())
+                for action in d.plan[:d.plan.index(0) + 1 if 0 in d.plan else None]:
+                    assert action == sim.expert_action()
+                    if action:
+                        sim.act(action)
+                continue
+            assert np.array_equal(data.frame(d.frames[-1]), sim.observe())
+            if d.plan[0]:
+                sim.act(d.plan[0])
+        assert "labels" in walk or sim.state()["distance_to_goal"] < 1.0
+    assert pushed > 0
