@@ -1,0 +1,834 @@
+"""
+Closed-loop evaluation: let the policy walk, and measure how well it followed the words.
+
+Each robot stands in a simulator of its own. It looks, the policy writes its next six actions, it
+carries out the first --execute of them and looks again, until it says stop or has used up its 500
+steps. All robots that stand waiting are answered in one batch while the others walk on.
+
+What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to the goal:
+    NE    distance_to_goal   d at the last pose, metres
+    TL    path_length        sum of the Euclidean steps, metres
+    SR    success            STOP was called, by a readable answer, and d < radius, strictly
+    OS    oracle_success     d < radius at any pose, the start included; no STOP needed
+    SPL   spl                success * L / max(L, TL), where L is d at the start
+    nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
+    SDTW  sdtw               success * ndtw
+A distance that is not finite never becomes a score: the episode is "unreachable". A simulator that
+fails is an "error". Both are counted apart, and every episode asked for must have its row.
+
+Run it
+    python evaluate.py --split val_unseen                       # ckpt/grpo if there, else ckpt/sft
+    python evaluate.py --split val_unseen --agent oracle        # the expert; or random|forward|stop
+    python evaluate.py --split val_unseen --blank-frames        # does it look?
+    python evaluate.py --split val_unseen --shuffle-instructions    # does it read?
+    python evaluate.py --compare results/sft_val_unseen results/grpo_val_unseen
+    torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
+
+Reads    --ckpt  weights and nav.json, the contract to act by;  --episodes  and  --scenes
+Writes   --out   run.json         what is measured; a run with other settings is refused
+                 episodes.jsonl   one line per episode as it ends, sorted once all have ended
+                 results.json     means and bootstrap intervals (timing.json: how long it took)
+                 pictures/        per chosen episode a sheet (.png) and a film (.gif)
+Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The same command goes on,
+         and ends with the same files, bit for bit. One reservation: timing decides with whom a
+         robot is answered. That changes no plan, but rounding: two plans that are equally likely
+         within rounding may swap. The baselines know no such thing.
+
+[1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
+[2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446
+"""
+from __future__ import annotations
+
+import argparse
+import glob
+import hashlib
+import json
+import math
+import os
+import random
+import sys
+import textwrap
+import time
+from collections import Counter, deque
+from functools import partial
+from importlib import metadata
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from lsm import pick_frames
+from make_data import check_turn_deg, read_episodes, read_ground_truth
+from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
+from sim import ROBOTS, SimDied, SimPool
+
+EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
+            "rxr": "data/datasets/RxR_VLNCE_v0"}
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = p.add_argument_group("files").add_argument
+    add("--split", default="val_unseen")
+    add("--ckpt", help="checkpoint folder; default: ckpt/grpo if it is there, else ckpt/sft")
+    add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
+        "data set which the checkpoint names, " + EPISODES["houses"] + " for ours")
+    add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
+        "data/scene_datasets")
+    add("--out", help="default: results/<checkpoint or agent>_<split>")
+    add("--compare", nargs=2, metavar=("A", "B"), help="only print what results B gain over A")
+
+    add = p.add_argument_group("simulator").add_argument
+    add("--sim", choices=("house", "habitat"), default="house")
+    add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sims", type=int, default=8, help="robots walking at once, a process each")
+    add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
+    add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
+    add("--robot", choices=sorted(ROBOTS), help="body and camera; default: the data set's")
+    for name, value in ROBOTS["houses"].items():
+        if not isinstance(value, bool):
+            add("--" + name.replace("_", "-"), type=type(value), help="instead of the robot's")
+
+    add = p.add_argument_group("objective: who walks, how, and what counts").add_argument
+    add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
+    add("--execute", type=int, default=3, help="actions of a plan that are walked before the next "
+        "(VLN-R1 does not say how many); ours: half, between fresh eyes and speed")
+    add("--malformed", choices=("stop", "forward"), default="stop",
+        help="what an unreadable answer makes the robot do; never a random action")
+    add("--temperature", type=float, default=0.0,
+        help="0: greedy; above: sampled, from seeds that belong to episode and step")
+    add("--max-steps", type=int, default=500, help="VLN-CE's; STOP is a step")
+    add("--success-m", type=float, help="radius; default: goals[].radius in the data (R2R: 3.0). "
+        "3 m (or 1 m, if it is 3) is reported beside it")
+    add("--forward-steps", type=int, help="of --agent forward; default: the ground truth's mean")
+    add("--blank-frames", action="store_true", help="black pictures: does the policy look?")
+    add("--shuffle-instructions", action="store_true", help="another walk's words: does it read?")
+
+    add = p.add_argument_group("schedule").add_argument
+    add("--limit", type=int, help="so many episodes, spread evenly over the split")
+    add = p.add_argument_group("machine").add_argument
+    add("--device", help="default: cuda if there is one, else cpu")
+    add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
+    add("--threads", type=int, default=1, help="CPU threads per process")
+    add("--seed", type=int, default=0)
+    add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
+    add = p.add_argument_group("logging").add_argument
+    add("--pictures", type=how_many, default="none", help="of so many episodes, evenly spread: "
+        "none, all, or a number")
+    return p.parse_args(argv)
+
+
+def how_many(text):
+    return int({"none": 0, "all": sys.maxsize}.get(text, text))
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def path_length(path):
+    """TL: sum of Euclidean steps, metres. path (T, 3).
+
+    >>> path_length([[0, 0, 0], [3, 0, 4], [3, 0, 4], [3, 1, 4]])
+    6.0
+    """
+    return float(np.linalg.norm(np.diff(np.asarray(path, dtype=float), axis=0), axis=1).sum())
+
+
+def judge(distances, length, stopped, radius):
+    """SR, OS and SPL. distances: geodesic to the goal at each pose, the start first; length: TL.
+
+    Start 4 m away, walk 5 m, past a point 0.5 m from the goal, and stop 2 m from it:
+    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=True, radius=3.0)
+    {'success': 1.0, 'oracle_success': 1.0, 'spl': 0.8}
+    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=True, radius=2.0)            # strictly less
+    {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
+    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=False, radius=3.0)           # never said stop
+    {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
+    """
+    success = float(stopped and distances[-1] < radius)
+    longer = max(distances[0], length)
+    return {"success": success, "oracle_success": float(min(distances) < radius),
+            "spl": success * distances[0] / longer if longer > 0 else success}
+
+
+def dtw(a, b):
+    """Dynamic time warping: the cheapest monotone pairing of two paths, a (n, 3), b (m, 3), metres.
+
+    Exact. VLN-CE approximates it (fastdtw), never from below: its nDTW may be a trifle lower.
+    Each point of a on its twin, the last one on b's last two: 0 + 0 + 0 + 2.
+    >>> dtw([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]])
+    2.0
+    """
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    best = [0.0] + [math.inf] * len(b)                   # best[j]: a so far against b[:j]
+    for costs in np.linalg.norm(a[:, None] - b[None], axis=2).tolist():
+        row = [math.inf]
+        for j, cost in enumerate(costs):
+            row.append(cost + min(row[j], best[j], best[j + 1]))
+        best = row
+    return best[-1]
+
+
+def ndtw(path, reference, success_distance=3.0):
+    """exp(-DTW / (points of the reference * success_distance)) [3]. A pose that did not move adds
+    no point to the path.
+
+    One metre beside a reference of two points: exp(-2 / 6).
+    >>> reference = [[0, 0, 0], [2, 0, 0]]
+    >>> round(ndtw([[0, 0, 1], [0, 0, 1], [2, 0, 1]], reference), 4), ndtw(reference, reference)
+    (0.7165, 1.0)
+    """
+    moved = [p for t, p in enumerate(path) if t == 0 or list(p) != list(path[t - 1])]
+    return math.exp(-dtw(moved, reference) / (len(reference) * success_distance))
+
+
+def bootstrap(columns, resamples=2000, seed=0):
+    """{name: values (n,)} -> {name: {"mean", "ci": [2.5%, 97.5%]}}, percentile bootstrap.
+
+    The columns are resampled together. Episodes are drawn one by one: where three instructions
+    share a trajectory (R2R) the true interval is somewhat wider.
+    >>> bootstrap({"spl": [0.5, 0.5, 0.5]})
+    {'spl': {'mean': 0.5, 'ci': [0.5, 0.5]}}
+    """
+    values = np.array(list(columns.values()), dtype=float).T                    # (n, columns)
+    if not len(values):
+        return {name: {"mean": None, "ci": None} for name in columns}
+    dice = np.random.default_rng(seed)
+    means = [values[dice.integers(len(values), size=len(values))].mean(axis=0)
+             for _ in range(resamples)]
+    numbers = np.vstack([values.mean(axis=0), np.percentile(means, [2.5, 97.5], axis=0)])
+    return {name: {"mean": mean, "ci": ci}
+            for name, (mean, *ci) in zip(columns, numbers.T.round(6).tolist())}
+
+
+def paired_difference(a_rows, b_rows, metric="success", resamples=2000, seed=0):
+    """What b gains over a on the episodes that both have scored, with its paired interval.
+
+    Pairing takes out what makes an episode easy or hard for everybody.
+    >>> a = [{"episode_id": i, "success": 0.0} for i in range(4)]
+    >>> b = [{"episode_id": i, "success": 1.0} for i in range(1, 4)]
+    >>> paired_difference(a, b)
+    {'episodes': 3, 'a': 0.0, 'b': 1.0, 'difference': 1.0, 'ci': [1.0, 1.0]}
+    """
+    of_b = {str(row["episode_id"]): row[metric] for row in b_rows if metric in row}
+    pairs = [(row[metric], of_b[str(row["episode_id"])]) for row in a_rows
+             if metric in row and str(row["episode_id"]) in of_b]
+    found = bootstrap({"a": [a for a, _ in pairs], "b": [b for _, b in pairs],
+                       "difference": [b - a for a, b in pairs]}, resamples, seed)
+    return {"episodes": len(pairs), **{name: found[name]["mean"] for name in found},
+            "ci": found["difference"]["ci"]}
+
+
+# ---------------------------------------------------------------- one walk, and the loop
+
+
+class Walk:
+    """One episode under way: where the robot was, what it saw, said and did."""
+
+    def __init__(self, episode, instruction, filmed=False):
+        self.episode, self.instruction, self.filmed = episode, instruction, filmed
+        self.name = str(episode["episode_id"])
+        self.states = []        # the simulator's, one per pose, the start first
+        self.frames = []        # uint8 (H, W, 3) views that the policy has not encoded yet
+        self.film = []          # all views, if filmed
+        self.features = []      # one (tokens, hidden) tensor per encoded view
+        self.actions = []       # carried out so far, STOP included
+        self.answers = []       # (t, text, plan) per decision
+        self.end = self.error = self.map = None
+
+    def see(self, reply):
+        """A simulator's answer to "reset" or "step": new poses, and views if asked for."""
+        self.states += reply["states"] if "states" in reply else [reply["state"]]
+        views = [reply["frame"]] if "frame" in reply else list(reply.get("frames", ()))
+        self.frames += views
+        self.film += views if self.filmed else []
+
+
+def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None):
+    """Let every walk of the iterable `walks` end, `sims` at a time; yield each as it ends.
+
+    One loop for every agent. A robot is in its simulator, where a request is under way, or it is
+    `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
+    plan means: ask the simulator's expert. It is called as soon as half of the robots wait, so that
+    the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed" (an
+    unreadable answer was taken for stop), "max_steps", "unreachable" or "error". The episode of a
+    simulator that died begins again from its start.
+    """
+    todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
+    clock = Counter() if clock is None else clock
+
+    def begin(sim, walk):
+        under_way[sim] = walk
+        pool.submit(sim, "reset", episode=walk.episode, frame=look or walk.filmed)
+
+    def act(sim, plan):
+        walk = under_way[sim]
+        plan = plan[:plan.index(STOP) + 1] if STOP in plan else plan
+        plan = plan[:max_steps - len(walk.actions)]
+        walk.actions += plan
+        moves = [action for action in plan if action != STOP]
+        if moves:
+            pool.submit(sim, "step", actions=moves, frames=look or walk.filmed)
+        else:
+            arrive(sim)
+
+    def arrive(sim):
+        walk = under_way[sim]
+        if not all(math.isfinite(state["distance_to_goal"]) for state in walk.states):
+            finish(sim, "unreachable")
+        elif walk.actions[-1:] == [STOP]:
+            finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
+        elif len(walk.actions) >= max_steps:
+            finish(sim, "max_steps")
+        else:
+            waiting.append(sim)
+
+    def finish(sim, end, error=None):
+        walk = under_way[sim]
+        walk.end, walk.error = end, error
+        if walk.film and not error:                         # its map, while the scene is loaded
+            pool.submit(sim, "topdown")
+        else:
+            leave(sim)
+
+    def leave(sim):
+        ended.append(under_way.pop(sim))
+        if todo:
+            begin(sim, todo.popleft())
+
+    def hear(sim, reply):
+        walk = under_way[sim]
+        if walk.end:                                        # that was the map; no map, no picture
+            walk.map = None if isinstance(reply, Exception) else reply
+            leave(sim)
+        elif isinstance(reply, SimDied) and deaths[walk.name] < retries:
+            deaths[walk.name] += 1
+            begin(sim, Walk(walk.episode, walk.instruction, walk.filmed))
+        elif isinstance(reply, Exception):
+            finish(sim, "error", str(reply))
+        elif "action" in reply:                             # the expert's
+            act(sim, [reply["action"]])
+        else:
+            walk.see(reply)
+            arrive(sim)
+
+    for sim in range(min(sims, len(todo))):
+        begin(sim, todo.popleft())
+    while under_way:
+        # 1. listen, until half of the robots wait
+        while 2 * len(waiting) < len(under_way):
+            hear(*pool.wait_any())
+        yield from ended
+        ended.clear()
+        # 2. decide, for all of them at once
+        asked, waiting[:], start = sorted(waiting), [], time.perf_counter()
+        plans = decide([under_way[sim] for sim in asked]) if asked else []
+        clock["deciding_s"] += time.perf_counter() - start
+        # 3. act
+        for sim, plan in zip(asked, plans):
+            if plan is None:
+                pool.submit(sim, "expert")
+            else:
+                act(sim, plan)
+    yield from ended
+
+
+# ---------------------------------------------------------------- who decides
+
+
+def scripted_agent(name, forward_steps, max_steps, seed):
+    """The baselines, as decide(walks). All but the oracle know their whole walk at the start."""
+    def dice(walk):                                         # its own: company does not matter
+        return random.Random(f"{seed} {walk.name}")
+
+    plans = {"oracle": lambda walk: None, "stop": lambda walk: [STOP],
+             "forward": lambda walk: [FORWARD] * forward_steps + [STOP],
+             "random": lambda walk: dice(walk).choices(      # VLN-CE's shares, not uniform
+                 [FORWARD, LEFT, RIGHT, STOP], [0.68, 0.15, 0.15, 0.02], k=max_steps)}
+    return lambda walks: [plans[name](walk) for walk in walks]
+
+
+def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False, temperature=0.0,
+                 seed=0):
+    """The policy, as decide(walks): look, remember, write, read. (The baselines need no torch.)"""
+    import torch
+
+    @torch.no_grad()
+    def decide(walks):
+        # 1. look: a frame is encoded once, all robots' new ones in one call
+        new = [(walk, frame) for walk in walks for frame in walk.frames]
+        frames = [np.zeros_like(frame) if blank else frame for _, frame in new]
+        for (walk, _), feature in zip(new, policy.encode_frames(frames)):
+            walk.features.append(feature)
+        # 2. remember
+        prompts = []
+        for walk in walks:
+            walk.frames.clear()
+            t = len(walk.features) - 1
+            past = pick_frames(t, **policy.nav["memory"])
+            prompts.append(policy.prompt(window_prompt(walk.instruction, len(past), policy.nav),
+                                         [walk.features[i] for i in (*past, t)]))
+        # 3. write
+        seeds = [random.Random(f"{seed} {walk.name} {len(walk.actions)}").getrandbits(32)
+                 for walk in walks] if temperature > 0 else None
+        texts = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True).texts
+        # 4. read
+        for walk, text in zip(walks, texts):
+            walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
+        return [walk.answers[-1][2][:execute] or [STOP if malformed == "stop" else FORWARD]
+                for walk in walks]
+    return decide
+
+
+def load_agent(args, settings):
+    """The flags' decide(walks)."""
+    if args.agent != "policy":
+        return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
+    import torch
+
+    from model import load_policy, window_prompt
+    torch.set_num_threads(args.threads)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
+    return policy_agent(policy, window_prompt, args.execute, args.malformed, args.blank_frames,
+                        args.temperature, args.seed)
+
+
+# ---------------------------------------------------------------- rows and results
+
+
+def row_of(walk, reference, radius, second):
+    """An ended walk -> its line of episodes.jsonl; only a scored walk carries metrics.
+
+    reference: the ground truth's locations; the metrics of the second radius end in e.g. _3m.
+    """
+    unreadable = [text for _, text, plan in walk.answers if not plan]
+    row = {"episode_id": walk.episode["episode_id"],
+           "trajectory_id": walk.episode.get("trajectory_id"),
+           "scene_id": walk.episode["scene_id"], "end": walk.end, "steps": len(walk.actions),
+           "decisions": len(walk.answers), "malformed": len(unreadable)}
+    if walk.end == "error":
+        return {**row, "error": walk.error}
+    row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
+    row["actions"] = "".join(map(str, walk.actions))
+    row |= {"unreadable": unreadable[0][:200]} if unreadable else {}
+    if walk.end == "unreachable":
+        return row
+    path = [state["position"] for state in walk.states]
+    distances = [state["distance_to_goal"] for state in walk.states]
+    length, similar = path_length(path), ndtw(path, reference)
+    row |= {"start_distance": distances[0], "distance_to_goal": distances[-1],
+            "path_length": length, "ndtw": similar}
+    for suffix, r in (("", radius), (f"_{second:g}m", second)):
+        marks = judge(distances, length, walk.end == "stop", r)
+        marks["sdtw"] = marks["success"] * similar
+        row |= {name + suffix: value for name, value in marks.items()}
+    return {name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()}
+
+
+def read_rows(path):
+    """-> (rows, how many bytes are whole lines). A line that a kill has torn is left out."""
+    with open(path, "rb") as file:
+        data = file.read()
+    whole = data[:data.rfind(b"\n") + 1]
+    try:
+        return [json.loads(line) for line in whole.splitlines()], len(whole)
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder and start again") from None
+
+
+def known_rows(out):
+    """The rows of all ranks, {str(episode_id): row}; of two, the one that is not an error."""
+    rows = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "episodes*.jsonl"))):
+        for row in read_rows(path)[0]:
+            if rows.get(str(row["episode_id"]), {"end": "error"})["end"] == "error":
+                rows[str(row["episode_id"])] = row
+    return rows
+
+
+def read_json(path):
+    with open(path) as file:
+        return json.load(file)
+
+
+def write_json(path, content, lines=False):
+    """All or nothing. lines: a list, one line each."""
+    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in content) if lines else \
+        json.dumps(content, indent=2, allow_nan=False) + "\n"
+    with open(f"{path}.{os.getpid()}.tmp", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.{os.getpid()}.tmp", path)
+
+
+TITLES = {"success": "SR", "spl": "SPL", "oracle_success": "OS", "distance_to_goal": "NE (m)",
+          "path_length": "TL (m)", "ndtw": "nDTW", "sdtw": "SDTW", "steps": "steps"}
+AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # the others know no radius
+
+
+def summarise(rows, radius, second, seed):
+    """Rows -> the numbers of results.json."""
+    scored = [row for row in rows if row["end"] not in ("error", "unreachable")]
+    beside = [f"{name}_{second:g}m" for name in AT_RADIUS]
+    decisions, malformed = (sum(row[key] for row in rows) for key in ("decisions", "malformed"))
+    ends = Counter(row["end"] for row in rows)
+    return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
+            "errors": ends["error"], "ends": dict(sorted(ends.items())), "decisions": decisions,
+            "malformed_share": round(malformed / max(decisions, 1), 6),
+            "radius_m": radius, "second_radius_m": second,
+            "metrics": bootstrap({name: [row[name] for row in scored]
+                                  for name in [*TITLES, *beside]}, seed=seed)}
+
+
+def table(results):
+    """The numbers of results.json for a person."""
+    ends = ", ".join(f"{n} {end}" for end, n in results["ends"].items())
+    lines = [f"{results['ckpt'] or results['agent']} on {results['split']}: {results['scored']} of "
+             f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
+             f"{results['errors']} errors; ended by: {ends}"]
+    if results["decisions"]:
+        lines[0] += f"; {results['malformed_share']:.1%} of {results['decisions']} plans unreadable"
+    for name, found in results["metrics"].items():
+        measured = name.removesuffix(f"_{results['second_radius_m']:g}m")
+        radius = results["radius_m" if name == measured else "second_radius_m"]
+        at = f"@ {radius:g} m" if measured in AT_RADIUS else ""
+        if found["mean"] is not None:
+            lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   "
+                         f"[{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]")
+    return "\n".join(lines)
+
+
+def compare(folders):
+    """Print what the second results folder gains over the first, episode by episode."""
+    try:
+        rows = [read_rows(os.path.join(folder, "episodes.jsonl"))[0] for folder in folders]
+        radii = [read_json(os.path.join(folder, "run.json"))["radius_m"] for folder in folders]
+    except OSError as error:
+        raise UserError(f"no results to compare ({error}): evaluate both first") from None
+    if radii[0] != radii[1]:
+        raise UserError("the two were measured with different radii: give both one --success-m")
+    for metric, title in TITLES.items():
+        found = paired_difference(*rows, metric)
+        if not found["episodes"]:
+            raise UserError(f"{' and '.join(folders)} have no scored episode in common")
+        print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
+              f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
+              f"{found['episodes']} pairs")
+
+
+# ---------------------------------------------------------------- pictures
+
+BLUE, GREEN, ORANGE, WHITE = (30, 90, 220), (30, 150, 60), (240, 130, 0), (255, 255, 255)
+
+
+def planned_path(state, plan, robot):
+    """Where a plan leads if nothing stands in the way: [[x, y, z], ..], metres, the start included.
+
+    >>> state = {"position": [0, 0, 0], "rotation": [0, 0, 0, 1]}               # it faces -z
+    >>> planned_path(state, [LEFT, FORWARD], {"turn_deg": 90, "forward_m": 0.25})[-1]
+    [-0.25, 0, -0.0]
+    """
+    x, y, z = state["position"]
+    heading, points = 2 * math.atan2(state["rotation"][1], state["rotation"][3]), [[x, y, z]]
+    for action in plan:
+        heading += {LEFT: 1, RIGHT: -1}.get(action, 0) * math.radians(robot["turn_deg"])
+        if action == FORWARD:
+            x -= robot["forward_m"] * math.sin(heading)
+            z -= robot["forward_m"] * math.cos(heading)
+            points.append([round(x, 6), y, round(z, 6)])
+    return points
+
+
+def draw_map(walk, reference, robot, radius, upto, size):
+    """The house from above, size x size pixels around the walk: blue walked, green the ground
+    truth and the goal's radius, orange dashed the plan that was last written up to pose `upto`."""
+    positions, goal = [state["position"] for state in walk.states], walk.episode["goals"][0]
+    x, _, z = np.array([*positions, *reference, goal["position"]]).T
+    side = max(np.ptp(x), np.ptp(z)) + 3                                        # metres
+    left, top = (x.min() + x.max() - side) / 2, (z.min() + z.max() - side) / 2
+    image, (x0, z0, x1, z1) = Image.fromarray(np.array(walk.map["image"])), walk.map["bounds"]
+    box = [(left - x0) / (x1 - x0), (top - z0) / (z1 - z0),
+           (left + side - x0) / (x1 - x0), (top + side - z0) / (z1 - z0)]
+    image = image.transform((size, size), Image.Transform.EXTENT, fillcolor=WHITE, data=[
+        share * pixels for share, pixels in zip(box, image.size * 2)])
+    draw = ImageDraw.Draw(image)
+
+    def pixels(points):
+        return [((x - left) * size / side, (z - top) * size / side) for x, _, z in points]
+
+    def circle(point, r, colour, fill=None):
+        (x, y), = pixels([point])
+        draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, 2)
+
+    draw.line(pixels(reference), GREEN, 5)
+    draw.line(pixels(positions[:upto + 1]), BLUE, 3)
+    plans = [(t, plan) for t, _, plan in walk.answers if t <= upto and FORWARD in plan]
+    for t, plan in plans[-1:]:
+        ahead = np.array(pixels(planned_path(walk.states[t], plan, robot)))
+        for a, b in zip(ahead, ahead[1:]):
+            draw.line([*a, *(a + 0.6 * (b - a))], ORANGE, 3)
+    circle(goal["position"], radius * size / side, GREEN)
+    circle(goal["position"], 4, GREEN, GREEN)
+    circle(positions[0], 5, BLUE, WHITE)
+    circle(positions[upto], 4, BLUE, BLUE)
+    return image
+
+
+def sheet(walk, title, make_map, views, upto, size=200):
+    """One page: title, instruction, the map up to pose `upto`, the views of the poses `views`."""
+    font = ImageFont.load_default(13)
+    columns = min(4, len(views))
+    side = math.ceil(len(views) / columns) * (size + 20)
+    width = side + 8 + columns * (size + 6)
+    words = "\n".join([title] + textwrap.wrap(walk.instruction, width // 7))
+    top = 12 + 18 * (words.count("\n") + 1)
+    page = Image.new("RGB", (width, top + side), WHITE)
+    draw = ImageDraw.Draw(page)
+    draw.text((6, 4), words, (0, 0, 0), font)
+    page.paste(make_map(upto, side), (0, top))
+    for i, t in enumerate(views):
+        x, y = side + 8 + i % columns * (size + 6), top + i // columns * (size + 20)
+        view = Image.fromarray(np.array(walk.film[t]))
+        smooth = Image.Resampling.NEAREST if view.width < size else Image.Resampling.BICUBIC
+        page.paste(view.resize((size, round(size * view.height / view.width)), smooth), (x, y))
+        plans = [plan for at, _, plan in walk.answers if at <= t]
+        said = " plan " + "".join("DABC"[action] for action in plans[-1]) if plans else ""
+        draw.text((x, y + size), f"step {t}{said}", (90, 90, 90), font)
+    return page
+
+
+def draw_walk(walk, row, reference, robot, radius, folder):
+    """<folder>/<episode_id>.png, eight views beside the map, and .gif, the walk as a film."""
+    if not walk.map:
+        return
+    os.makedirs(folder, exist_ok=True)
+    verdict = ("success" if row["success"] else "failure") if "success" in row else row["end"]
+    title = f"{verdict}: episode {walk.name}, {row['steps']} steps"
+    if "success" in row:
+        title += f", {row['distance_to_goal']:.2f} m from the goal"
+
+    make_map = partial(draw_map, walk, reference, robot, radius)
+    path, last = os.path.join(folder, walk.name), len(walk.film) - 1
+    views = sorted({round(i * last / 7) for i in range(8)})
+    sheet(walk, title, make_map, views, last).save(path + ".png")
+    film = [sheet(walk, title, make_map, [t], t, size=224) for t in range(last + 1)]
+    film[0].save(path + ".gif", save_all=True, append_images=film[1:], duration=150, loop=0)
+
+
+# ---------------------------------------------------------------- what is evaluated
+
+
+def choose_ckpt(args):
+    """-> the checkpoint folder and its contract; (None, None) for a baseline."""
+    if args.agent != "policy":
+        return None, None
+    there = [c for c in ("ckpt/grpo", "ckpt/sft") if os.path.exists(os.path.join(c, "nav.json"))]
+    if not args.ckpt and not there:
+        raise UserError("no checkpoint in ckpt/grpo or ckpt/sft: train one (python sft.py), name "
+                        "one with --ckpt, or walk a baseline with --agent oracle")
+    ckpt = os.path.normpath(args.ckpt or there[0])
+    try:
+        nav = read_json(os.path.join(ckpt, "nav.json"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
+                        "written by sft.py or grpo.py") from None
+    if not 1 <= args.execute <= nav["horizon"]:
+        raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
+                        f"{nav['horizon']} actions at a time")
+    return ckpt, nav
+
+
+def choose_robot(args, ckpt, nav, episode):
+    """Body and camera: flags, else the checkpoint's data set, else what the episodes look like.
+
+    UserError if it is not the body that the checkpoint learned in.
+    """
+    looks = "houses" if episode["scene_id"].startswith("houses/") else \
+        "rxr" if "language" in episode["instruction"] else "r2r"
+    name = args.robot or (nav["dataset"] if nav and nav["dataset"] in ROBOTS else looks)
+    changed = {key: vars(args)[key] for key in ROBOTS[name] if vars(args).get(key) is not None}
+    robot = {**ROBOTS[name], **changed}
+    for key in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m") if nav else ():
+        if abs(nav[key] - robot[key]) > 1e-6:
+            raise UserError(f"{ckpt} was trained with {key} = {nav[key]:g} and the robot {name!r} "
+                            f"has {robot[key]:g}: take another --robot or --ckpt, or, if the data "
+                            f"allow it, --{key.replace('_', '-')} {nav[key]:g}")
+    return robot
+
+
+def check_episodes(episodes, truths, source, robot, scenes):
+    """What walks and metrics need must be there before anything walks: else UserError."""
+    names = [str(episode["episode_id"]) for episode in episodes]
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"{source} has no episodes, or one episode_id twice: repair the file")
+    for name, episode in zip(names, episodes):
+        if not episode.get("goals") or name not in truths:
+            raise UserError(f"episode {name} of {source} has no goal or no ground truth to measure "
+                            "by (only its server scores R2R's test split): choose another --split, "
+                            "or copy the _gt.json.gz of the same release")
+        path = os.path.join(scenes, episode["scene_id"])
+        if not os.path.exists(path):
+            raise UserError(f"episode {name} of {source} is in {path}, which is missing: give the "
+                            "folder that scene_id starts from with --scenes")
+    check_turn_deg([{"episode": episode, **truths[name]} for name, episode in zip(names, episodes)],
+                   robot["turn_deg"])
+
+
+def spread(items, n):
+    """n of the items, evenly over all of them.
+
+    >>> spread("abcdefgh", 3), spread("ab", 3)
+    (['a', 'c', 'f'], ['a', 'b'])
+    """
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]
+
+
+def other_words(episodes, seed):
+    """For each episode the instruction of another trajectory, and a different one."""
+    ring, borrowed = random.Random(seed).sample(episodes, len(episodes)), {}
+    for place, mine in enumerate(ring):
+        found = next((other for other in ring[place + 1:] + ring[:place] if all(
+            other[key] != mine[key] for key in ("instruction", "trajectory_id"))), None)
+        if found is None:
+            raise UserError("--shuffle-instructions needs walks with different instructions")
+        borrowed[str(mine["episode_id"])] = found["instruction"]["instruction_text"]
+    return borrowed
+
+
+def fingerprint(folder):
+    """A name for a checkpoint's weights, from 64 samples of every file: else the rows of an old
+    ckpt/sft would be taken for those of a retrained one."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            for k in range(64):
+                file.seek(size * k // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def open_out(out, settings):
+    """Make the results folder, or go on in one that holds the same measurement."""
+    path = os.path.join(out, "run.json")
+    try:
+        os.makedirs(out, exist_ok=True)
+        if not os.path.exists(path):
+            write_json(path, settings)
+    except OSError as error:
+        raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from None
+    held = read_json(path)
+    differ = sorted(key for key in {*settings, *held} if held.get(key) != settings.get(key))
+    if differ:
+        raise UserError(f"{out} holds another measurement (of other {', '.join(differ)}): give "
+                        "another --out, or delete that folder")
+
+
+# ---------------------------------------------------------------- the run, top to bottom
+
+
+def prepare(args):
+    """Read the flags' files and refuse what does not belong together -> settings, and the rest."""
+    ckpt, nav = choose_ckpt(args)
+    source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
+    every, truths = read_episodes(source, args.split), read_ground_truth(source, args.split)
+    episodes = spread(every, args.limit or len(every))
+    scenes = args.scenes or (os.path.join(source, "scenes") if args.sim == "house"
+                             else "data/scene_datasets")
+    robot = choose_robot(args, ckpt, nav, every[0])
+    check_episodes(episodes, truths, f"{source} ({args.split})", robot, scenes)
+    radii = {goal.get("radius") for episode in every for goal in episode["goals"]}
+    if not args.success_m and (len(radii) > 1 or None in radii):
+        raise UserError("the goals of the data have no common radius: give --success-m")
+    radius = args.success_m or radii.pop()
+    words = other_words(every, args.seed) if args.shuffle_instructions else {
+        str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}
+    mean = np.mean([truths[str(e["episode_id"])]["actions"].count(FORWARD) for e in episodes])
+    data = json.dumps([episodes, [truths[str(e["episode_id"])]["locations"] for e in episodes]])
+    flags = ("split", "agent", "sim", "execute", "malformed", "temperature", "max_steps", "limit",
+             "blank_frames", "shuffle_instructions", "seed")
+    settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
+                "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
+                "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
+                "second_radius_m": 1.0 if radius == 3 else 3.0,
+                "forward_steps": args.forward_steps or round(mean)}
+    return settings, episodes, truths, words, scenes
+
+
+def main(args):
+    if args.compare:
+        return compare(args.compare)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    # 1. what is measured, and which rows are there already
+    settings, episodes, truths, words, scenes = prepare(args)
+    robot, radius, second = (settings[key] for key in ("robot", "radius_m", "second_radius_m"))
+    label = os.path.basename(settings["ckpt"]) if settings["ckpt"] else args.agent
+    out = args.out or "_".join(["results/" + label] + ["blank"] * args.blank_frames +
+                               ["shuffled"] * args.shuffle_instructions + [args.split] +
+                               [f"limit{args.limit}"] * bool(args.limit))
+    open_out(out, settings)
+    path = os.path.join(out, "episodes.jsonl" if world == 1 else f"episodes.{rank}.jsonl")
+    if os.path.exists(path):
+        os.truncate(path, read_rows(path)[1])               # the line that a kill has torn
+    names = [str(episode["episode_id"]) for episode in episodes]
+    done = {name for name, row in known_rows(out).items() if row["end"] != "error"}
+    mine = range(rank, len(episodes), world)
+    todo = [i for i in mine if names[i] not in done]
+    print(f"{out}: {settings['ckpt'] or args.agent} walks {len(todo)} episodes of "
+          f"{settings['source']} ({args.split}); {len(mine) - len(todo)} of {len(mine)} have "
+          f"walked already" + f", rank {rank} of {world}" * (world > 1), flush=True)
+
+    # 2. walk; rows are on disk before the next decision
+    if todo:
+        filmed = set(spread(names, args.pictures))
+        walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
+        decide = load_agent(args, settings)
+        sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
+        gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
+        with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
+                                              args.sim_timeout, gpus) as pool, \
+                tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk") as bar:
+            for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
+                                      args.agent == "policy", tally):
+                reference = truths[walk.name]["locations"]
+                row = row_of(walk, reference, radius, second)
+                draw_walk(walk, row, reference, robot, radius, os.path.join(out, "pictures"))
+                file.write(json.dumps(row, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                tally.update(walks=1, steps=row["steps"], scored="success" in row,
+                             success=row.get("success", 0))
+                bar.set_postfix(SR=f"{tally['success'] / max(tally['scored'], 1):.2f}")
+                bar.update()
+        write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
+            "seconds": time.perf_counter() - start, "sims": sims, **tally})
+
+    # 3. judge, once every episode has its row: with several ranks, the one that ends last
+    rows = known_rows(out)
+    missing = [name for name in names if name not in rows]
+    if missing and not any(names[i] in missing for i in mine):
+        return print(f"rank {rank} is done; {len(missing)} episodes of other ranks are not")
+    if missing:
+        sys.exit(f"evaluate.py: error: {len(missing)} of {len(names)} episodes have no row in "
+                 f"{out}, the first is {missing[0]}: run the same command again")
+    rows = [rows[name] for name in names]
+    versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
+    results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
+    write_json(os.path.join(out, "episodes.jsonl"), rows, lines=True)
+    write_json(os.path.join(out, "results.json"), results)
+    print(table(results))
+    if results["errors"]:
+        first = next(row for row in rows if row["end"] == "error")
+        sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "
+                 f"have no score (first {first['episode_id']}: {first['error']}); the same command "
+                 "tries them again")
+    return results
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,633 @@
+"""
+Closed-loop evaluation against hand-worked walks, on an open plane that needs no simulator, and in
+two real houses. The plane (FakePool) answers in random order, dies and fails when it is told to.
+"""
+import doctest
+import functools
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import evaluate
+import houses
+from evaluate import Walk, bootstrap, dtw, judge, ndtw, path_length, policy_agent, walk_episodes
+from lsm import pick_frames
+from reward import FORWARD, LEFT, RIGHT, STOP, UserError, action_phrases
+from sim import ROBOTS, SimDied, SimError, SimPool
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PHRASES = action_phrases(30, 0.25)
+
+# ---------------------------------------------------------------- the plane
+
+
+class KilledPool(SimPool):
+    """The real one, in a process that is killed after a number of replies."""
+
+    def wait_any(self):
+        die_in_time()
+        return super().wait_any()
+
+
+def die_in_time(replies=[0]):  # noqa: B006
+    replies[0] += 1
+    if replies[0] == int(os.environ.get("KILL_AFTER", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FakePool:
+    """SimPool's verbs on an endless floor: turns of 30 degrees, steps of 0.25 m, no walls.
+
+    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (a SimError), or
+    "distance" (what state() reports instead of the truth).
+    """
+
+    def __init__(self, kind, robot, scenes_dir, sims=2, sim_python=None, timeout_s=120,
+                 gpus=None, seed=0):
+        self.dice, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
+        self.place = {}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        assert error[0] or not self.asked, "someone left with a request under way"
+
+    def submit(self, i, verb, **kwargs):
+        assert i not in self.asked, "one outstanding request per simulator"
+        self.asked[i] = (verb, kwargs)
+
+    def wait_any(self):
+        i = self.dice.choice(sorted(self.asked))
+        verb, kwargs = self.asked.pop(i)
+        die_in_time()
+        return i, getattr(self, verb)(i, **kwargs)
+
+    def reset(self, i, episode, frame=True):
+        info, name = episode["info"], episode["episode_id"]
+        self.episode[i] = episode
+        if info.get("fails"):
+            return SimError(f"{episode['scene_id']} is broken")
+        if self.deaths.get(name, 0) < info.get("dies", 0):
+            self.deaths[name] = self.deaths.get(name, 0) + 1
+            return SimDied(f"simulator {i} died")
+        self.place[i] = [*episode["start_position"], 0]
+        return {**({"frame": self.view(i)} if frame else {}), "state": self.state(i)}
+
+    def step(self, i, actions, frames=True):
+        assert actions and STOP not in actions
+        views, states = [], []
+        for action in actions:
+            x, y, z, turns = self.place[i]
+            turns += {LEFT: 1, RIGHT: -1}.get(action, 0)
+            if action == FORWARD:
+                x -= 0.25 * math.sin(turns * math.pi / 6)
+                z -= 0.25 * math.cos(turns * math.pi / 6)
+            self.place[i] = [x, y, z, turns]
+            views.append(self.view(i))
+            states.append(self.state(i))
+        return {**({"frames": np.array(views)} if frames else {}), "states": states}
+
+    def expert(self, i, goal=None):
+        (gx, _, gz), (x, _, z, turns) = self.episode[i]["goals"][0]["position"], self.place[i]
+        if math.hypot(gx - x, gz - z) < 0.3:
+            return {"action": STOP}
+        off = math.atan2(x - gx, z - gz) - turns * math.pi / 6
+        off = (off + math.pi) % (2 * math.pi) - math.pi
+        turn = LEFT if off > 0 else RIGHT
+        return {"action": FORWARD if abs(off) <= math.pi / 12 + 1e-9 else turn}
+
+    def topdown(self, i):
+        return {"image": np.full((100, 200, 3), 230, np.uint8), "bounds": [-10, -5, 10, 5]}
+
+    def view(self, i):
+        """A picture that tells where the robot stands: 16 hashed bytes of its pose, as 4x4 grey."""
+        dice = random.Random(repr([round(v, 6) for v in self.place[i]]))
+        return np.frombuffer(dice.randbytes(16), np.uint8).reshape(4, 4, 1).repeat(3, axis=2)
+
+    def state(self, i):
+        x, y, z, turns = self.place[i]
+        gx, _, gz = self.episode[i]["goals"][0]["position"]
+        yaw, info = turns * math.pi / 6, self.episode[i]["info"]
+        return {"position": [x, y, z], "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)],
+                "collided": False,
+                "distance_to_goal": info.get("distance", math.hypot(gx - x, gz - z))}
+
+
+def fake_episode(name, goal=(0, 0, -2), **info):
+    return {"episode_id": name, "trajectory_id": f"t{name}", "scene_id": "houses/h/h.glb",
+            "start_position": [0, 0, 0], "start_rotation": [0, 0, 0, 1], "info": info,
+            "goals": [{"position": list(goal), "radius": 1.0}],
+            "instruction": {"instruction_text": f"Walk to place number {name}."}}
+
+
+class FakePolicy:
+    """Answers with six actions that depend on every pixel and word it was given, and on nothing
+    else; counts how often it was shown a frame."""
+
+    def __init__(self, stop=0.1, garbage=0.0):
+        self.nav = {"memory": {"name": "lsm", "budget": 5, "recent": 3, "short_stride": 1,
+                               "long_stride": 3}, "horizon": 6}
+        self.phrases, self.encoded, self.prompts, self.batches = PHRASES, 0, [], []
+        self.stop, self.garbage = stop, garbage
+
+    def encode_frames(self, frames):
+        import torch  # not on top: the children below do without
+        self.encoded += len(frames)
+        return [torch.tensor(frame[..., 0].astype(np.float32)).view(4, 4) for frame in frames]
+
+    def prompt(self, text, features):
+        assert text.count("<image>") == len(features)
+        self.prompts.append((text, [f.flatten().tolist() for f in features]))
+        return self.prompts[-1]
+
+    def generate(self, prompts, temperature=0.0, seeds=None, draft=False, **_):
+        self.batches.append(len(prompts))
+        texts = []
+        for prompt, seed in zip(prompts, seeds or [None] * len(prompts)):
+            dice = random.Random(repr(prompt) + (str(seed) if temperature else ""))
+            share = (1 - self.stop) / 3
+            plan = dice.choices([FORWARD, LEFT, RIGHT, STOP], [share] * 3 + [self.stop], k=6)
+            text = ", ".join(PHRASES[a] for a in plan)
+            texts.append("I see a wall." if dice.random() < self.garbage else text)
+        return type("Rollout", (), {"texts": texts})
+
+
+def fake_prompt(instruction, n_history, nav):
+    return f"{instruction}: {'<image>' * (n_history + 1)}"
+
+
+def walk_with(decide, episodes, sims=3, seed=0, **kwargs):
+    walks = [Walk(e, e["instruction"]["instruction_text"]) for e in episodes]
+    pool = FakePool("house", {}, "", seed=seed)
+    ended = {walk.name: walk for walk in walk_episodes(pool, sims, walks, decide, **kwargs)}
+    assert not pool.asked and list(sorted(ended)) == sorted(str(e["episode_id"]) for e in episodes)
+    return ended
+
+
+def rows_with(policy, episodes, sims=3, seed=0, max_steps=60, **kwargs):
+    ended = walk_with(policy_agent(policy, fake_prompt, **kwargs), episodes, sims, seed,
+                      max_steps=max_steps)
+    return [evaluate.row_of(ended[str(e["episode_id"])], [[0, 0, 0], [0, 0, -2]], 1.0, 3.0)
+            for e in episodes]
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def test_doctests():
+    assert doctest.testmod(evaluate).failed == 0
+
+
+def test_dtw_against_brute_force_and_fastdtw():
+    fastdtw = pytest.importorskip("fastdtw").fastdtw
+    dice = np.random.default_rng(0)
+    for n, m in ((1, 1), (1, 5), (6, 1), (7, 4), (30, 45)):
+        a, b = dice.normal(size=(n, 3)), dice.normal(size=(m, 3))
+
+        @functools.lru_cache(None)
+        def best(i, j, a=a, b=b):
+            if i < 0 or j < 0:
+                return 0.0 if i == j == -1 else math.inf
+            cost = math.dist(a[i], b[j])
+            return cost + min(best(i - 1, j), best(i, j - 1), best(i - 1, j - 1))
+
+        assert dtw(a, b) == pytest.approx(best(n - 1, m - 1), rel=1e-12)
+        assert fastdtw(a, b, dist=math.dist, radius=100)[0] == pytest.approx(dtw(a, b), rel=1e-9)
+        assert fastdtw(a, b, dist=math.dist)[0] >= dtw(a, b) - 1e-9       # VLN-CE's approximation
+
+
+def test_a_walk_around_a_corner_by_hand():
+    # 2 m ahead, 1 m back along the way, then 1.5 m to the side; the goal is at (1.5, 0, -2).
+    path = [[0, 0, 0], [0, 0, -2], [0, 0, -2], [0, 0, -1], [1.5, 0, -1]]
+    distances = [2.5, 1.5, 1.5, math.hypot(1.5, 1), 1.0]
+    assert path_length(path) == 4.5
+    marks = judge(distances, 4.5, stopped=True, radius=1.0)
+    assert marks == {"success": 0.0, "oracle_success": 0.0, "spl": 0.0}   # d == radius: outside
+    marks = judge(distances, 4.5, stopped=True, radius=1.01)
+    assert marks["success"] == 1.0 and marks["spl"] == pytest.approx(2.5 / 4.5)
+    # against the reference (0,0,0) (0,0,-2) (1.5,0,-2): the pauses cost nothing, the detour 1 + 1
+    reference = [[0, 0, 0], [0, 0, -2], [1.5, 0, -2]]
+    assert ndtw(path, reference) == pytest.approx(math.exp(-2 / (3 * 3.0)))
+    assert ndtw(path, reference, success_distance=1.0) == pytest.approx(math.exp(-2 / 3))
+
+
+def test_oracle_success_sees_the_start_and_spl_survives_standing_still():
+    assert judge([0.5, 4.0], 4.0, stopped=True, radius=1.0)["oracle_success"] == 1.0
+    assert judge([0.0], 0.0, stopped=True, radius=1.0)["spl"] == 1.0      # 0 / 0 would be nan
+    assert judge([2.0, 0.1], 1.0, stopped=True, radius=1.0)["spl"] == 1.0  # a body has no width
+
+
+def test_bootstrap_is_seeded_and_of_the_right_width():
+    values = np.random.default_rng(1).random(400) < 0.6
+    found = bootstrap({"success": values})["success"]
+    assert found == bootstrap({"success": values})["success"]
+    wanted = 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / 400)
+    assert found["ci"][0] == pytest.approx(values.mean() - wanted, abs=0.01)
+    assert found["ci"][1] == pytest.approx(values.mean() + wanted, abs=0.01)
+    assert bootstrap({"success": []})["success"] == {"mean": None, "ci": None}
+
+
+def test_paired_difference_is_narrower_than_two_intervals_and_skips_what_one_lacks():
+    dice = np.random.default_rng(2)
+    hard = dice.random(200) < 0.5                                         # the same for both
+    a = [{"episode_id": i, "success": float(h)} for i, h in enumerate(hard)]
+    b = [{"episode_id": i, "success": float(h or i % 20 == 0)} for i, h in enumerate(hard)]
+    found = evaluate.paired_difference(a, [{"episode_id": 3, "end": "error"}] + b[4:])
+    assert found["episodes"] == 196 and found["difference"] > 0
+    assert found["ci"][1] - found["ci"][0] < 0.1 and found["ci"][0] >= 0
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def test_batched_is_one_by_one():
+    episodes = [fake_episode(i) for i in range(12)]
+    alone, together = FakePolicy(), FakePolicy()
+    rows = rows_with(alone, episodes, sims=1)
+    assert rows == rows_with(together, episodes, sims=5, seed=7)
+    assert set(alone.batches) == {1} and max(together.batches) > 2
+    assert len({row["actions"] for row in rows}) > 6                     # not all the same walk
+    sampled = rows_with(FakePolicy(), episodes, sims=1, temperature=1.0, seed=3)
+    assert sampled == rows_with(FakePolicy(), episodes, sims=4, temperature=1.0, seed=3) != rows
+
+
+def test_batched_is_one_by_one_with_the_real_policy():
+    from model import NAV, load_policy, window_prompt
+    nav = {**NAV, "turn_deg": 30, "memory": {"name": "even", "budget": 3}}
+    policy = load_policy("tiny", nav, texts=["Walk to place number 1."]).eval()
+    policy.generate = functools.partial(policy.generate, max_new_tokens=12)
+
+    def answers(sims, seed, temperature):
+        decide = policy_agent(policy, window_prompt, 3, "forward", temperature=temperature)
+        ended = walk_with(decide, [fake_episode(i) for i in range(5)], sims, seed, max_steps=7)
+        return {name: (walk.actions, [text for _, text, _ in walk.answers])
+                for name, walk in ended.items()}
+
+    for temperature in (0.0, 1.0):                          # untrained: it babbles, but repeatably
+        alone = answers(1, 0, temperature)
+        assert alone == answers(3, 5, temperature)
+        assert len({text for _, texts in alone.values() for text in texts}) > 1
+
+
+def test_every_frame_is_encoded_once_and_the_memory_is_lsm():
+    policy = FakePolicy(stop=0.0)
+    episode = fake_episode(5)
+    walk = walk_with(policy_agent(policy, fake_prompt, execute=2), [episode], max_steps=21)["5"]
+    assert len(walk.actions) == 21 and walk.end == "max_steps" and not walk.film
+    assert len(walk.states) == 22 and policy.encoded == 21      # the last view is not needed
+    seen, at = [], 0
+    for (_, shown), (t, _, plan) in zip(policy.prompts, walk.answers):
+        assert t == at
+        seen += [None] * (t + 1 - len(seen))
+        seen[t] = shown[-1]
+        for i, frame in zip(pick_frames(t, **policy.nav["memory"]), shown):
+            assert seen[i] in (None, frame)
+            seen[i] = frame
+        at += 2
+        assert walk.actions[t:t + 2] == plan[:2][:21 - t]
+    past = pick_frames(20, **policy.nav["memory"])
+    assert policy.prompts[-1][0].count("<image>") == len(past) + 1 == 6
+
+
+def answering(*texts):
+    """A policy that says these things, one after the other, then stops."""
+    policy, left = FakePolicy(), list(texts)
+    policy.generate = lambda prompts, **_: type("Rollout", (), {
+        "texts": [left.pop(0) if left else "D. Stop" for _ in prompts]})
+    return policy
+
+
+def test_execute_stop_and_malformed():
+    ahead, turn = PHRASES[FORWARD], PHRASES[LEFT]
+    plan = ", ".join([ahead, ahead, turn, ahead, ahead, ahead])
+    episode = fake_episode(0, goal=(0, 0, -0.5))
+
+    def row(policy, **kwargs):
+        return rows_with(policy, [episode], **kwargs)[0]
+
+    assert row(answering(plan), execute=3)["actions"] == "1120"
+    assert row(answering(plan), execute=6)["actions"] == "1121110"
+    # a stop within reach of --execute is carried out, one beyond it is not
+    late = ", ".join([ahead, ahead, "D. Stop", ahead])
+    assert row(answering(late, ahead), execute=3) == row(answering(late), execute=3)
+    assert row(answering(late, turn), execute=2)["actions"] == "1120"
+    good = row(answering(late), execute=3)
+    assert (good["actions"], good["end"], good["success"], good["steps"]) == ("110", "stop", 1.0, 3)
+    # garbage: stop or forward, by flag, and counted
+    bad = row(answering("I see a sofa."))
+    assert (bad["actions"], bad["end"], bad["malformed"]) == ("0", "malformed", 1)
+    assert bad["unreadable"] == "I see a sofa." and bad["distance_to_goal"] < 1
+    assert (bad["success"], bad["oracle_success"]) == (0.0, 1.0)          # garbage is no success
+    bad = row(answering("I see a sofa.", ahead), malformed="forward")
+    assert (bad["actions"], bad["end"], bad["malformed"], bad["decisions"]) == ("110", "stop", 1, 3)
+
+
+def test_max_steps_count_the_stop():
+    episode = fake_episode(0, goal=(0, 0, -0.5))
+    two = ", ".join([PHRASES[FORWARD]] * 2)
+    assert rows_with(answering(two), [episode], max_steps=3)[0]["success"] == 1.0
+    late = rows_with(answering(two), [episode], max_steps=2)[0]
+    assert (late["end"], late["success"], late["oracle_success"]) == ("max_steps", 0.0, 1.0)
+
+
+def test_dead_and_failing_simulators_are_never_scored():
+    episodes = [fake_episode(0), fake_episode(1, dies=2), fake_episode(2, dies=3),
+                fake_episode(3, fails=True), fake_episode(4)]
+    well = rows_with(FakePolicy(), [fake_episode(i) for i in range(5)], sims=2)
+    rows = rows_with(FakePolicy(), episodes, sims=2)
+    assert [rows[i] for i in (0, 1, 4)] == [well[i] for i in (0, 1, 4)]   # 1: begun again, equal
+    assert [row["end"] for row in rows[2:4]] == ["error", "error"]
+    assert "died" in rows[2]["error"] and "h.glb is broken" in rows[3]["error"]
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert (found["episodes"], found["scored"], found["errors"]) == (5, 3, 2)
+
+
+@pytest.mark.parametrize("distance", [math.inf, math.nan])
+def test_distances_that_are_not_finite_are_counted_apart(distance):
+    episodes = [fake_episode(0, goal=(0, 0, -0.1)), fake_episode(1, distance=distance)]
+    ended = walk_with(lambda walks: [[STOP] for _ in walks], episodes)
+    rows = [evaluate.row_of(ended[n], [[0, 0, 0]], 1.0, 3.0) for n in ("0", "1")]
+    assert rows[1]["end"] == "unreachable" and "success" not in rows[1]
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert (found["unreachable"], found["scored"]) == (1, 1)
+    assert found["metrics"]["success"]["mean"] == 1.0
+    assert found["metrics"]["distance_to_goal"]["mean"] == pytest.approx(0.1)
+    json.dumps([rows, found], allow_nan=False)
+
+
+def test_other_words_are_other_words():
+    episodes = [dict(fake_episode(i), trajectory_id=i // 3) for i in range(12)]
+    words = evaluate.other_words(episodes, seed=0)
+    for e in episodes:
+        from_id = int(words[str(e["episode_id"])].split()[-1].strip("."))
+        assert from_id // 3 != e["trajectory_id"]
+    assert words == evaluate.other_words(episodes, seed=0)
+    with pytest.raises(UserError, match="different instructions"):
+        evaluate.other_words(episodes[:3], seed=0)
+
+
+def test_blank_frames_are_black():
+    policy = FakePolicy()
+    rows_with(policy, [fake_episode(0)], blank=True)
+    assert policy.prompts and not any(sum(map(sum, frames)) for _, frames in policy.prompts)
+
+
+# ---------------------------------------------------------------- the script
+
+
+def write_plane(folder, n=9, **changes):
+    """Episodes 0..n-1 of split val on the plane, with a ground truth that walks there."""
+    episodes, truths = [], {}
+    for i in range(n):
+        steps = 4 + i % 5
+        away, yaw = 0.25 * steps, i * math.pi / 6
+        goal = (-away * math.sin(yaw), 0, -away * math.cos(yaw))
+        episodes.append({**fake_episode(i, goal), **changes.get(str(i), {})})
+        actions = [LEFT] * i + [FORWARD] * steps + [STOP]
+        truths[str(i)] = {"actions": actions, "forward_steps": steps,
+                          "locations": [[goal[0] * k / steps, 0, goal[2] * k / steps]
+                                        for k in range(steps + 1)]}
+    os.makedirs(folder / "val", exist_ok=True)
+    os.makedirs(folder / "scenes" / "houses" / "h", exist_ok=True)
+    (folder / "scenes" / "houses" / "h" / "h.glb").write_bytes(b"")
+    for name, content in (("val", {"episodes": episodes}), ("val_gt", truths)):
+        with gzip.open(folder / "val" / f"{name}.json.gz", "wt") as file:
+            json.dump(content, file)
+    return str(folder)
+
+
+def evaluate_plane(monkeypatch, data, out, *flags):
+    monkeypatch.setattr(evaluate, "SimPool", FakePool)
+    return evaluate.main(evaluate.parse_args(
+        ["--split", "val", "--episodes", data, "--out", str(out), "--agent", "oracle", *flags]))
+
+
+def contents(folder, names=("episodes.jsonl", "results.json", "run.json")):
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
+    data = write_plane(tmp_path / "data")
+    found = evaluate_plane(monkeypatch, data, tmp_path / "oracle", "--pictures", "2")
+    assert found["metrics"]["success"] == {"mean": 1.0, "ci": [1.0, 1.0]}
+    assert found["metrics"]["spl"]["mean"] > 0.99 and found["ends"] == {"stop": 9}
+    assert (found["radius_m"], found["second_radius_m"], found["episodes"]) == (1.0, 3.0, 9)
+    assert "SR     @ 1 m     1.000   [1.000, 1.000]" in capsys.readouterr().out
+    pictures = sorted(os.listdir(tmp_path / "oracle" / "pictures"))
+    assert pictures == ["0.gif", "0.png", "4.gif", "4.png"]
+
+    # stop: never within 1 m (goals are 1 to 2 m away), always within 3 m, stands at the start
+    found = evaluate_plane(monkeypatch, data, tmp_path / "stop", "--agent", "stop", "--sims", "2")
+    mean = {name: value["mean"] for name, value in found["metrics"].items()}
+    assert (mean["success"], mean["success_3m"], mean["path_length"], mean["steps"]) == (0, 1, 0, 1)
+    away = [0.25 * (4 + i % 5) for i in range(9)]
+    assert mean["distance_to_goal"] == pytest.approx(np.mean(away), abs=1e-6)
+    # forward: the mean of the ground truth, 5.78 -> 6 steps; the first goal is 1 m straight ahead
+    evaluate_plane(monkeypatch, data, tmp_path / "forward", "--agent", "forward")
+    rows, _ = evaluate.read_rows(tmp_path / "forward" / "episodes.jsonl")
+    assert {row["actions"] for row in rows} == {"1111110"}
+    assert rows[0]["distance_to_goal"] == pytest.approx(0.5)
+    assert rows[0]["spl"] == pytest.approx(1 / 1.5, abs=1e-6)
+    # random: by episode, not by order
+    evaluate_plane(monkeypatch, data, tmp_path / "random", "--agent", "random")
+    evaluate_plane(monkeypatch, data, tmp_path / "random1", "--agent", "random", "--sims", "1")
+    assert contents(tmp_path / "random") == contents(tmp_path / "random1")
+    rows, _ = evaluate.read_rows(tmp_path / "random" / "episodes.jsonl")
+    shares = np.array([[row["actions"].count(a) for a in "123"] for row in rows]).sum(axis=0)
+    assert shares[0] > 2 * shares[1] and len({row["actions"] for row in rows}) == 9
+    # compare
+    both = [str(tmp_path / "stop"), str(tmp_path / "oracle")]
+    evaluate.main(evaluate.parse_args(["--compare", *both]))
+    assert "difference +1.000 [+1.000, +1.000]   9 pairs" in capsys.readouterr().out
+
+
+def test_limit_is_spread_and_ranks_agree_with_one(monkeypatch, tmp_path):
+    data = write_plane(tmp_path / "data")
+    evaluate_plane(monkeypatch, data, tmp_path / "one", "--limit", "4")
+    rows, _ = evaluate.read_rows(tmp_path / "one" / "episodes.jsonl")
+    assert [row["episode_id"] for row in rows] == [0, 2, 4, 6]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("1", "0"):
+        assert not (tmp_path / "two" / "results.json").exists()
+        monkeypatch.setenv("RANK", rank)
+        evaluate_plane(monkeypatch, data, tmp_path / "two", "--limit", "4")
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_error_rows_fail_the_run_and_are_tried_again(monkeypatch, tmp_path):
+    data = write_plane(tmp_path / "data", n=3)
+    evaluate_plane(monkeypatch, data, tmp_path / "well")
+    broken = FakePool.reset
+    monkeypatch.setattr(FakePool, "reset", lambda self, i, episode, frame=True:
+                        SimError("h.glb is broken") if episode["episode_id"] == 1
+                        else broken(self, i, episode, frame))
+    with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
+        evaluate_plane(monkeypatch, data, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (found["errors"], found["scored"]) == (1, 2)
+    monkeypatch.setattr(FakePool, "reset", broken)
+    evaluate_plane(monkeypatch, data, tmp_path / "out")
+    assert contents(tmp_path / "well") == contents(tmp_path / "out")
+
+
+CHILD = """
+import sys; sys.path[:0] = [{root!r}, {tests!r}]
+import evaluate, test_evaluate
+from reward import run
+evaluate.SimPool = test_evaluate.{pool}
+run(evaluate.main, lambda: evaluate.parse_args({argv!r}))
+"""
+
+
+def child(argv, pool="FakePool", kill_after=-1):
+    code = CHILD.format(root=ROOT, tests=os.path.join(ROOT, "tests"), pool=pool, argv=argv)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "KILL_AFTER": str(kill_after)}, timeout=120)
+
+
+def test_kill_minus_9_and_resume_is_bit_for_bit(monkeypatch, tmp_path):
+    data = write_plane(tmp_path / "data")
+    evaluate_plane(monkeypatch, data, tmp_path / "undisturbed")
+    out = tmp_path / "killed"
+    argv = ["--split", "val", "--episodes", data, "--out", str(out), "--agent", "oracle",
+            "--sims", "3"]
+    assert child(argv, kill_after=120).returncode == -signal.SIGKILL
+    rows, whole = evaluate.read_rows(out / "episodes.jsonl")
+    assert 0 < len(rows) < 9 and not (out / "results.json").exists()
+    with open(out / "episodes.jsonl", "a") as file:
+        file.write('{"episode_id": 8, "end": "st')                     # as if cut while writing
+    done = child(argv)
+    assert done.returncode == 0, done.stderr
+    assert f"{len(rows)} of 9 have walked already" in done.stdout
+    assert contents(tmp_path / "undisturbed") == contents(out)
+
+
+# ---------------------------------------------------------------- in real houses
+
+
+@pytest.fixture(scope="module")
+def two_houses(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("houses"))
+    houses.main(houses.parse_args(["--out", folder, "--train-houses", "1", "--walks-per-house", "1",
+                                   "--unseen-houses", "2", "--val-episodes", "6", "--jobs", "1"]))
+    return folder
+
+
+def test_the_oracle_arrives_and_survives_kill_minus_9(two_houses, tmp_path, monkeypatch):
+    def argv(name):
+        return ["--episodes", two_houses, "--agent", "oracle", "--sims", "2", "--out",
+                str(tmp_path / name), "--pictures", "1"]
+
+    found = evaluate.main(evaluate.parse_args(argv("undisturbed")))
+    mean = {name: value["mean"] for name, value in found["metrics"].items()}
+    assert found["episodes"] == found["scored"] == 6 and found["split"] == "val_unseen"
+    assert mean["success"] == 1.0 and mean["spl"] > 0.9 and mean["distance_to_goal"] < 0.25
+    assert mean["ndtw"] > 0.9 and mean["sdtw"] == mean["ndtw"] and found["radius_m"] == 1.0
+    assert len(os.listdir(tmp_path / "undisturbed" / "pictures")) == 2
+
+    assert child(argv("killed"), "KilledPool", kill_after=200).returncode == -signal.SIGKILL
+    rows, _ = evaluate.read_rows(tmp_path / "killed" / "episodes.jsonl")
+    assert 0 < len(rows) < 6
+    evaluate.main(evaluate.parse_args(argv("killed")))
+    assert contents(tmp_path / "undisturbed") == contents(tmp_path / "killed")
+
+    # the ground truth's own actions, replayed, are as good as the expert's: it is the expert's walk
+    truths = evaluate.read_ground_truth(two_houses, "val_unseen")
+    for row in evaluate.read_rows(tmp_path / "undisturbed" / "episodes.jsonl")[0]:
+        assert row["actions"] == "".join(map(str, truths[str(row["episode_id"])]["actions"]))
+    assert mean["ndtw"] == 1.0
+
+
+def test_a_simulator_killed_amid_a_walk_changes_nothing(two_houses):
+    """The real pool: worker 0 is killed twice; its episode begins again and ends the same."""
+    episodes = evaluate.read_episodes(two_houses, "val_unseen")
+
+    def rows(kills):
+        with SimPool("house", ROBOTS["houses"], f"{two_houses}/scenes", sims=2) as pool:
+            replies, wait_any = [], pool.wait_any
+
+            def killing():
+                replies.append(1)
+                if len(replies) in kills:
+                    pool.workers[0].process.kill()
+                return wait_any()
+
+            pool.wait_any = killing
+            walks = [Walk(e, e["instruction"]["instruction_text"]) for e in episodes]
+            ended = walk_episodes(pool, 2, walks, lambda walks: [None] * len(walks), look=False)
+            return {w.name: evaluate.row_of(w, [[0, 0, 0]], 1.0, 3.0) for w in ended}, len(replies)
+
+    (rows_killed, replies_killed), (rows_well, replies_well) = rows({20, 90}), rows(set())
+    assert rows_killed == rows_well and replies_killed > replies_well + 2
+
+
+# ---------------------------------------------------------------- bad input, a sentence each
+
+
+def test_exit_codes(tmp_path):
+    data = write_plane(tmp_path / "data", n=2)
+    (tmp_path / "file").write_text("not a folder")
+    argv = ["--split", "val", "--episodes", data, "--agent", "stop", "--out"]
+    said = child([*argv, str(tmp_path / "file" / "results")])
+    assert said.returncode == 2 and "cannot write to" in said.stderr and "--out" in said.stderr
+    assert "Traceback" not in said.stderr
+    assert child([*argv, str(tmp_path / "out")]).returncode == 0
+
+
+def checkpoint(folder, **changes):
+    os.makedirs(folder)
+    nav = {"dataset": "houses", "turn_deg": 30, "forward_m": 0.25, "hfov_deg": 90,
+           "camera_height_m": 1.25, "horizon": 6, **changes}
+    (folder / "nav.json").write_text(json.dumps(nav))
+    return str(folder)
+
+
+def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
+    data = write_plane(tmp_path / "data")
+
+    def refused(sentence, *flags, episodes=data):
+        with pytest.raises(UserError, match=sentence):
+            evaluate_plane(monkeypatch, episodes, tmp_path / "out", *flags)
+
+    policy = ("--agent", "policy", "--ckpt")
+    refused("no readable nav.json", *policy, str(tmp_path))
+    refused("trained with turn_deg = 15 and the robot 'houses' has 30", *policy,
+            checkpoint(tmp_path / "c15", turn_deg=15))
+    refused("camera_height_m = 0.88", *policy, checkpoint(tmp_path / "rxr", camera_height_m=0.88))
+    refused("--execute 7 does not fit", "--execute", "7", *policy, checkpoint(tmp_path / "good"))
+    refused("robot turns 15 degrees, but the ground truth was walked with turns of 30",
+            "--robot", "r2r")
+    refused("which is missing: give the folder", "--scenes", str(tmp_path))
+    refused("no goal or no ground truth", episodes=write_plane(
+        tmp_path / "d2", **{"1": {"episode_id": 77}}))
+    refused("no common radius", episodes=write_plane(
+        tmp_path / "d3", **{"1": {"goals": [{"position": [0, 0, 0], "radius": 2.0}]}}))
+    evaluate_plane(monkeypatch, data, tmp_path / "out")
+    refused("holds another measurement \\(of other seed\\)", "--seed", "1")
+    monkeypatch.chdir(tmp_path)
+    refused("train one", "--agent", "policy")
+    checkpoint(tmp_path / "ckpt" / "sft")
+    args = evaluate.parse_args([])
+    assert evaluate.choose_ckpt(args)[0] == "ckpt/sft" and args.split == "val_unseen"
+    checkpoint(tmp_path / "ckpt" / "grpo")
+    assert evaluate.choose_ckpt(args)[0] == "ckpt/grpo"
+
+
+def test_a_retrained_checkpoint_has_another_fingerprint(tmp_path):
+    dice = np.random.default_rng(0)
+    weights = dice.integers(0, 256, 3_000_000, dtype=np.uint8)
+    (tmp_path / "model.safetensors").write_bytes(weights.tobytes())
+    before = evaluate.fingerprint(tmp_path)
+    assert before == evaluate.fingerprint(tmp_path)
+    weights[1_000_000:] += 1                                             # the rest is frozen
+    (tmp_path / "model.safetensors").write_bytes(weights.tobytes())
+    assert before != evaluate.fingerprint(tmp_path)
