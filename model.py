@@ -432,12 +432,11 @@ class Policy(nn.Module):
         """Run the words that prompts begin with, each distinct text once -> Cache with B rows.
 
         Shared words are exact, not an approximation: causal attention lets nothing later change
-        them. None when no two prompts begin alike, for then there is nothing to save.
+        them. Done even when no two prompts begin alike: under ZeRO-3 every pass is a collective, so
+        the number of passes may not depend on what a rank happens to have drawn.
         """
         texts = [tuple(p.ids[:p.head]) for p in prompts]
         unique = list(dict.fromkeys(texts))
-        if len(unique) == len(texts) or min(map(len, unique)) == 0:
-            return None
         first = [prompts[texts.index(text)] for text in unique]
         _, cache = self._run([(p.ids[:p.head], p.positions[:, :p.head], []) for p in first])
         return cache.rows(torch.tensor([unique.index(text) for text in texts], device=self.device))
@@ -480,14 +479,13 @@ class Policy(nn.Module):
         lengths = completion_mask.sum(dim=1).tolist()
         ids = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
         past = self._heads(prompts)
-        cuts = [p.head if past is not None else 0 for p in prompts]
 
         if group_size == 1:                  # prompt and answer in one row
-            tails = [self._tail(p, c, a[:-1]) for p, c, a in zip(prompts, cuts, ids)]
+            tails = [self._tail(p, p.head, a[:-1]) for p, a in zip(prompts, ids)]
             hidden, _ = self._run(tails, past)
             start = [len(t[0]) - max(len(a) - 1, 0) - 1 for t, a in zip(tails, ids)]
         else:                                # the prompt once, its G answers over its cache
-            tails = [self._tail(p, c) for p, c in zip(prompts, cuts)]
+            tails = [self._tail(p, p.head) for p in prompts]
             last, cache = self._run(tails, past)
             last = last[range(len(tails)), [len(t[0]) - 1 for t in tails]]             # (B, H)
             siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
@@ -523,7 +521,7 @@ class Policy(nn.Module):
         sampling, token for token: the proposal only decides how many tokens a pass may yield.
         """
         past = self._heads(prompts)
-        tails = [self._tail(p, p.head if past is not None else 0) for p in prompts]
+        tails = [self._tail(p, p.head) for p in prompts]
         hidden, cache = self._run(tails, past)
         hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
         siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
