@@ -1,0 +1,601 @@
+"""sim.py: pictures, distances, motion and the pool, each against something simpler than itself."""
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import dijkstra
+
+import sim
+from reward import FORWARD, LEFT, RIGHT, STOP, UserError
+
+ROBOT = dict(sim.ROBOTS["houses"], width=24, height=18)
+LIGHT = (0.75, 0.8, 0.55, 1.0, 0.9, 0.7)  # of the six faces, in the scene's order
+UV = ((2, 1), (0, 2), (0, 1))  # texture axes of x-, y- and z-faces
+
+
+def write_house(path, boxes):
+    """boxes: (role, name, lo, hi, rgb). The format of houses.py, written the short way."""
+    noise = np.random.default_rng(0).integers(150, 256, (32, 32), dtype=np.uint8)
+    picture = Image.fromarray(np.stack([noise] * 3, axis=-1))
+    material = trimesh.visual.material.PBRMaterial(baseColorTexture=picture, name="grey")
+    scene = trimesh.Scene()
+    for number, (role, name, lo, hi, rgb) in enumerate(boxes):
+        points, faces, colours, uv = [], [], [], []
+        for face in range(6):
+            axis, upper = face // 2, face % 2
+            b, c = [a for a in range(3) if a != axis]
+            corners = np.array([[lo, hi][upper]] * 4, float)
+            corners[:, b] = [lo[b], hi[b], hi[b], lo[b]]
+            corners[:, c] = [lo[c], lo[c], hi[c], hi[c]]
+            normal = np.cross(corners[1] - corners[0], corners[2] - corners[0])[axis]
+            order = [0, 1, 2] if (normal > 0) == bool(upper) else [0, 2, 1]
+            faces += [[4 * face + k for k in order], [4 * face + k for k in
+                      ([0, 2, 3] if order == [0, 1, 2] else [0, 3, 2])]]
+            points.append(corners)
+            colours += [[int(v * LIGHT[face]) for v in rgb] + [255]] * 4
+            uv.append(corners[:, UV[axis]])
+        points, uv = np.concatenate(points), np.concatenate(uv)
+        points = points[:, [0, 2, 1]] * [1, -1, 1]  # Z-up
+        mesh = trimesh.Trimesh(points, faces, process=False)
+        mesh.visual = trimesh.visual.TextureVisuals(uv=uv * [1, -1], material=material)  # it flips
+        mesh.visual.vertex_attributes["color"] = np.array(colours, np.uint8)
+        label = f"{role}|{name}|{number}"
+        scene.add_geometry(mesh, node_name=label, geom_name=label)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    scene.export(path)
+
+
+def two_rooms():
+    """8 x 4 m: the blue room (x < 0) and the pink room, a doorway 1 m wide, a sofa and a table."""
+    walls = [((-4.1, -4), (-2.1, 2.1)), ((4, 4.1), (-2.1, 2.1)), ((-4.1, 4.1), (-2.1, -2)),
+             ((-4.1, 4.1), (2, 2.1)), ((-0.08, 0), (-2, -0.5)), ((-0.08, 0), (0.5, 2)),
+             ((0, 0.08), (-2, -0.5)), ((0, 0.08), (0.5, 2))]
+    boxes = []
+    for room, x0, x1, rgb in (("blue room", -4, 0, (90, 110, 220)), ("pink room", 0, 4, (230, 140,
+                                                                                    170))):
+        boxes += [("floor", room, (x0, -0.1, -2), (x1, 0, 2), rgb),
+                  ("ceiling", room, (x0, 2.5, -2), (x1, 2.6, 2), (240, 240, 240))]
+    for (x0, x1), (z0, z1) in walls:
+        room = "blue room" if x0 + x1 < 0 else "pink room" if x1 - x0 < 1 else ""
+        boxes.append(("wall", room, (x0, 0, z0), (x1, 2.5, z1), (200, 190, 160)))
+    boxes += [("wall", "blue room", (-0.08, 2.1, -0.5), (0, 2.5, 0.5), (200, 190, 160)),
+              ("wall", "pink room", (0, 2.1, -0.5), (0.08, 2.5, 0.5), (200, 190, 160)),
+              ("object", "red sofa", (1.5, 0, -0.6), (2.3, 0.4, 0.9), (220, 30, 30)),
+              ("object", "red sofa", (2.1, 0, -0.6), (2.3, 0.9, 0.9), (220, 30, 30)),
+              ("object", "green table", (-2.6, 0, 0.6), (-1.6, 0.8, 1.3), (30, 160, 60)),
+              ("decor", "", (-3.999, 1.2, -0.5), (-3.95, 1.8, 0.5), (250, 220, 40))]
+    return boxes
+
+
+SCENE_ID = "houses/two/two.glb"
+EPISODE = {"episode_id": 7, "scene_id": SCENE_ID, "start_position": [-3, 0, -1],
+           "start_rotation": [0, 0, 0, 1], "goals": [{"position": [3.2, 0, 0.2], "radius": 1.0}]}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    write_house(str(folder / SCENE_ID), two_rooms())
+    return str(folder)
+
+
+@pytest.fixture
+def house(scenes):
+    simulator = sim.HouseSim(ROBOT, scenes)
+    simulator.reset(EPISODE)
+    return simulator
+
+
+def random_pose(house, rng):
+    return house.somewhere(rng) + sim.rotation_of(rng.uniform(-math.pi, math.pi))
+
+
+# ---------------------------------------------------------------- poses and motion
+
+
+def test_the_identity_looks_along_minus_z_and_left_is_positive_yaw(house):
+    house.set_pose([-3, 0, 0], [0, 0, 0, 1])
+    house.act(FORWARD)
+    assert np.allclose(house.state()["position"], [-3, 0, -0.25])
+    for _ in range(3):
+        house.act(LEFT)
+    assert np.allclose(house.state()["rotation"], [0, math.sqrt(0.5), 0, math.sqrt(0.5)])
+    house.act(FORWARD)
+    assert np.allclose(house.state()["position"], [-3.25, 0, -0.25])
+    house.act(RIGHT)
+    assert math.degrees(sim.yaw_of(house.state()["rotation"])) == pytest.approx(60)
+    with pytest.raises(ValueError, match="not a motion"):
+        house.act(STOP)
+
+
+def test_sliding_keeps_what_goes_along_the_wall(house):
+    beside = [-4 + 0.18 + 0.05, 0, 0]  # 5 cm of room before the west wall
+    house.set_pose(beside, sim.rotation_of(math.radians(60)))
+    assert house.act(FORWARD)
+    x, _, z = house.state()["position"]
+    assert (x, z) == pytest.approx((-3.82, -0.25 * math.cos(math.radians(60))), abs=1e-3)
+
+    house.robot = dict(ROBOT, sliding=False)
+    house.set_pose(beside, sim.rotation_of(math.radians(60)))
+    assert house.act(FORWARD) and house.state()["collided"]
+    x, _, z = house.state()["position"]
+    assert (x, z) == pytest.approx((-3.82, -0.05 / math.tan(math.radians(60))), abs=1e-3)
+
+
+@pytest.mark.parametrize("sliding", [True, False])
+@pytest.mark.parametrize("stride", [0.25, 3.0])
+def test_a_body_never_enters_an_obstacle_nor_tunnels(house, sliding, stride):
+    rng = np.random.default_rng(0)
+    house.robot = dict(ROBOT, sliding=sliding, forward_m=stride)
+    solid = [i for i, r in enumerate(house.scene.roles) if r in ("wall", "object")
+             and house.scene.lo[i, 1] < 1.5]
+    lo, hi = house.scene.lo[solid][:, [0, 2]] - 0.18, house.scene.hi[solid][:, [0, 2]] + 0.18
+    house.set_pose([-3, 0, 0], [0, 0, 0, 1])
+    bumps = 0
+    for _ in range(1500):
+        for action in [LEFT] * rng.integers(0, 12):
+            house.act(action)
+        before = house.spot
+        bumps += house.act(FORWARD)
+        assert not ((house.spot > lo + 1e-6) & (house.spot < hi - 1e-6)).all(axis=1).any()
+        assert np.isfinite(house.geodesic([[-3, 0, 0]])), "it got out of the house"
+        if not sliding:  # a straight way: no point of it is inside anything
+            between = before + np.linspace(0, 1, 50)[:, None] * (house.spot - before)
+            assert not ((between[:, None] > lo + 1e-6) & (between[:, None] < hi - 1e-6)
+                        ).all(axis=2).any()
+    assert bumps > 50
+
+
+# ---------------------------------------------------------------- distances and the expert
+
+
+def grid_distances(house, goal, cell=0.05):
+    """Dijkstra on a grid with 16 neighbours: an upper bound, some 4% long at worst."""
+    xs, zs = np.arange(-3.8, 3.81, cell), np.arange(-1.8, 1.81, cell)
+    points = np.stack(np.meshgrid(xs, zs, indexing="ij"), axis=-1)
+    free = house.free(points)
+    index = np.arange(free.size).reshape(free.shape)
+    rows, columns, metres = [], [], []
+    for i, j in ((1, 0), (0, 1), (1, 1), (1, -1), (1, 2), (2, 1), (1, -2), (2, -1)):
+        a = (slice(0, len(xs) - i), slice(max(0, -j), len(zs) - max(0, j)))
+        b = (slice(i, len(xs)), slice(max(0, j), len(zs) + min(0, j)))
+        ok = free[a] & free[b]
+        for part in (0.25, 0.5, 0.75):  # nothing in between either
+            ok &= house.free(points[a] + part * (points[b] - points[a]))
+        rows.append(index[a][ok]), columns.append(index[b][ok])
+        metres.append(np.full(ok.sum(), cell * math.hypot(i, j)))
+    graph = coo_matrix((np.concatenate(metres), (np.concatenate(rows), np.concatenate(columns))),
+                       shape=(free.size, free.size)).tocsr()
+    at = int(abs(points - goal).sum(axis=-1).argmin())
+    return points[free], dijkstra(graph, directed=False, indices=at)[free.ravel()], points.reshape(
+        -1, 2)[at]
+
+
+def test_geodesics_are_those_of_a_fine_grid_and_paths_are_as_long_as_they_say(house):
+    points, metres, goal = grid_distances(house, (3.2, 0.2))
+    rng = np.random.default_rng(1)
+    goal = [goal[0], 0, goal[1]]
+    for k in rng.choice(len(points), 150, replace=False):
+        house.spot = points[k]
+        exact = house.geodesic([goal])
+        assert exact >= math.dist(points[k], (goal[0], goal[2])) - 1e-9
+        assert exact <= metres[k] + 0.01 and metres[k] <= 1.042 * exact + 0.05
+        path = np.array(house.path(goal))
+        assert np.allclose(path[0], house.state()["position"]) and np.allclose(path[-1], goal)
+        assert np.linalg.norm(np.diff(path, axis=0), axis=1).sum() == pytest.approx(exact)
+        for a, b in zip(path, path[1:]):
+            assert house.free((a + np.linspace(0, 1, 40)[:, None] * (b - a))[:, [0, 2]]).all()
+
+
+def test_geodesics_are_symmetric_and_the_nearest_goal_counts(house):
+    rng = np.random.default_rng(2)
+    for _ in range(30):
+        a, b = house.somewhere(rng), house.somewhere(rng)
+        house.set_pose(a, [0, 0, 0, 1])
+        there, nearest = house.geodesic([b]), house.geodesic([b, [-3, 0, -1]])
+        assert nearest == min(there, house.geodesic([[-3, 0, -1]]))
+        house.set_pose(b, [0, 0, 0, 1])
+        assert house.geodesic([a]) == pytest.approx(there)
+
+
+def test_a_goal_without_a_way_is_infinitely_far_and_said_so(scenes):
+    house = sim.HouseSim(ROBOT, scenes)
+    for place in ([30, 0, 0], [-2.1, 0, 0.95]):  # outside of the house; in the middle of the table
+        house.reset(dict(EPISODE, goals=[{"position": place}]))
+        assert house.state()["distance_to_goal"] == math.inf and house.path(place) == []
+        with pytest.raises(sim.SimError, match="no way to the goal"):
+            house.expert_action()
+    with pytest.raises(sim.SimError, match="two.glb.*inside an obstacle"):
+        house.reset(dict(EPISODE, start_position=[-2.1, 0, 0.95]))
+    house.reset({key: EPISODE[key] for key in EPISODE if key != "goals"})
+    assert house.state()["distance_to_goal"] is None
+
+
+@pytest.mark.parametrize("turn_deg, sliding", [(30, True), (30, False), (15, True), (15, False)])
+def test_the_expert_arrives_by_a_short_way_and_never_dithers(scenes, turn_deg, sliding):
+    house = sim.HouseSim(dict(ROBOT, turn_deg=turn_deg, sliding=sliding), scenes)
+    house.load(SCENE_ID)
+    rng = np.random.default_rng(3)
+    spl = []
+    while len(spl) < 25:
+        start, goal = random_pose(house, rng), house.somewhere(rng)
+        house.reset(dict(EPISODE, start_position=start[:3], start_rotation=start[3:],
+                         goals=[{"position": goal}]))
+        metres, walked, actions = house.geodesic([goal]), 0.0, ""
+        if metres < 1:
+            continue
+        while not actions.endswith("0"):
+            assert len(actions) < 150
+            before, action = house.spot, house.expert_action()
+            actions += str(action)
+            if action != STOP:
+                house.act(action)
+                walked += math.dist(before, house.spot)
+        assert house.geodesic([goal]) < 0.25
+        assert "23" not in actions and "32" not in actions
+        spl.append(metres / max(walked, metres))
+    assert np.mean(spl) >= 0.93
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def slow_picture(scene, eye, yaw, width, height, hfov_deg):
+    """One ray after another, one box after another, in the words of a textbook."""
+    picture = np.zeros((height, width, 3))
+    scale = math.tan(math.radians(hfov_deg) / 2)
+    for row in range(height):
+        for column in range(width):
+            right = ((column + 0.5) / width * 2 - 1) * scale
+            up = (1 - (row + 0.5) / height * 2) * scale * height / width
+            ray = np.array([-math.sin(yaw) + right * math.cos(yaw), up,
+                            -math.cos(yaw) - right * math.sin(yaw)])
+            nearest = math.inf
+            for box, (lo, hi) in enumerate(zip(scene.lo, scene.hi)):
+                a, b = (lo - eye) / ray, (hi - eye) / ray
+                enter, leave = np.minimum(a, b), np.maximum(a, b)
+                if 0 < enter.max() < min(leave.min(), nearest):
+                    nearest, axis = enter.max(), int(enter.argmax())
+                    face = 8 * box + 2 * axis + int(ray[axis] < 0)
+                    point = eye + nearest * ray
+                    u, v = point[[2, 0, 0][axis]], point[[1, 2, 1][axis]]
+                    texture = scene.textures[scene.face_texture[face]]
+                    grey = texture[int(v % 1 * len(texture)), int(u % 1 * len(texture))]
+                    picture[row, column] = scene.shade[face * 256 + grey:][:1].view(np.uint8)[:3]
+    return picture
+
+
+@pytest.mark.parametrize("hfov_deg", [90, 79])
+def test_the_picture_is_that_of_one_ray_per_pixel(house, hfov_deg):
+    house.robot = dict(ROBOT, hfov_deg=hfov_deg)
+    rng = np.random.default_rng(4)
+    poses = [random_pose(house, rng) for _ in range(4)] + [[-3.013, 0, 0.027, 0, 0, 0, 1]]
+    views = house.render(poses)
+    assert views.shape == (5, 18, 24, 3) and views.dtype == np.uint8
+    for pose, view in zip(poses, views):
+        slow = slow_picture(house.scene, np.array(pose[:3]) + [0, 1.25, 0], sim.yaw_of(pose[3:]),
+                            24, 18, hfov_deg)
+        assert (view != slow).any(axis=-1).mean() < 0.006  # a ray on an edge may fall off it
+        house.set_pose(pose[:3], pose[3:])
+        assert (house.observe() == view).all()
+
+
+def test_colours_are_vertex_colour_times_texture(house):
+    """Facing the south wall squarely: its light is 0.9 (+z face of the north... by hand)."""
+    house.set_pose([-1, 0, 0], [0, 1, 0, 0])  # yaw 180: looks along +z, at the -z face of that wall
+    middle = house.observe()[8:10, 11:13].reshape(-1, 3).astype(float)
+    wall = np.array([int(v * LIGHT[4]) for v in (200, 190, 160)])
+    grey = middle[:, :1] / wall[0] * 255
+    assert (abs(middle - wall * grey / 255) <= 1.0).all() and (grey >= 149).all()
+
+
+def test_supersampling_averages_the_larger_picture(house):
+    large = house.robot = dict(ROBOT, width=48, height=36)
+    pose = [[-1, 0, 0.3] + sim.rotation_of(-1.2)]
+    expected = house.render(pose).reshape(18, 2, 24, 2, 3).mean(axis=(1, 3))
+    house.robot = dict(large, width=24, height=18, supersample=2)
+    assert abs(house.render(pose)[0] - expected).max() <= 0.5
+
+
+def test_objects_are_named_with_their_side_and_distance(house):
+    house.robot = dict(ROBOT, width=112, height=84)
+    house.set_pose([-1.2, 0, 0.0], sim.rotation_of(math.radians(-90)))  # in the door's line, to +x
+    seen = {thing["name"]: thing for thing in house.objects()}
+    assert set(seen) == {"red sofa", "pink room"}  # its own room and the table behind are not
+    sofa = seen["red sofa"]
+    assert sofa["kind"] == "object" and seen["pink room"]["kind"] == "room"
+    assert abs(sofa["bearing_deg"]) < 5 and 2.6 < sofa["distance_m"] < 3.5
+    house.act(RIGHT)
+    turned = {thing["name"]: thing for thing in house.objects()}["red sofa"]
+    assert turned["bearing_deg"] == pytest.approx(sofa["bearing_deg"] + 30, abs=4)
+    pixels = (house.observe().astype(int) @ [1, -1, -1] > 0).mean()  # red ones
+    assert turned["share"] == pytest.approx(pixels, abs=0.003)
+
+
+def test_the_plan_shows_walls_doors_and_furniture_where_they_are(house):
+    image, (x0, z0, x1, z1) = house.topdown(0.02)
+    assert image.shape == (round((z1 - z0) / 0.02), round((x1 - x0) / 0.02), 3)
+
+    def at(x, z):
+        return image[int((z - z0) / 0.02), int((x - x0) / 0.02)].tolist()
+
+    assert at(-4.05, 0) == at(0.04, 1) == [70, 70, 70]
+    assert at(0.04, 0) != [70, 70, 70] and at(2, 0)[0] > 2 * at(2, 0)[1]
+
+
+# ---------------------------------------------------------------- the reader
+
+
+def test_the_reader_gives_back_the_boxes(house):
+    for k, (role, name, lo, hi, rgb) in enumerate(two_rooms()):
+        assert (house.scene.roles[k], house.scene.names[k]) == (role, name)
+        assert np.allclose([house.scene.lo[k], house.scene.hi[k]], [lo, hi], atol=1e-6)
+        for face in range(6):
+            white = house.scene.shade[(8 * k + face) * 256 + 255:][:1].view(np.uint8)[:3]
+            assert white.tolist() == [int(v * LIGHT[face]) for v in rgb]
+
+
+def test_a_damaged_scene_is_refused_in_a_sentence(scenes, tmp_path):
+    data = open(os.path.join(scenes, SCENE_ID), "rb").read()
+    house = sim.HouseSim(ROBOT, str(tmp_path))
+    triangle = trimesh.Scene(trimesh.creation.icosphere(1))
+    for name, content, sentence in (
+            ("missing", None, "no such scene"), ("half", data[:len(data) // 2], "truncated"),
+            ("head", data[:10], "truncated"), ("text", b"hello, I am a scene", "not a .glb"),
+            ("json", data[:20] + b"}" + data[21:], "JSON part is damaged"),
+            ("ball", triangle.export(file_type="glb"), "not a house of houses.py")):
+        if content is not None:
+            (tmp_path / f"{name}.glb").write_bytes(content)
+        with pytest.raises(sim.SimError, match=f"{name}.glb.*{sentence}"):
+            house.reset(dict(EPISODE, scene_id=f"{name}.glb"))
+
+
+# ---------------------------------------------------------------- recording
+
+
+def test_a_recorded_walk_is_what_was_seen_and_done(house):
+    walk = sim.record(house, EPISODE)
+    assert walk["actions"][-1] == STOP and STOP not in walk["actions"][:-1]
+    assert len(walk["frames"]) == len(walk["poses"]) == len(walk["actions"])
+    assert walk["labels"] is None and walk["distance_to_goal"] < 0.25
+    house.reset(EPISODE)
+    for frame, action in zip(walk["frames"], walk["actions"]):
+        assert (house.observe() == frame).all()  # the view BEFORE the action
+        if action != STOP:
+            house.act(action)
+    again = sim.record(house, EPISODE, actions=walk["actions"])
+    assert (again["frames"] == walk["frames"]).all() and again["poses"] == walk["poses"]
+    with pytest.raises(sim.SimError, match="stop midway"):
+        sim.record(house, EPISODE, actions=[1, 0, 1, 0])
+    with pytest.raises(sim.SimError, match="did not stop within 5"):
+        sim.record(house, EPISODE, max_steps=5)
+
+
+def test_the_walk_goes_by_the_waypoints(house):
+    way = [[-3, 0, 1.5], [3.2, 0, 0.2]]
+    poses = np.array(sim.record(house, EPISODE, waypoints=way)["poses"])[:, :3]
+    assert np.linalg.norm(poses - way[0], axis=1).min() < 0.25
+    assert np.linalg.norm(poses[-1] - way[1]) < 0.25
+
+
+def test_labels_of_a_stumbling_walk_are_what_the_expert_would_do_there(house):
+    walk = sim.record(house, EPISODE, noise=0.15, seed=5, objects=True)
+    assert walk == walk | sim.record(house, EPISODE, noise=0.15, seed=5) | {
+        key: walk[key] for key in ("frames", "objects")}
+    assert 3 < walk["labels"].count("") < len(walk["labels"]) / 2
+    assert len(walk["objects"]) == len(walk["actions"])
+    for pose, label in zip(walk["poses"], walk["labels"]):
+        house.set_pose(pose[:3], pose[3:])
+        plan = ""
+        while label and len(plan) < 6:
+            action = STOP if plan.endswith("0") else house.expert_action()
+            plan += str(action)
+            if action != STOP:
+                house.act(action)
+        assert plan == label
+
+
+# ---------------------------------------------------------------- the pool
+
+
+@pytest.fixture
+def pool(scenes):
+    with sim.SimPool("house", ROBOT, scenes, sims=2, timeout_s=30) as pool:
+        yield pool
+
+
+def test_the_pool_says_what_one_simulator_says(pool, house):
+    pool.submit(0, "reset", episode=EPISODE)
+    pool.submit(1, "record", episode=EPISODE, noise=0.1, seed=1)
+    answers = dict([pool.wait_any(), pool.wait_any()])
+    house.reset(EPISODE)
+    assert (answers[0]["frame"] == house.observe()).all()
+    assert answers[0]["state"] == house.state()
+    expected = sim.record(house, EPISODE, noise=0.1, seed=1)
+    assert (answers[1].pop("frames") == expected.pop("frames")).all() and answers[1] == expected
+
+    house.reset(EPISODE)
+    pool.submit(0, "step", actions=[RIGHT, RIGHT, FORWARD])
+    step = pool.wait(0)
+    for action, frame, state in zip([RIGHT, RIGHT, FORWARD], step["frames"], step["states"]):
+        house.act(action)
+        assert (frame == house.observe()).all() and state == house.state()
+    goal = EPISODE["goals"][0]["position"]
+    for verb, arguments, expected in (
+            ("expert", {}, {"action": house.expert_action()}),
+            ("distance", {"goals": [goal]}, {"distance": house.geodesic([goal])}),
+            ("path", {"goal": goal}, {"points": house.path(goal)}),
+            ("distance", {"goals": [[30, 0, 0]]}, {"distance": math.inf}),
+            ("objects", {}, {"objects": house.objects()})):
+        pool.submit(0, verb, **arguments)
+        assert pool.wait(0) == expected
+    pool.submit(0, "topdown")
+    assert (pool.wait(0)["image"] == house.topdown()[0]).all()
+
+
+def test_a_bad_episode_is_the_episodes_fault_and_a_bug_is_a_bug(pool):
+    bad = dict(EPISODE, scene_id="houses/none/none.glb")
+    pool.submit(0, "reset", episode=bad)
+    with pytest.raises(sim.SimError, match="none.glb.*no such scene"):
+        pool.wait(0)
+    pool.submit(0, "reset", episode=bad)
+    i, error = pool.wait_any()
+    assert i == 0 and isinstance(error, sim.SimError)
+    pid = pool.workers[0].process.pid
+    pool.submit(0, "step", actions=[STOP])
+    with pytest.raises(RuntimeError, match="(?s)'step'.*ValueError.*not a motion"):
+        pool.wait(0)
+    pool.submit(0, "reset", episode=EPISODE, frame=False)
+    assert "frame" not in pool.wait(0) and pool.workers[0].process.pid == pid
+
+
+def test_killed_and_hung_simulators_are_noticed_named_and_restarted(pool):
+    for i in range(2):
+        pool.submit(i, "reset", episode=EPISODE)
+        pool.wait(i)
+    killed, hung = (worker.process.pid for worker in pool.workers)
+
+    os.kill(killed, signal.SIGKILL)  # while idle: its next user hears of it, once
+    pool.submit(0, "step", actions=[FORWARD])
+    with pytest.raises(sim.SimDied, match=f"simulator 0 .process {killed}.*SIGKILL.*'step'"):
+        pool.wait(0)
+
+    pool.timeout_s = 1.5
+    os.kill(hung, signal.SIGSTOP)
+    pool.submit(1, "step", actions=[FORWARD])
+    pool.timeout_s = 30
+    pool.submit(0, "reset", episode=EPISODE)
+    answers = dict([pool.wait_any(), pool.wait_any()])  # the healthy one is served meanwhile
+    assert "frame" in answers[0]
+    assert isinstance(answers[1], sim.SimDied)
+    assert f"simulator 1 (process {hung}) gave no answer in 1.5 s" in str(answers[1])
+    for pid in (killed, hung):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+    pool.submit(1, "reset", episode=EPISODE)
+    assert pool.wait(1)["state"]["position"] == [-3.0, 0.0, -1.0]
+
+
+def test_a_simulator_that_dies_while_another_is_awaited_is_reported_to_its_own_user(pool):
+    pool.submit(0, "reset", episode=EPISODE)
+    pool.wait(0)
+    os.kill(pool.workers[0].process.pid, signal.SIGKILL)
+    time.sleep(0.2)
+    pool.submit(1, "record", episode=EPISODE)
+    assert len(pool.wait(1)["actions"]) > 10
+    pool.submit(0, "step", actions=[FORWARD])  # its state is gone: this must not be answered
+    i, error = pool.wait_any()
+    assert i == 0 and isinstance(error, sim.SimDied)
+
+
+WORKER = "import sim; {}; sim.work()"
+
+
+def test_what_libraries_print_does_not_reach_the_answers(scenes):
+    chatty = "import os; sim.VERBS['chat'] = lambda s: os.system('echo hello') or print('hi') or {}"
+    worker = sim.Worker(subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(chatty)], cwd=os.path.dirname(sim.__file__), bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
+    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "scenes_dir": scenes})
+    worker.send({"verb": "chat"})
+    answers = []
+    while len(answers) < 2:
+        message = worker.receive()
+        answers += [] if message is None else [message]
+    assert answers == [{}, {}]
+    worker.close()
+    assert worker.process.wait(10) == 0
+
+
+def test_a_worker_ends_with_its_parent_even_while_it_is_busy(scenes):
+    busy = "import time; sim.VERBS['sleep'] = lambda s: time.sleep(600)"
+    worker = sim.Worker(subprocess.Popen(
+        [sys.executable, "-c", WORKER.format(busy)], cwd=os.path.dirname(sim.__file__), bufsize=0,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "scenes_dir": scenes})
+    while worker.receive() is None:
+        pass
+    worker.send({"verb": "sleep"})
+    time.sleep(0.2)
+    worker.process.stdin.close()
+    assert worker.process.wait(10) == 0
+    worker.process.stdout.close()
+
+
+def test_messages_survive_being_cut_anywhere():
+    rng = np.random.default_rng(6)
+    sent = [{"verb": "x", "far": math.inf, "n": k, "frames": rng.integers(0, 255, (k, 3, 2, 3),
+                                                                     dtype=np.uint8),
+             "empty": np.zeros((0, 4))} for k in range(4)]
+    stream, data, got = b"".join(map(sim.encode, sent)), bytearray(), []
+    while stream:
+        cut = int(rng.integers(1, 40))
+        data += stream[:cut]
+        stream = stream[cut:]
+        while True:
+            message, used = sim.decode(data)
+            del data[:used]
+            if message is None:
+                break
+            got.append(message)
+    assert len(got) == 4 and not data
+    for a, b in zip(sent, got):
+        assert set(a) == set(b) and (a["frames"] == b["frames"]).all()
+        assert b["frames"].dtype == np.uint8 and b["far"] == math.inf and b["n"] == a["n"]
+
+
+# ---------------------------------------------------------------- the command, and habitat
+
+
+def command(*flags):
+    return subprocess.run([sys.executable, sim.__file__, *flags], capture_output=True, text=True,
+                          timeout=60)
+
+
+def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_path):
+    done = command("--check", "--scenes-dir", scenes)
+    assert done.returncode == 0 and done.stdout.rstrip().endswith("ready"), done.stderr
+    done = command("--check", "--scenes-dir", str(tmp_path))
+    assert done.returncode == 2 and "houses.py" in done.stderr
+    done = command("--check", "--scenes-dir", scenes, "--sim-python", "/no/such/python")
+    assert done.returncode == 2 and "--sim-python /no/such/python" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_habitat_the_conda_line_is_given(scenes):
+    try:
+        import habitat_sim  # noqa: F401
+    except ImportError:
+        with pytest.raises(UserError, match="(?s)habitat_sim does not import.*conda create"):
+            sim.SimPool("habitat", ROBOT, scenes, sims=1)
+    else:
+        pytest.skip("habitat_sim is here, so it cannot be missed")
+
+
+def test_habitat_walks_the_same_house(scenes):
+    pytest.importorskip("habitat_sim", reason="needs habitat-sim (README, setting up Habitat)")
+    robot = dict(ROBOT, width=112, height=112)
+    ours, theirs = sim.HouseSim(robot, scenes), sim.HabitatSim(robot, scenes)
+    rng = np.random.default_rng(7)
+    for simulator in (ours, theirs):
+        simulator.reset(EPISODE)
+    for _ in range(10):
+        pose = random_pose(ours, rng)
+        for simulator in (ours, theirs):
+            simulator.set_pose(pose[:3], pose[3:])
+        assert abs(ours.observe().astype(int) - theirs.observe()).mean() < 4
+        goal = ours.somewhere(rng)
+        exact = ours.geodesic([goal])
+        assert abs(theirs.geodesic([goal]) - exact) < max(0.03 * exact, 0.3)
+    walks = [sim.record(simulator, EPISODE) for simulator in (ours, theirs)]
+    assert all(walk["distance_to_goal"] < 0.25 for walk in walks)
+    replay = sim.record(theirs, EPISODE, actions=walks[0]["actions"])
+    assert math.dist(replay["poses"][-1][:3], walks[0]["poses"][-1][:3]) < 0.25
