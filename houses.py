@@ -1,0 +1,770 @@
+"""
+Houses to walk in, and walks to learn from: the embedded world's data, drawn from a seed.
+
+The real task (R2R in Matterport scans) needs a licence, a simulator and a big model. This file
+makes a small world with the same files and the same question, so that everything behind it can be
+tried on a bare machine: rooms with coloured walls, doorways, furniture, and walks to describe,
+
+    turn left, go into the pink room, turn right and stop by the yellow sofa.
+
+Nothing is written that did not happen: a start and a goal are drawn, the simulator's expert walks
+from one to the other, and the sentence is read off what its body did (which way it turned first,
+which doors it crossed, what it passed). Three rules keep the sentences fair:
+
+    unambiguous   a thing is unique in its house by (colour, kind); a door is named by the room that
+                  it leads to; a turn is told with its side, even "turn around to the left".
+    words alone   never say how far to go or how many turns to take: that takes eyes.
+    eyes alone    see several things, and not which of them is meant: that takes words.
+
+Levels: 1 is the demo's (one or two rooms, short sentences, colours alone tell things apart), 2 has
+two or three rooms, 3 has three to six; from 2 on rooms are called by colour and kind, turns come in
+three sizes, and things that are passed get a mention. The goal of a walk is where the shortest way
+to the middle of the named thing comes within half a metre of it: "walk up to it and stop" is what
+the words say and what the goal asks. Walks that need no turn at the start are halved, or else
+walking straight on and stopping after the usual distance would arrive too often.
+
+Run it   python houses.py                                   # 500 houses, 4000 walks: the demo's
+         python houses.py --level 3 --train-houses 200 --out data/houses3
+Reads    nothing
+Writes   <out>/scenes/houses/<name>/<name>.glb              one scene per house, about 45 kB
+         <out>/<split>/<split>.json.gz, <split>_gt.json.gz  train, val_seen (train's houses, new
+                                                            walks), val_unseen (new houses), in the
+                                                            schema of R2R_VLNCE v1-3 [1]
+         <out>/walks/<name>.json                            a finished house; another run takes it
+                                                            up if flags and code are still the same
+Expect   half a minute on two idle cores; at the end counts, the mix of actions, some sentences.
+         The same seed gives the same bytes, with any --jobs.
+
+The scene [2]. One mesh per axis-aligned box, named "role|name|number". Habitat takes a bare .glb
+for a Matterport scan, which is z-up, so world (x, y, z) is stored as (x, -z, y); and it draws
+without lights, so light is part of the vertex colours: pixel = COLOR_0 * texture / 255, where a
+texture is grey and repeats every metre. The flat roof above the ceilings (2.6 m) and the tops of
+furniture are all that a navigation mesh could take for other storeys; they are too high to step on
+and nothing starts there.
+
+[1] Krantz et al. 2020, VLN-CE, https://arxiv.org/abs/2004.02857
+[2] habitat-sim, StageAttributesManager.cpp: default up +z, front +y, for .glb without a config
+"""
+import argparse
+import collections
+import concurrent.futures
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+from typing import NamedTuple
+
+import numpy as np
+import trimesh
+from PIL import Image
+from tqdm import tqdm
+
+import sim as simulator
+from reward import FORWARD, LEFT, RIGHT, STOP, UserError, run
+
+SPLITS = ("train", "val_seen", "val_unseen")
+
+# Words for turns, by the least size in degrees. At level 1 a turn of 30 has none (what is meant is
+# in view then), and one word serves all above: the fewer sizes are told, the more has to be seen.
+# Over 800 walks the best blind policy (the same turns and steps for every walk of one wording,
+# chosen in hindsight) arrives within 1 m in .44 of them if zero and three sizes are told, .36 if
+# two, .24 like this, and .10 if no turn is told at all.
+PLAIN = {45: ["turn {}"]}
+FINE = {
+    10: ["turn slightly {}", "turn a bit {}"],
+    45: ["turn {}"],
+    135: ["turn around to the {}", "turn back to the {}"],
+}
+
+# How hard: rooms in a house, the sides of a room in metres, things in a room (in the single room of
+# a house at level 1), share of walks that start in another room than the goal's, if there is one,
+# shortest and longest walk in metres (geodesic).
+LEVELS = {
+    1: dict(rooms=(1, 2), side=(4.5, 6.0), things=(4, 5), cross=0.5, metres=(2.5, 7), turns=PLAIN),
+    2: dict(rooms=(2, 3), side=(3.5, 5.5), things=(3, 4), cross=0.75, metres=(3, 10), turns=FINE),
+    3: dict(rooms=(3, 6), side=(3.5, 5.5), things=(3, 4), cross=1.0, metres=(5, 20), turns=FINE),
+}
+
+# Walls are pale and things are strong, and no word is used for both: after the baked light every
+# shade of a thing is far from every shade of a wall (tests/test_houses.py measures how far).
+WALLS = {
+    "pink": (243, 170, 192),
+    "brown": (172, 130, 96),
+    "cyan": (135, 216, 222),
+    "lilac": (196, 172, 242),
+    "cream": (246, 230, 176),
+    "white": (242, 242, 242),
+}
+PAINTS = {
+    "red": (208, 26, 34),
+    "green": (24, 140, 46),
+    "blue": (30, 66, 210),
+    "yellow": (244, 208, 16),
+    "purple": (132, 34, 168),
+    "orange": (246, 122, 12),
+}
+FLOORS = ((150, 148, 146), (122, 118, 114), (176, 172, 168))
+CEILING, FRAME, PICTURE = (226, 226, 224), (58, 48, 42), (40, 40, 44)
+
+# Light comes from above and a little from one corner: (-x, +x, -y, +y, -z, +z), as in `faces`.
+LIGHT = np.array([0.86, 0.95, 0.66, 1.0, 0.81, 0.90])
+
+# Furniture in metres, standing with its back at z = 0 and its front towards +z, centred on x = 0:
+# boxes (x0, y0, z0, x1, y1, z1, shade). Big and plain: it has to be told apart in 56 pixels.
+FURNITURE = {
+    "sofa": (
+        (-0.9, 0, 0, 0.9, 0.45, 0.9, 1.0),
+        (-0.9, 0.45, 0, 0.9, 1.0, 0.25, 0.9),
+        (-0.9, 0.45, 0.25, -0.65, 0.72, 0.9, 0.85),
+        (0.65, 0.45, 0.25, 0.9, 0.72, 0.9, 0.85),
+    ),
+    "table": ((-0.65, 0.68, 0, 0.65, 0.8, 0.9, 1.0), (-0.3, 0, 0.2, 0.3, 0.68, 0.7, 0.8)),
+    "chair": ((-0.35, 0, 0, 0.35, 0.5, 0.7, 1.0), (-0.35, 0.5, 0, 0.35, 1.2, 0.15, 0.85)),
+    "lamp": (
+        (-0.2, 0, 0.1, 0.2, 0.1, 0.5, 0.8),
+        (-0.05, 0.1, 0.25, 0.05, 1.15, 0.35, 0.8),
+        (-0.3, 1.15, 0, 0.3, 1.75, 0.6, 1.0),
+    ),
+    "wardrobe": ((-0.6, 0.1, 0, 0.6, 2.0, 0.6, 1.0), (-0.55, 0, 0, 0.55, 0.1, 0.55, 0.8)),
+    "plant": (
+        (-0.2, 0, 0.15, 0.2, 0.4, 0.55, 0.8),
+        (-0.35, 0.4, 0, 0.35, 0.95, 0.7, 1.0),
+        (-0.2, 0.95, 0.15, 0.2, 1.4, 0.55, 0.9),
+    ),
+    "bed": (
+        (-0.75, 0, 0, 0.75, 0.5, 2.0, 1.0),
+        (-0.75, 0.5, 0, 0.75, 1.1, 0.12, 0.85),
+        (-0.5, 0.5, 0.2, 0.5, 0.64, 0.6, 0.9),
+    ),
+}
+
+# A kind of room is told by the thing that is placed in it first.
+ROOM_KINDS = {
+    "bedroom": "bed",
+    "lounge": "sofa",
+    "kitchen": "table",
+    "study": "chair",
+    "dressing room": "wardrobe",
+    "garden room": "plant",
+}
+
+HEIGHT, SLAB = 2.5, 0.08  # metres: a room's height; a wall's own half of the wall between two rooms
+DOOR_WIDTH, DOOR_HEIGHT = 1.2, 2.1
+PASSAGE = 0.75  # metres between things, so that a body of 0.36 m passes and can stand in front
+STAND_OFF = 0.5  # metres from a thing to the goal in front of it
+BERTH = 0.3  # metres between the body and anything else where a walk starts
+MIN_SPL = 0.9  # a walk whose expert wanders more than that is drawn anew
+MAX_WORDS = 200  # R2R pads instruction_tokens to this
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0].strip(),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = p.add_argument_group("files").add_argument
+    add("--out", default="data/houses", help="folder for scenes and episodes")
+    add = p.add_argument_group("houses and walks").add_argument
+    add("--seed", type=int, default=0)
+    add("--level", type=int, choices=sorted(LEVELS), default=1, help="1 easy .. 3 hard")
+    add("--train-houses", type=int, default=500)
+    add("--walks-per-house", type=int, default=8, help="training walks in each training house")
+    add("--unseen-houses", type=int, default=50, help="houses of val_unseen")
+    add("--val-episodes", type=int, default=200, help="in val_seen, and in val_unseen")
+    add = p.add_argument_group("machine").add_argument
+    add("--jobs", type=int, default=os.cpu_count(), help="processes; the files do not depend on it")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- a house, as boxes
+
+
+class Box(NamedTuple):
+    role: str  # floor, ceiling, wall, object, decor; walls and objects stop a body
+    name: str  # "red sofa", "pink room" or ""
+    lo: list  # metres, world axes: y is up
+    hi: list
+    colour: tuple  # RGB before light
+    texture: str
+
+
+class Room(NamedTuple):
+    name: str
+    wall: str  # the colour of its walls, unique in the house
+    lo: np.ndarray  # (2,) x and z of the outline, the room's own half of each wall included
+    hi: np.ndarray
+
+
+class Door(NamedTuple):
+    rooms: tuple  # the two rooms' numbers
+    axis: int  # 0: one walks through it along x; 1: along z
+    at: float  # where the two half walls meet, along that axis
+    centre: float  # along the other axis
+
+
+class Thing(NamedTuple):
+    name: str
+    room: int
+    lo: np.ndarray  # (2,) x and z of the footprint
+    hi: np.ndarray
+
+
+class House(NamedTuple):
+    rooms: list
+    doors: list
+    things: list
+    boxes: list
+
+
+def build_house(rng, level):
+    """Draw houses until one can be furnished. -> House"""
+    few, many = LEVELS[level]["rooms"]
+    while True:
+        outlines, doors = lay_out(rng, int(rng.integers(few, many + 1)), LEVELS[level]["side"])
+        walls = rng.choice(list(WALLS), len(outlines), replace=False).tolist()
+        kinds = rng.choice(list(ROOM_KINDS), len(outlines)).tolist()
+        rooms = [
+            Room(f"{wall} {'room' if level == 1 else kind}", wall, *outline)
+            for wall, kind, outline in zip(walls, kinds, outlines)
+        ]
+        things, boxes = furnish(rng, level, rooms, doors)
+        if min(sum(t.room == n for t in things) for n in range(len(rooms))) >= 3:
+            return House(rooms, doors, things, shell(rng, rooms, doors) + boxes)
+
+
+def apart(lo, hi, other_lo, other_hi, gap):
+    """Are two rectangles at least `gap` apart along x or along z?"""
+    return bool(np.any(other_lo - hi >= gap - 1e-9) or np.any(lo - other_hi >= gap - 1e-9))
+
+
+def lay_out(rng, count, side_m):
+    """`count` outlines and the doors between them: each room is attached to an earlier one, so that
+    the doors form a tree and there is one way from room to room. -> [(lo, hi)], [Door]"""
+    outlines, doors = [(np.zeros(2), rng.uniform(*side_m, 2).round(1))], []
+    while len(outlines) < count:
+        old, axis, side = int(rng.integers(len(outlines))), *rng.integers(2, size=2).tolist()
+        (lo, hi), size, along = outlines[old], rng.uniform(*side_m, 2).round(1), 1 - axis
+        shared = DOOR_WIDTH + 1.0  # metres of common wall, at least
+        new = np.zeros(2)
+        new[axis] = hi[axis] if side else lo[axis] - size[axis]
+        new[along] = rng.uniform(lo[along] - size[along] + shared, hi[along] - shared)
+        new = new.round(1)
+        if all(apart(new, new + size, *outline, 0) for outline in outlines):
+            low, high = max(lo[along], new[along]), min(hi[along], new[along] + size[along])
+            centre = rng.uniform(low + 1.0, high - 1.0) if high - low > 2 else (low + high) / 2
+            at = float(hi[axis] if side else lo[axis])
+            doors.append(Door((old, len(outlines)), axis, at, round(float(centre), 2)))
+            outlines.append((new, new + size))
+    return outlines, doors
+
+
+def furnish(rng, level, rooms, doors):
+    """Things, backs to the walls, as many as find a place. -> [Thing], their boxes"""
+    things, boxes, used = [], [], set()
+    for number, room in enumerate(rooms):
+        few, many = LEVELS[level]["things"]
+        wanted = 3 if level == 1 and len(rooms) > 1 else int(rng.integers(few, many + 1))
+        full = [doorstep(door) for door in doors if number in door.rooms]
+        kinds = rng.permutation(list(FURNITURE)).tolist()
+        kinds.sort(key=lambda kind: kind != ROOM_KINDS.get(room.name.partition(" ")[2]))
+        here = set()  # colours; at level 1 none comes twice in a house, above that in a room
+        for kind in kinds:
+            paints = [p for p in PAINTS if p not in here and f"{p} {kind}" not in used]
+            place = stand(rng, kind, room.lo + SLAB, room.hi - SLAB, full)
+            if len(here) == wanted or not paints or place is None:
+                continue
+            paint = str(rng.choice(paints))
+            parts, lo, hi = place
+            for corners, (*_, shade) in zip(parts, FURNITURE[kind]):
+                colour = tuple(round(c * shade) for c in PAINTS[paint])
+                boxes.append(Box("object", f"{paint} {kind}", *corners, colour, "cloth"))
+            things.append(Thing(f"{paint} {kind}", number, lo, hi))
+            full.append((lo, hi))
+            here.add(paint)
+            used |= {f"{paint} {k}" for k in (FURNITURE if level == 1 else [kind])}
+    return things, boxes
+
+
+def doorstep(door):
+    """The rectangle in a doorway from which things keep PASSAGE. -> lo, hi"""
+    lo, hi = np.zeros(2), np.zeros(2)
+    lo[door.axis], hi[door.axis] = door.at - 0.4, door.at + 0.4
+    lo[1 - door.axis], hi[1 - door.axis] = door.centre - 0.3, door.centre + 0.3
+    return lo, hi
+
+
+def stand(rng, kind, lo, hi, full):
+    """Stand a piece of furniture with its back to a wall of the room's inside lo..hi, PASSAGE away
+    from the rectangles in `full`. -> boxes [(lo, hi)], footprint lo, hi; or None: no place found"""
+    parts = np.array(FURNITURE[kind])
+    for _ in range(40):
+        x, z, back = parts[:, [0, 3]], parts[:, [2, 5]], int(rng.integers(4))
+        for _ in range(back):  # quarter turns about +y: the front looks to +z, +x, -z, -x
+            x, z = z, -x
+        near = np.array([x.min(), z.min()])
+        size = np.array([x.max(), z.max()]) - near
+        corner = rng.uniform(lo, hi - size)
+        # in a corner or well away from it: no nooks in which a body gets stuck
+        corner = np.where(corner - lo < PASSAGE, lo, corner)
+        corner = np.where(hi - size - corner < PASSAGE, hi - size, corner)
+        wall = 1 - back % 2
+        corner[wall] = (lo if back < 2 else hi - size)[wall]
+        corner = corner.round(2)
+        if all(apart(corner, corner + size, *rectangle, PASSAGE) for rectangle in full):
+            x, z = np.sort(x - near[0] + corner[0]), np.sort(z - near[1] + corner[1])
+            boxes = np.stack([x, parts[:, [1, 4]], z], axis=2).round(3)  # (parts, 2, 3)
+            return boxes.tolist(), corner, corner + size
+    return None
+
+
+def shell(rng, rooms, doors):
+    """Floors, ceilings, walls with their openings, door frames and pictures. -> boxes"""
+    boxes = []
+    for number, room in enumerate(rooms):
+        (x0, z0), (x1, z1) = room.lo.tolist(), room.hi.tolist()
+        floor = FLOORS[rng.integers(len(FLOORS))], str(rng.choice(["tiles", "planks"]))
+        boxes.append(Box("floor", room.name, [x0, -0.1, z0], [x1, 0.0, z1], *floor))
+        high = [x0, HEIGHT, z0], [x1, HEIGHT + 0.1, z1]
+        boxes.append(Box("ceiling", room.name, *high, CEILING, "cloth"))
+        for axis, end in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            edge = (room.lo, room.hi)[end][axis]
+            slab = functools.partial(at_wall, room, axis, end, (0, SLAB))
+            proud = functools.partial(at_wall, room, axis, end, (SLAB, SLAB + 0.03))
+            paint = WALLS[room.wall], "wallpaper"
+            trim = SLAB * axis  # the walls across z stand between those across x
+            cuts = [room.lo[1 - axis] + trim, room.hi[1 - axis] - trim]
+            for door in doors:
+                if number in door.rooms and door.axis == axis and abs(door.at - edge) < 1e-6:
+                    cuts += [door.centre - DOOR_WIDTH / 2, door.centre + DOOR_WIDTH / 2]
+            cuts.sort()
+            for along in zip(cuts[::2], cuts[1::2]):
+                boxes.append(Box("wall", room.name, *slab(along, (0, HEIGHT)), *paint))
+            for left, right in zip(cuts[1:-1:2], cuts[2::2]):
+                lintel = slab((left, right), (DOOR_HEIGHT, HEIGHT))
+                boxes.append(Box("wall", room.name, *lintel, *paint))
+                top = DOOR_HEIGHT + 0.12
+                for part in (
+                    proud((left - 0.12, left), (0, top)),
+                    proud((right, right + 0.12), (0, top)),
+                    proud((left, right), (DOOR_HEIGHT, top)),
+                ):
+                    boxes.append(Box("decor", "", *part, FRAME, "cloth"))
+            if len(cuts) == 2 and rng.random() < 0.5:
+                middle = rng.uniform(cuts[0] + 0.6, cuts[1] - 0.6)
+                picture = proud((middle - 0.45, middle + 0.45), (1.3, 1.9))
+                boxes.append(Box("decor", "", *picture, PICTURE, "cloth"))
+    return boxes
+
+
+def at_wall(room, axis, end, depths, along, heights):
+    """A box at the wall that bounds a room along `axis`, at its low (0) or high (1) end; depths
+    count inwards from the outline. -> lo, hi"""
+    edge = (room.lo, room.hi)[end][axis]
+    across = sorted(edge + (1 - 2 * end) * depth for depth in depths)
+    x, z = (across, along) if axis == 0 else (along, across)
+    return np.stack([x, heights, z], axis=1).round(3).tolist()
+
+
+# ---------------------------------------------------------------- the scene file
+
+
+def textures():
+    """Grey patterns for one square metre, {name: (32, 32) uint8}; they repeat. On a wall the rows
+    are heights (row 0 is 0 m, 1 m, ..), so the wallpaper has an edge at eye height, 1.25 m, and a
+    wall right before the camera is never one blank colour."""
+    row, column = np.mgrid[:32, :32]
+    grain = np.random.default_rng(0).integers(0, 9, (32, 32))
+    patterns = {
+        "wallpaper": 22 * ((row + 24) // 16 % 2) + 9 * (column // 16 % 2),
+        "tiles": 34 * ((row // 16 + column // 16) % 2) + grain,
+        "planks": 12 * (column // 4 * 5 % 4) + 20 * (column % 4 == 0),
+        "cloth": 14 * (row // 8 % 2) + grain,
+    }
+    return {name: (255 - darker).astype(np.uint8) for name, darker in patterns.items()}
+
+
+def faces(lo, hi):
+    """The corners of a box, face by face: -x, +x, -y, +y, -z, +z, anticlockwise from outside.
+    -> corners (24, 3) in world metres, uv (24, 2): the two world coordinates within the face"""
+    ends, corners, uv = np.array([lo, hi], float), [], []
+    for axis, (u, v) in enumerate(((2, 1), (0, 2), (0, 1))):
+        for end in (0, 1):
+            quad = np.zeros((4, 3))
+            quad[:, axis] = ends[end, axis]
+            quad[:, u], quad[:, v] = ends[[0, 1, 1, 0], u], ends[[0, 0, 1, 1], v]
+            if (end == 0) != (axis < 2):  # u x v points along -x, -y, +z: turn the others
+                quad = quad[[0, 3, 2, 1]]
+            corners.append(quad)
+            uv.append(quad[:, [u, v]])
+    return np.concatenate(corners), np.concatenate(uv)
+
+
+def write_glb(path, boxes):
+    """The boxes as one .glb (axes, names, colours and textures: see the essay above)."""
+    materials = {
+        name: trimesh.visual.material.PBRMaterial(
+            name=name,
+            baseColorTexture=Image.fromarray(grey).convert("RGB"),  # one channel may be drawn red
+            metallicFactor=0.0,
+            roughnessFactor=1.0,
+        )
+        for name, grey in textures().items()
+    }
+    triangles = np.concatenate([[[k, k + 1, k + 2], [k, k + 2, k + 3]] for k in range(0, 24, 4)])
+    scene = trimesh.Scene()
+    for number, box in enumerate(boxes):
+        corners, uv = faces(box.lo, box.hi)
+        colour = np.full((6, 4), 255, np.uint8)
+        colour[:, :3] = np.outer(LIGHT, box.colour).round()
+        # trimesh counts v from a picture's bottom and glTF from its top
+        visual = trimesh.visual.TextureVisuals(uv * (1, -1) + (0, 1), materials[box.texture])
+        visual.vertex_attributes["color"] = colour.repeat(4, axis=0)  # or COLOR_0 is dropped
+        stored = corners[:, [0, 2, 1]] * (1, -1, 1)
+        mesh = trimesh.Trimesh(stored, triangles, visual=visual, process=False)
+        name = f"{box.role}|{box.name}|{number}"
+        scene.add_geometry(mesh, node_name=name, geom_name=name)
+    write_file(path, trimesh.exchange.gltf.export_glb(scene, include_normals=False))
+
+
+def write_file(path, data):
+    """Bytes to a file that is there whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".tmp", "wb") as file:
+        file.write(data)
+    os.replace(path + ".tmp", path)
+
+
+# ---------------------------------------------------------------- a walk
+
+
+def free(sim, points, gap):
+    """Which points (N, 2) leave the body at least `gap` metres to everything? -> (N,) bool"""
+    return ~simulator.inside_any(sim.nav.lo - gap, sim.nav.hi + gap, points)
+
+
+def room_at(house, x, z):
+    """Number of the room whose outline holds the point."""
+    return next(n for n, room in enumerate(house.rooms)
+                if (room.lo <= (x, z)).all() and ((x, z) <= room.hi).all())
+
+
+def in_front_of(sim, house, thing):
+    """Points STAND_OFF metres from a thing, in its room, where a body can stand. -> (N, 2)"""
+    angles = np.radians(np.arange(2.5, 360, 5))
+    ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    ring = STAND_OFF * ring + np.where(ring > 0, thing.hi, thing.lo)  # around each corner
+    (x0, z0), (x1, z1), d = thing.lo, thing.hi, STAND_OFF
+    sides = [(x, z) for x in np.linspace(x0, x1, 15) for z in (z0 - d, z1 + d)]
+    sides += [(x, z) for z in np.linspace(z0, z1, 15) for x in (x0 - d, x1 + d)]
+    points = np.concatenate([ring, sides])
+    room = house.rooms[thing.room]
+    inside = ((points > room.lo) & (points < room.hi)).all(axis=1)
+    return points[inside & free(sim, points, 0.02)].round(4)
+
+
+def walk(sim, goal, limit=200):
+    """The expert's walk from where the simulator stands. -> actions, the last one STOP unless cut
+    at `limit`; poses (len(actions), 3): x, z, heading before each (degrees, left +, not wrapped)"""
+    actions, poses, heading = [], [], 0.0
+    while len(actions) < limit and STOP not in actions[-1:]:
+        actions.append(sim.expert_action(goal))
+        poses.append((*sim.spot, heading))
+        if actions[-1] != STOP:
+            sim.act(actions[-1])
+        heading += {LEFT: 1, RIGHT: -1}.get(actions[-1], 0) * sim.robot["turn_deg"]
+    return actions, np.array(poses)
+
+
+def draw_walk(rng, sim, house, scene_id, level, crosses):
+    """One walk: a start, a thing to go to, what the expert did, and the sentence for it. None if
+    the draw is no good: too short or long, no free start, an expert that strays.
+    -> {"episode": R2R's fields without ids and tokens, "truth": R2R's ground truth}"""
+    # 1. from where, to what
+    thing = house.things[rng.integers(len(house.things))]
+    others = [n for n in range(len(house.rooms)) if n != thing.room]
+    room = house.rooms[rng.choice(others) if crosses else thing.room]
+    gap = sim.robot["radius_m"] + BERTH
+    spot = rng.uniform(room.lo + SLAB + gap, room.hi - SLAB - gap).round(3)
+    if not all(apart(spot, spot, other.lo, other.hi, gap) for other in house.things):
+        return None
+    turns = round(360 / sim.robot["turn_deg"])
+    start = [float(spot[0]), 0.0, float(spot[1])]
+    rotation = simulator.rotation_of(2 * math.pi / turns * int(rng.integers(turns)))
+    sim.reset({"scene_id": scene_id, "start_position": start, "start_rotation": rotation})
+
+    # 2. of the points around the thing, the one through which the shortest way to its middle goes
+    fronts = in_front_of(sim, house, thing)
+    if not len(fronts):
+        return None
+    metres = simulator.distances(sim.nav, sim.field(start), fronts)[0]  # the same both ways
+    best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
+    nearest, furthest = LEVELS[level]["metres"]
+    if not nearest <= metres[best] <= furthest:
+        return None
+    goal = [float(fronts[best, 0]), 0.0, float(fronts[best, 1])]
+
+    # 3. the expert's walk; it must not come back into a room, for there are no words for that
+    path, metres = sim.path(goal), sim.geodesic([goal])
+    actions, poses = walk(sim, goal)
+    steps = np.hypot(*np.diff(poses[:, :2], axis=0).T).sum()
+    legs = read_legs(house, thing, actions, poses)
+    rooms = [leg["room"] for leg in legs]
+    if actions[-1] != STOP or metres / max(steps, metres) < MIN_SPL or len(set(rooms)) < len(rooms):
+        return None
+    if legs[0]["turn_deg"] == 0 and rng.random() < 0.5:  # or walking straight on pays too often
+        return None
+    stands = [0] + [t + 1 for t, action in enumerate(actions) if action == FORWARD]
+    episode = {
+        "scene_id": scene_id,
+        "start_position": start,
+        "start_rotation": rotation,
+        "info": {
+            "geodesic_distance": metres,
+            "level": level,
+            "goal": thing.name,
+            "rooms": [house.rooms[n].name for n in rooms],
+            "first_turn_deg": legs[0]["turn_deg"],
+        },
+        "goals": [{"position": goal, "radius": 1.0}],
+        "instruction": {"instruction_text": say(rng, house, legs, thing.name, level)},
+        "reference_path": path,
+    }
+    truth = {
+        "locations": [[float(poses[t, 0]), 0.0, float(poses[t, 1])] for t in stands],
+        "actions": actions,
+        "forward_steps": len(stands) - 1,
+    }
+    return {"episode": episode, "truth": truth}
+
+
+# ---------------------------------------------------------------- from a walk to words
+
+
+def read_legs(house, goal_thing, actions, poses):
+    """What the body did, room by room. A leg begins where a room is entered; its turn is the net
+    turn before the first step (first leg), or around the door, from the step before it to the
+    fourth behind it. -> [{"room": number, "turn_deg": left +, "passed": None or (name, side)}]"""
+    rooms = [room_at(house, x, z) for x, z, _ in poses]
+    entered = [t for t in range(1, len(rooms)) if rooms[t] != rooms[t - 1]]
+    steps = [t for t, action in enumerate(actions) if action == FORWARD]
+    legs = []
+    for start, end in zip([0] + entered, entered + [len(actions)]):
+        behind = [t for t in steps if t < start][-2:]
+        ahead = [t for t in steps if t >= start] + [len(actions) - 1] * 4
+        since, until = (behind[0], ahead[3]) if behind else (0, ahead[0])
+        legs.append({
+            "room": rooms[start],
+            "turn_deg": float(poses[until, 2] - poses[since, 2]),
+            "passed": passed(house, goal_thing, rooms[start],
+                             poses[[t for t in steps if start <= t < end]]),
+        })
+    return legs
+
+
+def passed(house, goal_thing, room, poses):
+    """The thing that came nearest, beside the body (50 to 130 degrees from straight ahead, at most
+    1.5 m off) in this part of a walk. -> (name, "left" or "right"), or None"""
+    near = []
+    for thing in house.things:
+        if thing.room == room and thing.name != goal_thing.name:
+            for x, z, heading in poses:
+                dx, dz = (thing.lo + thing.hi) / 2 - (x, z)
+                bearing = (math.degrees(math.atan2(-dx, -dz)) - heading + 180) % 360 - 180
+                metres, side = math.hypot(dx, dz), "left" if bearing > 0 else "right"
+                if 50 <= abs(bearing) <= 130 and metres <= 1.5:
+                    near.append((metres, thing.name, side))
+    return min(near)[1:] if near else None
+
+
+def say(rng, house, legs, goal, level):
+    """The sentence for a walk. The size of a turn is told in words if at all, never in degrees;
+    levels above 1 have more ways to say things, and mention what was passed."""
+
+    def pick(*phrases):
+        return str(rng.choice(phrases))
+
+    parts = []
+    for number, leg in enumerate(legs):
+        room = house.rooms[leg["room"]].name
+        side, size = ("left" if leg["turn_deg"] > 0 else "right"), abs(leg["turn_deg"])
+        if number > 0:
+            ways = [f"enter the {room}", f"go into the {room}", f"walk into the {room}"]
+            ways += [f"take the door to the {room}", f"go through the door to the {room}"]
+            parts.append(pick(*ways[: 4 if level == 1 else 5]))
+        sizes = [least for least in LEVELS[level]["turns"] if size >= least]
+        if sizes and (number == 0 or size >= 45):  # a bend at a door is not worth a word
+            parts.append(pick(*LEVELS[level]["turns"][max(sizes)]).format(side))
+        if level > 1 and leg["passed"]:
+            ways = "pass the {} on your {}", "walk past the {} on the {}"
+            parts.append(pick(*ways).format(*leg["passed"]))
+    if not parts:
+        return pick("go", "walk") + f" straight to the {goal} and stop."
+    stops = ["stop at", "stop by", "stop in front of", "wait at", "wait by", "wait in front of"]
+    text = parts[0]
+    for part in parts[1:]:
+        text += (", " if level == 1 else pick(", ", ", then ", " and ")) + part
+    return text + pick(" and ", ", then ") + pick(*stops) + f" the {goal}."
+
+
+def words_of(text):
+    """R2R's tokens: lower-case words and full stops; commas and the like are left out.
+
+    >>> words_of("Turn left, then stop.")
+    ['turn', 'left', 'then', 'stop', '.']
+    """
+    return re.findall(r"[a-z0-9']+|\.", text.lower())
+
+
+def vocabulary(texts):
+    """R2R's `instruction_vocab`, which says the same thing five times."""
+    words = ["<pad>", "<unk>"] + sorted({word for text in texts for word in words_of(text)})
+    index = {word: i for i, word in enumerate(words)}
+    return dict(word_list=words, word2idx_dict=index, stoi=index, itos=words,
+                num_vocab=len(words), UNK_INDEX=1, PAD_INDEX=0)
+
+
+# ---------------------------------------------------------------- files
+
+
+def make_house(task):
+    """All work for one house: draw it, write its scene, draw its walks. A worker's unit of work.
+
+    task = {"out", "name", "level", "draw": ints that seed it, "walks": {split: how many}, "code"}
+    -> {split: [walk]}; also kept in <out>/walks/<name>.json, from where a second run takes it.
+    """
+    scene = os.path.join(task["out"], "scenes", "houses", task["name"], task["name"] + ".glb")
+    kept = os.path.join(task["out"], "walks", task["name"] + ".json")
+    order = {key: value for key, value in task.items() if key != "out"}
+    if os.path.exists(scene) and os.path.exists(kept):
+        with open(kept) as file:
+            done = json.load(file)
+        if done["order"] == order:
+            return done["walks"]
+
+    scene_id, level = f"houses/{task['name']}/{task['name']}.glb", task["level"]
+    for attempt in range(100):
+        house = build_house(np.random.default_rng([*task["draw"], attempt]), level)
+        write_glb(scene, house.boxes)
+        sim = simulator.HouseSim(simulator.ROBOTS["houses"], os.path.join(task["out"], "scenes"))
+        walks = {}
+        for number, (split, wanted) in enumerate(task["walks"].items()):
+            # each split has dice of its own: more training walks leave the validation walks alone
+            rng = np.random.default_rng([*task["draw"], attempt, number + 1])
+            walks[split] = []
+            for _ in range(wanted):
+                crosses = len(house.rooms) > 1 and rng.random() < LEVELS[level]["cross"]
+                draws = (draw_walk(rng, sim, house, scene_id, level, crosses) for _ in range(100))
+                walks[split] += itertools.islice(filter(None, draws), 1)
+        if all(len(walks[split]) == wanted for split, wanted in task["walks"].items()):
+            write_file(kept, json.dumps({"order": order, "walks": walks}).encode())
+            return walks
+    raise UserError(f"no house in 100 has such walks at level {level}; try another --seed")
+
+
+def plan_work(args):
+    """One task per house (see make_house). The validation walks of a split are spread evenly."""
+    code = hashlib.sha256()
+    for module in (__file__, simulator.__file__):
+        with open(module, "rb") as file:
+            code.update(file.read())
+    tasks = []
+    for first, prefix, houses in ((0, "h", args.train_houses), (1, "u", args.unseen_houses)):
+        for i in range(houses):
+            share = args.val_episodes // houses + (i < args.val_episodes % houses)
+            walks = {"val_unseen": share}
+            if prefix == "h":
+                walks = {"train": args.walks_per_house, "val_seen": share}
+            tasks.append({
+                "out": args.out, "name": f"{prefix}{i:05d}", "level": args.level,
+                "draw": [args.seed, first, i], "walks": walks, "code": code.hexdigest()[:16],
+            })
+    return tasks
+
+
+def write_split(out, split, walks, vocab, first_trajectory):
+    """The two files of a split, to the letter of R2R_VLNCE v1-3: ids count from 1 and are ints in
+    the episodes and strings in the ground truth."""
+    episodes, truths = [], {}
+    for number, walk in enumerate(walks):
+        text = walk["episode"]["instruction"]["instruction_text"]
+        tokens = [vocab["stoi"][word] for word in words_of(text)]
+        tokens += [vocab["PAD_INDEX"]] * (MAX_WORDS - len(tokens))
+        episodes.append({
+            "episode_id": number + 1,
+            "trajectory_id": first_trajectory + number,
+            **walk["episode"],
+            "instruction": {"instruction_text": text, "instruction_tokens": tokens},
+        })
+        truths[str(number + 1)] = walk["truth"]
+    for name, content in (
+        (f"{split}.json.gz", {"episodes": episodes, "instruction_vocab": vocab}),
+        (f"{split}_gt.json.gz", truths),
+    ):
+        packed = gzip.compress(json.dumps(content).encode(), 6, mtime=0)  # no clock in the bytes
+        write_file(os.path.join(out, split, name), packed)
+
+
+def report(args, splits, vocab):
+    """What was made, in a screenful."""
+    sizes = [os.path.getsize(os.path.join(folder, name)) / 1000 for folder, _, names
+             in os.walk(os.path.join(args.out, "scenes")) for name in names]
+    print(f"{args.train_houses} + {args.unseen_houses} houses of level {args.level}, "
+          f"{np.mean(sizes):.0f} kB each; vocabulary {vocab['num_vocab']} words")
+    for split, walks in splits.items():
+        actions = collections.Counter(a for w in walks for a in w["truth"]["actions"])
+        total = sum(actions.values())
+        lengths = np.array([len(w["truth"]["actions"]) for w in walks])
+        metres = np.array([w["episode"]["info"]["geodesic_distance"] for w in walks])
+        words = [len(words_of(w["episode"]["instruction"]["instruction_text"])) - 1 for w in walks]
+        crossed = np.mean([len(w["episode"]["info"]["rooms"]) > 1 for w in walks])
+        mix = " ".join(f"{name} {100 * actions[a] / total:.0f}%" for a, name in
+                       ((STOP, "stop"), (FORWARD, "forward"), (LEFT, "left"), (RIGHT, "right")))
+        print(f"\n{split}: {len(walks)} walks, {total} actions ({mix})\n"
+              f"  actions {lengths.min()}..{lengths.max()}, median {np.median(lengths):.0f}; "
+              f"metres {metres.min():.1f}..{metres.max():.1f}, mean {metres.mean():.1f}; "
+              f"words mean {np.mean(words):.1f}, most {max(words)}; "
+              f"through a door {100 * crossed:.0f}%")
+        for item in walks[len(walks) // 6 :: max(1, len(walks) // 3)][:3]:
+            print("  -", item["episode"]["instruction"]["instruction_text"])
+
+
+def main(args):
+    for flag in ("train_houses", "walks_per_house", "unseen_houses", "val_episodes", "jobs"):
+        if getattr(args, flag) < 1:
+            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    try:
+        made_by = {key: value for key, value in vars(args).items() if key not in ("out", "jobs")}
+        write_file(os.path.join(args.out, "args.json"), json.dumps(made_by, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"cannot write to --out {args.out} ({error.strerror}); name another folder"
+                        ) from None
+
+    # 1. draw the houses, each with all its walks
+    tasks = plan_work(args)
+    bar = dict(total=len(tasks), desc="houses", unit="house", smoothing=0)
+    if args.jobs == 1:
+        done = list(tqdm(map(make_house, tasks), **bar))
+    else:
+        spawn = multiprocessing.get_context("spawn")  # no locks or threads inherited
+        with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
+            done = list(tqdm(pool.map(make_house, tasks, chunksize=4), **bar))
+
+    # 2. collect the splits, agree on a vocabulary, write
+    splits = {split: [w for walks in done for w in walks.get(split, [])] for split in SPLITS}
+    texts = [w["episode"]["instruction"]["instruction_text"] for s in splits.values() for w in s]
+    vocab, trajectory = vocabulary(texts), 1
+    for split, walks in splits.items():
+        write_split(args.out, split, walks, vocab, trajectory)
+        trajectory += len(walks)
+
+    # 3. tell
+    report(args, splits, vocab)
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,172 @@
+"""sft.py: every decision once, only answers count, ranks agree, a kill changes nothing.
+
+Run it   python -m pytest tests/test_sft.py
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import engine
+import sft
+from make_data import VlnEgo
+from model import load_policy
+from reward import UserError
+
+torch.set_num_threads(1)
+TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",
+        "--lr", "1e-3", "--device", "cpu", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="session")
+def ego(tmp_path_factory):
+    """A VLN-Ego folder from two tiny houses, made by the project's own scripts."""
+    root = tmp_path_factory.mktemp("ego")
+    for command in (["houses.py", "--out", root / "houses", "--train-houses", "2",
+                     "--walks-per-house", "4", "--val-episodes", "4", "--unseen-houses", "2",
+                     "--jobs", "1"],
+                    ["make_data.py", "--episodes", root / "houses", "--out", root / "ego",
+                     "--sims", "1"]):
+        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True,
+                       capture_output=True)
+    return str(root / "ego" / "train")
+
+
+def run_sft(ego, out, *flags, launcher=(), check=True, **kwargs):
+    command = [sys.executable, *launcher, os.path.join(ROOT, "sft.py"), "--data", ego, "--out",
+               str(out), *TINY, *map(str, flags)]
+    return subprocess.run(command, check=check, capture_output=True, text=True, cwd=ROOT, **kwargs)
+
+
+def weights(folder):
+    from safetensors.torch import load_file
+    return load_file(os.path.join(folder, "model.safetensors"))
+
+
+def told(folder):
+    """The log without its clock."""
+    with open(os.path.join(folder, "log.jsonl")) as f:
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in f]
+
+
+# ---------------------------------------------------------------- order and loss
+
+
+def test_an_epoch_holds_every_decision_once():
+    data = SimpleNamespace(episodes=range(5), steps=lambda i: list(range(3 + 4 * i)))
+    units = sft.batch_units(data, 0, 0, 4)
+    seen = sorted((e, t) for e, steps in units for t in steps)
+    assert seen == [(e, t) for e in range(5) for t in range(3 + 4 * e)]
+    assert max(len(steps) for _, steps in units) == 4
+    assert sft.batch_units(data, 0, 0, 4) == units != sft.batch_units(data, 0, 1, 4)
+
+
+def test_order_needs_no_history():
+    data = SimpleNamespace(episodes=range(9), steps=lambda i: list(range(8)))
+    straight, jumping = (sft.Order(data, 3, 4, 2) for _ in range(2))
+    batches = [straight(step) for step in range(20)]
+    assert [jumping(step) for step in (17, 2, 9)] == [batches[17], batches[2], batches[9]]
+    with pytest.raises(UserError, match="lower --batch-size"):
+        sft.Order(data, 0, 8, 100)
+
+
+def test_learning_rate_by_hand():
+    rates = [engine.learning_rate(s, 100, 2.0, 0.1, "cosine") for s in range(100)]
+    assert rates[4] == pytest.approx(2 * 0.045 / 0.1) and max(rates) < 2.0
+    assert rates[54] == pytest.approx(1 + math.cos(math.pi * 0.445 / 0.9))
+    assert rates[-1] < 0.001
+
+
+def test_the_loss_is_the_answers_cross_entropy(ego):
+    """Against a plain sum over transformers' logits, one decision at a time, labels from the data."""
+    from test_model import hf_logps
+    data = VlnEgo(ego)
+    policy = load_policy("tiny", texts=[e["instruction"] for e in data.episodes],
+                         nav=dict(sft.NAV, turn_deg=30))
+    decisions, frames = sft.load_batch(data, policy.nav, [(0, (0, 3)), (1, (2,))])
+    ids, mask = sft.answers_of(policy, decisions)
+    ours = -policy(decisions, frames, ids, mask).sum() / mask.sum()
+    theirs = 0
+    for d, row, m in zip(decisions, ids, mask):
+        seen = [frames[k] for k in d.frames]
+        prompt, = policy.read([d], dict(zip(d.frames, seen)))
+        theirs -= hf_logps(policy, prompt, seen, row[m]).sum()
+    assert ours.item() == pytest.approx(theirs.item() / mask.sum().item(), rel=1e-5)
+    walk = data.walks[data.episodes[0]["walk_id"]]
+    assert list(decisions[1].plan) == (walk["actions"][3:9] + [0] * 6)[:6]
+    assert decisions[1].frames[-1] == (data.episodes[0]["walk_id"], 3)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_it_learns_and_a_stop_and_a_kill_change_nothing(ego, tmp_path):
+    """24 steps straight; 24 steps with a stop at 9 and a kill -9 after 16: the same bytes."""
+    run_sft(ego, tmp_path / "a", "--max-steps", 24, "--save-every", 8)
+    losses = [line["loss"] for line in told(tmp_path / "a")]
+    assert np.mean(losses[-4:]) < 0.6 * losses[0]
+
+    flags = ["--max-steps", 24, "--save-every", 8]
+    run_sft(ego, tmp_path / "b", *flags, "--stop-after", 9)
+    process = subprocess.Popen(
+        [sys.executable, os.path.join(ROOT, "sft.py"), "--data", ego, "--out", tmp_path / "b",
+         *TINY, *map(str, flags)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    latest = tmp_path / "b" / "state" / "latest"
+    deadline = time.monotonic() + 120
+    while latest.read_text() != "step_000016" and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run_sft(ego, tmp_path / "b", *flags)
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert told(tmp_path / "a") == told(tmp_path / "b")
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_two_ranks_equal_one(ego, tmp_path, zero):
+    """deepspeed --num_gpus 2, each ZeRO stage, against one plain process: fp32, 1e-5."""
+    one = tmp_path / "one"
+    run_sft(ego, one, "--max-steps", 3, "--zero-stage", 0, "--lr", 1e-4)
+    two = tmp_path / "two"
+    launcher = [shutil.which("deepspeed", path=os.path.dirname(sys.executable)), "--num_gpus", "2",
+                "--master_port", str(29600 + zero)]
+    run_sft(ego, two, "--max-steps", 3, "--zero-stage", zero, "--lr", 1e-4, launcher=launcher)
+    for a, b in zip(told(one), told(two)):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], atol=2e-5, rtol=1e-5, msg=k)
+
+
+def test_micro_batches_are_the_same_update(ego, tmp_path):
+    for name, flags in (("whole", []), ("pieces", ["--micro-batch", 4])):
+        run_sft(ego, tmp_path / name, "--max-steps", 2, "--lr", 1e-4, *flags)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
+    for k in a:
+        torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-5)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags,words", [
+    (["--batch-size", "10"], "--batch-size 10 does not split"),
+    (["--data", "/nowhere/train"], "make_data.py"),
+    (["--model", "Qwen2-VL-2B"], "hf download Qwen/Qwen2-VL-2B-Instruct"),
+    (["--out", "/proc/nothing"], "--out /proc/nothing: cannot write"),
+])
+def test_mistakes_are_sentences(ego, tmp_path, flags, words):
+    done = run_sft(ego, tmp_path / "x", *flags, check=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
