@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 
 import torch
@@ -84,6 +85,7 @@ def start(args):
         os.environ.setdefault(key, value)
     os.environ.setdefault("DS_ACCELERATOR", args.device)
     import deepspeed
+
     # Without these lines DeepSpeed compiles an extension on the first start (half a minute and a
     # compiler); plain gloo and torch's AdamW need none.
     from deepspeed.ops import __compatible_ops__
@@ -210,13 +212,16 @@ class Log:
         kept = []
         if os.path.exists(self.path):                     # cut back to the state we resume from
             with open(self.path) as f:
-                kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+                kept = [line for line in f
+                        if line.endswith("\n") and json.loads(line)["step"] <= step]
         with open(self.path + ".tmp", "w") as f:
             f.writelines(kept)
         os.replace(self.path + ".tmp", self.path)
         self.file = open(self.path, "a", buffering=1)
         self.board = SummaryWriter(os.path.join(out, "tb"), purge_step=step + 1)
-        self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True)
+        self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True,
+                        mininterval=1 if sys.stderr.isatty() else 30)
+        self.shown = {}
         self.last = time.monotonic()
 
     def __call__(self, step, **values):
@@ -227,8 +232,9 @@ class Log:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
+        self.shown.update({k: f"{values[k]:.3g}" for k in self.show if k in values})
+        self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
-        self.bar.set_postfix({k: f"{values[k]:.3g}" for k in self.show if k in values})
 
     def close(self):
         if self.on:

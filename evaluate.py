@@ -78,6 +78,8 @@ def parse_args(argv=None):
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
     add("--compare", nargs=2, metavar=("A", "B"), help="only print what results B gain over A")
+    add("--summary", nargs="+", metavar="FOLDER", help="only print results folders as one table; "
+        "with --out FILE.json also write it, with the stages of minutes.jsonl beside that file")
 
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
@@ -519,6 +521,45 @@ def compare(folders):
               f"{found['episodes']} pairs")
 
 
+COLUMNS = {"sr": "success", "spl": "spl", "os": "oracle_success", "ne_m": "distance_to_goal",
+           "tl_m": "path_length", "ndtw": "ndtw", "sdtw": "sdtw", "steps": "steps"}
+
+
+def summary(folders, out):
+    """Print results folders as the rows of one table; write {"minutes", "rows"} to out (.json)."""
+    rows = []
+    for folder in folders:
+        try:
+            found = read_json(os.path.join(folder, "results.json"))
+        except OSError as error:
+            raise UserError(f"{folder} has no results.json ({error}): evaluate it first") from None
+        metrics = found["metrics"]
+        name = os.path.basename(folder.rstrip("/")).removesuffix("_" + found["split"])
+        rows.append({"agent": name, "split": found["split"], "episodes": found["scored"],
+                     "radius_m": found["radius_m"], "sr_ci": metrics["success"]["ci"],
+                     **{key: metrics[name]["mean"] for key, name in COLUMNS.items()},
+                     "errors": found["errors"] + found["unreachable"]})
+    print(f"{'agent':9}{'split':12}{'walks':>6}  {'SR':>5} {'[95%]':14}{'SPL':>5} {'OS':>5} "
+          f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'errors':>6}   "
+          f"SR, SPL, OS at {', '.join(sorted({format(r['radius_m'], 'g') for r in rows}))} m")
+    for r in rows:
+        ci = "[{:.2f}, {:.2f}]".format(*r["sr_ci"])
+        print(f"{r['agent']:9}{r['split']:12}{r['episodes']:6}  {r['sr']:5.2f} {ci:14}"
+              f"{r['spl']:5.2f} {r['os']:5.2f} {r['ne_m']:5.2f} {r['tl_m']:5.2f} {r['ndtw']:5.2f} "
+              f"{r['sdtw']:5.2f} {r['steps']:5.1f} {r['errors']:6}")
+    if out:
+        clock = os.path.join(os.path.dirname(out), "minutes.jsonl")
+        stages = []
+        if os.path.exists(clock):
+            with open(clock) as file:
+                stages = [json.loads(line) for line in file]
+        minutes = {s["stage"]: round(s["minutes"], 2) for s in stages}
+        write_json(out, {"minutes": minutes, "rows": rows})
+        if stages:
+            print(f"{sum(s['minutes'] for s in stages):.1f} minutes: "
+                  + ", ".join(f"{s['stage']} {s['minutes']:.1f}" for s in stages))
+
+
 # ---------------------------------------------------------------- pictures
 
 BLUE, GREEN, ORANGE, WHITE = (30, 90, 220), (30, 150, 60), (240, 130, 0), (255, 255, 255)
@@ -762,6 +803,8 @@ def prepare(args):
 def main(args):
     if args.compare:
         return compare(args.compare)
+    if args.summary:
+        return summary(args.summary, args.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     # 1. what is measured, and which rows are there already
@@ -792,7 +835,8 @@ def main(args):
         gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
                                               args.sim_timeout, gpus) as pool, \
-                tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk") as bar:
+                tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
+                     mininterval=1 if sys.stderr.isatty() else 30) as bar:
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       args.agent == "policy", tally):
                 reference = truths[walk.name]["locations"]
@@ -803,7 +847,8 @@ def main(args):
                 os.fsync(file.fileno())
                 tally.update(walks=1, steps=row["steps"], scored="success" in row,
                              success=row.get("success", 0))
-                bar.set_postfix(SR=f"{tally['success'] / max(tally['scored'], 1):.2f}")
+                rate = tally["success"] / max(tally["scored"], 1)
+                bar.set_postfix(SR=f"{rate:.2f}", refresh=False)
                 bar.update()
         write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
             "seconds": time.perf_counter() - start, "sims": sims, **tally})

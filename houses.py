@@ -57,6 +57,7 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -746,7 +747,8 @@ def main(args):
 
     # 1. draw the houses, each with all its walks
     tasks = plan_work(args)
-    bar = dict(total=len(tasks), desc="houses", unit="house", smoothing=0)
+    bar = dict(total=len(tasks), desc="houses", unit="house", smoothing=0,
+               mininterval=1 if sys.stderr.isatty() else 30)
     if args.jobs == 1:
         done = list(tqdm(map(make_house, tasks), **bar))
     else:

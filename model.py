@@ -26,7 +26,7 @@ Shapes     B prompts, G answers each, N = B*G rows (siblings adjacent), T new to
            tokens, C answer tokens, H hidden size, V vocabulary
 
 A checkpoint folder is what from_pretrained reads, plus nav.json: the navigation contract (degrees
-and metres, horizon, memory, image budget, prompt version), so that evaluate.py acts as sft.py taught.
+and metres, horizon, memory, image budget, prompt version): evaluate.py acts as sft.py taught.
 
 [1] Qwen2-VL, https://arxiv.org/abs/2409.12191 (M-RoPE: section 2.1)
 [2] VLN-R1, https://arxiv.org/abs/2506.17221
@@ -84,7 +84,7 @@ IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def fit_pixels(height, width, min_pixels, max_pixels, factor=28):
-    """The size at which a frame is seen: multiples of `factor`, area within the budget, aspect kept.
+    """The size at which a frame is seen: multiples of `factor`, area within budget, aspect kept.
 
     The rule of Qwen2-VL's image processor [1]. 640x480 under 65,536 pixels is 280x196 = 70 tokens:
     >>> fit_pixels(480, 640, 56 * 56, 65536)
@@ -212,7 +212,7 @@ class Cache(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """N = B*G answers. completion_ids (N, C), completion_mask (N, C) bool with <|im_end|> inside."""
+    """N = B*G answers: completion_ids (N, C), completion_mask (N, C) bool, <|im_end|> inside."""
     completion_ids: torch.Tensor
     completion_mask: torch.Tensor
     texts: list
@@ -386,7 +386,7 @@ class Policy(nn.Module):
         return self.lm.norm(x), Cache(keys, values, seen)
 
     def _angles(self, positions, dtype):
-        """cos, sin (N, 1, T, D) of M-RoPE: the frequency bands take turns at time, height, width."""
+        """cos, sin (N, 1, T, D) of M-RoPE: frequency bands take turns at time, height, width."""
         freqs = positions[..., None].float() * self.inv_freq.to(positions.device)   # (3, N, T, D/2)
         bands = freqs.split(self.mrope_section, dim=-1)
         angles = torch.cat([band[i % 3] for i, band in enumerate(bands)], dim=-1).repeat(1, 1, 2)
@@ -416,7 +416,7 @@ class Policy(nn.Module):
         return embeds
 
     def _run(self, segments, past=None):
-        """Pad segments to one batch and decode. segments: (ids, positions (3, L), features) each."""
+        """Pad segments (ids, positions (3, L), features) to one batch and decode it."""
         width = max(len(ids) for ids, _, _ in segments)
         rows = torch.full((len(segments), width), self.end_token)
         positions = torch.zeros(3, len(segments), width, dtype=torch.long)
@@ -526,7 +526,8 @@ class Policy(nn.Module):
         hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
         siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
         cache, hidden = cache.rows(siblings), hidden[siblings][:, None]                # (N, 1, H)
-        start = torch.tensor([int(p.positions.max()) + 1 for p in prompts for _ in range(group_size)])
+        start = torch.tensor([int(p.positions.max()) + 1 for p in prompts]
+                             ).repeat_interleave(group_size)
         noise = self._noise(seeds, len(prompts), group_size, max_new_tokens, temperature)
 
         answers, done, passes = [[] for _ in start], [False] * len(start), 0
@@ -569,7 +570,7 @@ class Policy(nn.Module):
         return Rollout(ids.to(self.device), mask.to(self.device), texts, passes)
 
     def _noise(self, seeds, n_prompts, group_size, length, temperature):
-        """Uniform numbers (B*G, length), row by row from the prompt's own stream; None if greedy."""
+        """Uniform numbers (B*G, length) from each prompt's own stream; None if greedy."""
         if temperature == 0:
             return None
         seeds = seeds if seeds is not None else torch.randint(2 ** 62, (n_prompts,)).tolist()
@@ -636,8 +637,8 @@ def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=
     try:
         config = AutoConfig.from_pretrained(source)
         if config.model_type != "qwen2_vl":
-            raise UserError(f"{source} is a {config.model_type}; this project drives qwen2_vl models"
-                            " (Qwen2-VL-2B, Qwen2-VL-7B, or a checkpoint of ours)")
+            raise UserError(f"{source} is a {config.model_type}; this project drives "
+                            "qwen2_vl models (Qwen2-VL-2B, Qwen2-VL-7B, or a checkpoint of ours)")
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
@@ -694,8 +695,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # Words are split as Qwen2 splits them, but an option of a plan ("A. Move forward 25 cm, ") and a
 # line of the prompt's frame stay whole, so that a BPE learned on them makes each one token.
-WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are a helpful assistant\.", r"You are a robot [^:\n]+: ",
-         r"(?:system|user|assistant)\n", r"\.\nInstruction: ", r"\nSeen before: ", r"\nNow: "]
+WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are a helpful assistant\.",
+         r"You are a robot [^:\n]+: ", r"(?:system|user|assistant)\n", r"\.\nInstruction: ",
+         r"\nSeen before: ", r"\nNow: "]
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -718,8 +720,9 @@ def tiny_tokenizer(texts, nav, vocab_size=1536):
         vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     bpe.add_special_tokens(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", padding_side="left",
-                                   pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        padding_side="left", chat_template=CHAT_TEMPLATE)
 
 
 def build_tiny(texts, nav, seed=0):
@@ -732,16 +735,19 @@ def build_tiny(texts, nav, seed=0):
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
             num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=4096, tie_word_embeddings=True, bos_token_id=token("<|endoftext|>"),
-            eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"),
+            max_position_embeddings=4096, tie_word_embeddings=True,
+            bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
             initializer_range=hidden ** -0.5,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e4,
+            # A few dozen positions, not thousands: the slow bands, which tell columns, must turn.
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0,
                              "mrope_section": [8, 12, 12]}),
         vision_config=dict(depth=2, embed_dim=64, num_heads=2, mlp_ratio=4, hidden_size=hidden,
                            patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
                            initializer_range=64 ** -0.5),
         image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
         tie_word_embeddings=True)
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)

@@ -90,7 +90,7 @@ def batch_units(data, seed, epoch, steps_per_walk):
 
 
 class Order:
-    """step -> the units of that global batch, for any step, without history (so resuming is exact)."""
+    """step -> the units of that global batch, without history: so resuming is exact."""
 
     def __init__(self, data, seed, steps_per_walk, per_batch):
         self.make = lambda epoch: batch_units(data, seed, epoch, steps_per_walk)
@@ -122,7 +122,7 @@ def answers_of(policy, decisions):
 
 @torch.no_grad()
 def validate(policy, data, units, rank, world):
-    """Loss on held-out answers, and greedy plans against the expert's -> dict of means over ranks."""
+    """Loss on held-out answers, greedy plans against the expert's -> dict of means over ranks."""
     sums = np.zeros(5)
     for unit in units[rank::world]:
         decisions, frames = load_batch(data, policy.nav, [unit])

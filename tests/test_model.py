@@ -274,7 +274,7 @@ def test_a_sample_does_not_depend_on_its_batch(policy):
 
 
 def test_sampled_tokens_have_the_log_probabilities_they_were_drawn_with(policy):
-    """generate()'s cached pass and logps()' training pass are one distribution (exact on-policy)."""
+    """generate()'s cached pass and logps()' training pass are one distribution."""
     prompt = make_prompt(policy, pictures(3))
     rollout = policy.generate([prompt], group_size=4, temperature=0.7, seeds=[1], max_new_tokens=9)
     a = policy.logps([prompt], rollout.completion_ids, rollout.completion_mask, 4, 0.7)

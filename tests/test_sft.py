@@ -88,7 +88,7 @@ def test_learning_rate_by_hand():
 
 
 def test_the_loss_is_the_answers_cross_entropy(ego):
-    """Against a plain sum over transformers' logits, one decision at a time, labels from the data."""
+    """Against a plain sum over transformers' logits, one decision at a time."""
     from test_model import hf_logps
     data = VlnEgo(ego)
     policy = load_policy("tiny", texts=[e["instruction"] for e in data.episodes],

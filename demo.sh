@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The whole story on a bare machine, without a GPU: houses are built, an expert's walks recorded, a
+# tiny Qwen2-VL learns from them (SFT), walks, is improved by GRPO with the time-decayed reward, and
+# walks again. Half an hour on two cores.   bash demo.sh
+#
+# The scripts are the real ones and know nothing of a demo: what makes it small is the flags below.
+# Run it again after an interruption and it goes on where it was; `rm -r data ckpt results` restarts.
+set -euo pipefail
+cd "$(dirname "$0")"
+started=$(date +%s)
+. ./setup.sh
+export DS_ACCELERATOR=cpu
+
+RANKS=$(( $(nproc) < 2 ? 1 : 2 ))        # one process per core beats one process with two threads
+TRAIN="deepspeed --log_level error --num_gpus $RANKS --master_port 29511"
+CPU="--device cpu --dtype float32 --beta2 0.99"
+LEARN="$CPU --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every 1000"
+mkdir -p results
+
+minutes() { echo "{\"stage\": \"$1\", \"minutes\": $(awk "BEGIN {print ($(date +%s) - $2) / 60}")}"; }
+stage() {      # name, command...: say it, run it, remember how long it took; skip what is done
+  local name=$1 from; shift
+  if grep -qs "\"$name\"" results/minutes.jsonl; then return; fi
+  echo; echo "== $name: $*"
+  from=$(date +%s)
+  "$@"
+  minutes "$name" "$from" >> results/minutes.jsonl
+}
+walk() {       # name, flags...: evaluate.py on both splits
+  local name=$1 split; shift
+  for split in val_seen val_unseen; do
+    python evaluate.py --split "$split" --device cpu --sims 8 --out "results/${name}_$split" "$@"
+  done
+}
+[ -e results/minutes.jsonl ] || minutes setup "$started" > results/minutes.jsonl
+
+# 1. A world: 500 houses to learn in, 50 others, and walks in them with what somebody would say.
+stage houses python houses.py --train-houses 500 --val-episodes 300
+stage record python make_data.py --split train --noise 0.1
+stage record_val python make_data.py --split val_seen
+
+# 2. Imitation, in two courses through the same script: first to look (no memory: short prompts, so
+#    several times as many decisions a minute), then with the frames that Long-Short Memory keeps.
+stage look $TRAIN sft.py --model tiny --out ckpt/look --memory-budget 0 --lr 2e-3 --max-steps 7000 $LEARN
+stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --memory-recent 4 \
+  --lr 1e-3 --max-steps 2500 $LEARN
+
+# 3. Reinforcement: the policy's own plans, compared in groups of eight.
+stage grpo $TRAIN grpo.py --init ckpt/sft --out ckpt/grpo --lr 2e-5 --batch-size 32 --max-steps 150 \
+  --val-every 50 --save-every 50 $CPU
+
+# 4. Everybody walks: 300 episodes in houses that were trained in, 300 in houses that were not.
+for agent in stop random forward oracle; do
+  stage "walk_$agent" walk "$agent" --agent "$agent"
+done
+stage walk_sft walk sft --ckpt ckpt/sft
+stage walk_grpo walk grpo --ckpt ckpt/grpo --pictures 6
+stage walk_blind python evaluate.py --ckpt ckpt/sft --device cpu --out results/blind_val_unseen --blank-frames
+stage walk_deaf python evaluate.py --ckpt ckpt/sft --device cpu --out results/deaf_val_unseen \
+  --shuffle-instructions
+
+# 5. What happened, in one table, and the same numbers for machines in results/demo.json.
+echo
+rows=()
+for agent in stop random forward sft grpo oracle; do
+  rows+=("results/${agent}_val_seen" "results/${agent}_val_unseen")
+done
+python evaluate.py --summary "${rows[@]}" results/blind_val_unseen results/deaf_val_unseen \
+  --out results/demo.json
+echo
+echo "GRPO against SFT, walk by walk, in houses never trained in:"
+python evaluate.py --compare results/sft_val_unseen results/grpo_val_unseen
+echo
+echo "pictures     results/grpo_val_unseen/pictures    (what it saw, where it went)"
+echo "curves       ckpt/grpo/curves.png; tensorboard --logdir ckpt"
+echo "rollouts     ckpt/grpo/samples.txt               (a prompt, its eight plans, their rewards)"
+echo "checkpoints  ckpt/look ckpt/sft ckpt/grpo"

@@ -1,0 +1,165 @@
+"""README.md: what it names exists, what it commands parses, what it shows was really pasted.
+
+Run it   python -m pytest tests/test_readme.py
+"""
+import argparse
+import doctest
+import functools
+import glob
+import importlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
+    README = file.read()
+MODULES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py")))
+FENCES = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^ *```.*?^ *```$", "", README, flags=re.DOTALL | re.MULTILINE)
+SNIPPET = re.compile(r'python -c "(.*?)"\n', re.DOTALL)
+SPANS = re.findall(r"`([^`\n]+)`", PROSE)
+
+
+def script_of(words):
+    """Words of a command -> (our module that it runs, its arguments); None if it runs none."""
+    for i, word in enumerate(words):
+        if word.endswith(".py"):
+            return (word[:-3], words[i + 1:]) if word[:-3] in MODULES else None
+    return None
+
+
+def commands():
+    """Every command of the README that runs a script of ours, fenced or in a line of prose."""
+    fenced = "".join(text for language, text in FENCES if language == "bash")
+    fenced = re.sub(r"\\\n", " ", SNIPPET.sub("", fenced))                # joined where it goes on
+    for line in fenced.splitlines() + [span for span in SPANS if ".py -" in span]:
+        found = script_of(shlex.split(line, comments=True))
+        if found and "-m" not in found[1]:
+            yield pytest.param(*found, id=" ".join([found[0], *found[1]])[:70])
+
+
+@functools.lru_cache(None)
+def flags_of(module):
+    """Every flag of a script, spelled out: argparse itself would let an abbreviation pass."""
+    seen, original = [], argparse.ArgumentParser.parse_args
+
+    def spy(parser, *args, **kwargs):
+        seen.append(parser)
+        return original(parser, *args, **kwargs)
+
+    argparse.ArgumentParser.parse_args = spy
+    try:
+        importlib.import_module(module).parse_args([])
+    finally:
+        argparse.ArgumentParser.parse_args = original
+    return set(seen[0]._option_string_actions)
+
+
+# ---------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("module, arguments", commands())
+def test_commands_parse(module, arguments):
+    arguments = [word for word in arguments if word != ".."]             # "and whatever else"
+    importlib.import_module(module).parse_args(arguments)
+    assert {word for word in arguments if word.startswith("--")} <= flags_of(module)
+
+
+def test_the_three_commands_of_the_user_are_there_to_the_letter():
+    lines = [line for _, text in FENCES for line in text.splitlines()]
+    for command in ("deepspeed sft.py --model Qwen2-VL-2B", "deepspeed grpo.py --init ckpt/sft",
+                    "python evaluate.py --split val_unseen", "bash demo.sh", "bash test.sh"):
+        assert any(line == command or line.startswith(command + "  ") for line in lines), command
+
+
+def test_every_flag_that_is_named_is_a_flag():
+    scripts = [module for module in MODULES
+               if hasattr(importlib.import_module(module), "parse_args")]
+    known = set().union(*map(flags_of, scripts))
+    others = {"--index-url", "--num_gpus", "--master_port", "--nproc_per_node", "--local-dir"}
+    for span in SPANS:
+        named = set(re.findall(r"(?<![\w-])--[\w-]+", span))
+        assert named <= known | others, span
+
+
+def test_python_snippets_are_python():
+    snippet, = (code for _, text in FENCES for code in SNIPPET.findall(text))
+    compile(snippet, "README.md", "exec")
+
+
+# ---------------------------------------------------------------- files and names
+
+
+def test_the_file_list_is_complete_and_every_file_is_there():
+    table = README.split("<!-- file-list -->")[1].split("<!-- /file-list -->")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    listed = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    assert len(set(listed)) == len(listed)
+    for name in listed:
+        assert os.path.exists(os.path.join(ROOT, name)), name
+    assert {name[:-3] for name in listed if name.endswith(".py")} == set(MODULES)
+    scripts = glob.glob(os.path.join(ROOT, "*.sh"))
+    assert {name for name in listed if name.endswith(".sh")} == set(map(os.path.basename, scripts))
+
+
+def test_links_and_files_that_are_named_exist():
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
+    named = [span for span in SPANS if re.fullmatch(r"(tests/)?\w+\.py|LICENSE|tests/", span)]
+    assert "docs/figure.png" in links and "tests/test_real_data.py" in named
+    for path in links + [name for name in named if name != "x.py"]:
+        assert os.path.exists(os.path.join(ROOT, path)), path
+
+
+def test_the_contract_is_the_one_that_is_written():
+    from model import NAV
+    shown, = (json.loads(text) for language, text in FENCES if language == "json")
+    assert shown == {**NAV, "dataset": "r2r"}
+
+
+def test_every_logged_key_has_its_line():
+    table = README.split("| key | meaning |")[1].split("\n\n")[0]
+    told = {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line)}
+    source = ""
+    for name in ("sft", "grpo", "engine"):
+        with open(os.path.join(ROOT, name + ".py"), encoding="utf-8") as file:
+            source += file.read()
+    assert all(f'"{key}"' in source or f"/{key}" in source for key in told)
+    import grpo
+    logged = set(grpo.summary([])) | {
+        "loss", "kl", "clip_frac", "entropy", "plan_tokens", "frac_reward_zero_std", "lr",
+        "tokens", "seconds"}
+    assert logged <= told
+
+
+# ---------------------------------------------------------------- nothing half done
+
+
+def test_nothing_is_left_to_fill_in():
+    paths = ["README.md", *(module + ".py" for module in MODULES), "demo.sh", "test.sh", "setup.sh"]
+    for path in paths:
+        with open(os.path.join(ROOT, path), encoding="utf-8") as file:
+            text = file.read()
+        assert not re.search(r"TO BE FILLED|\bTODO\b|\bFIXME\b|\bXXX\b", text), path
+
+
+def test_the_output_of_the_demo_is_a_table():
+    shown = README.split("<!-- demo-output -->")[1].split("<!-- /demo-output -->")[0]
+    for word in ("stop", "random", "forward", "sft", "grpo", "oracle", "val_seen", "val_unseen"):
+        assert word in shown, word
+
+
+def test_ruff_finds_nothing():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_doctests(module):
+    assert doctest.testmod(importlib.import_module(module)).failed == 0
