@@ -165,14 +165,29 @@ def consolidated(engine):
 # ---------------------------------------------------------------- disk
 
 
+# Flags that may change when a run is resumed: they touch no weight.
+FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every", "threads",
+        "local_rank", "out", "device"}
+
+
 def open_run(args, rank):
-    """Make --out and write args.json; a folder that cannot be written is said in a sentence."""
+    """Make --out and write args.json. UserError if it cannot be written, or holds another run."""
+    path = os.path.join(args.out, "args.json")
+    if os.path.exists(os.path.join(args.out, "state", "latest")) and os.path.exists(path):
+        with open(path) as f:
+            before = json.load(f)
+        other = [k for k, v in vars(args).items() if k not in FREE and before.get(k, v) != v]
+        if other:
+            raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
+                            f"{before[other[0]]}, not {getattr(args, other[0])}; resume it with "
+                            "its own flags, or choose another folder, or remove this one")
+    dist.barrier()                                     # all have read before rank 0 writes
     try:
         os.makedirs(args.out, exist_ok=True)
         if rank == 0:
             with open(os.path.join(args.out, "args.json.tmp"), "w") as f:
                 json.dump(vars(args), f, indent=2, sort_keys=True)
-            os.replace(os.path.join(args.out, "args.json.tmp"), os.path.join(args.out, "args.json"))
+            os.replace(os.path.join(args.out, "args.json.tmp"), path)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); "
                         "choose another folder") from error

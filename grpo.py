@@ -69,6 +69,8 @@ def parse_args(argv=None):
     add("--gamma", type=float, default=0.8, help="of tdr: what the next slot is worth to this one")
     add("--clip-eps", type=float, default=0.2, help="c, the trust region of [2]")
     add("--kl-coef", type=float, default=0.04, help="beta; 0 never loads the reference")
+    add("--divide-by-spread", action=argparse.BooleanOptionalAction, default=True,
+        help="advantages in standard deviations of their group, as the paper has them")
     add("--drop-flat-groups", action="store_true", help="leave groups out whose rewards all agree")
     add("--batch-size", type=int, default=8, help="prompts per batch, over all processes")
     add("--micro-batch", type=int, default=0, help="prompts per forward; 0: all of a process's")
@@ -90,8 +92,11 @@ def parse_args(argv=None):
 # ---------------------------------------------------------------- the algorithm, in three functions
 
 
-def group_advantages(rewards, group_size, eps=1e-4):
+def group_advantages(rewards, group_size, eps=1e-4, spread=True):
     """How much better is each plan than its siblings? [2] rewards (N,) -> (N,), in spreads.
+
+    spread False leaves the division out: a group whose plans differ in the sixth slot only then
+    weighs as little as the reward says, not as much as one that differs in the first.
 
     >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, eps=0.01)      # std of 1, 3: 1.414
     tensor([-0.7021,  0.7021,  0.0000,  0.0000])
@@ -102,7 +107,8 @@ def group_advantages(rewards, group_size, eps=1e-4):
     # would do: AdamW divides by the gradient's own size and would make a full step of it.
     groups = groups - groups[:, :1]
     centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + eps)).flatten()
+    scale = groups.std(dim=1, keepdim=True) + eps if spread else 1.0
+    return (centred / scale).flatten()
 
 
 def masked_mean(x, mask):
@@ -364,7 +370,7 @@ def main(args):
         texts = [text for roll in rolls for text in roll.texts]
         marks = judge(texts, decisions, policy, args)
         rewards = torch.tensor([m["reward"] for m in marks], device=device)            # (N,)
-        advantages = group_advantages(rewards, args.group_size)
+        advantages = group_advantages(rewards, args.group_size, spread=args.divide_by_spread)
         groups = rewards.view(-1, args.group_size)
         flat = groups.amax(dim=1) == groups.amin(dim=1)                                # (B,)
         votes = torch.ones_like(rewards)

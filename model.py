@@ -227,8 +227,8 @@ class Policy(nn.Module):
 
     def __init__(self, model, tokenizer, nav):
         super().__init__()
-        self.model, self.tokenizer, self.nav = model, tokenizer, nav
-        self.phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
+        self.model, self.tokenizer = model, tokenizer
+        self.promise(nav)
         self.vision, self.lm = model.model.visual, model.model.language_model
         self.checkpointing = False
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
@@ -248,6 +248,10 @@ class Policy(nn.Module):
                                           "<|vision_end|>", "<|vision_pad|>")
                        if token(t) is not None and token(t) != tokenizer.unk_token_id]
         self._words = {}                                        # text piece -> token ids
+
+    def promise(self, nav):
+        """Take up a navigation contract: what is taught from here on, in its degrees and metres."""
+        self.nav, self.phrases = nav, action_phrases(nav["turn_deg"], nav["forward_m"])
         self._trie = None                                       # the plan grammar, made when needed
 
     @property

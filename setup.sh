@@ -1,4 +1,4 @@
-# Everything that demo.sh and test.sh need, on a bare Debian or Ubuntu with python3. Sourced, not run.
+# What demo.sh and test.sh need, on a bare Debian or Ubuntu with python3. Sourced, not run.
 # It makes .venv beside this file once; PYTHON=python3.12 picks another interpreter, VENV another
 # folder. On a machine with a GPU, install the torch that suits its driver into .venv first.
 VENV="${VENV:-.venv}"

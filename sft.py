@@ -153,7 +153,7 @@ def setup(args, world, device):
                 if k in robot})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
                          texts=[e["instruction"] for e in data.episodes])
-    policy.nav = nav                       # an older contract is replaced by what is taught now
+    policy.promise(nav)                    # an older contract is replaced by what is taught now
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return data, policy
@@ -171,11 +171,11 @@ def main(args):
     E.open_run(args, rank)
 
     per_walk = 1 if isinstance(data, ShareGpt) else args.steps_per_walk
-    per_batch = args.batch_size // per_walk
-    per_forward = args.micro_batch // per_walk or per_batch // world
-    if per_batch % world or (per_batch // world) % per_forward:
+    piece = args.micro_batch or args.batch_size // world            # decisions per forward
+    if piece % per_walk or piece == 0 or args.batch_size % (piece * world):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
-                        f"--micro-batch of whole walks ({per_walk} decisions); change one of them")
+                        f"--micro-batch {piece} of --steps-per-walk {per_walk}; change one of them")
+    per_batch, per_forward = args.batch_size // per_walk, piece // per_walk
     micro_steps = per_batch // world // per_forward
     order = Order(data, args.seed, per_walk, per_batch)
     steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
@@ -184,7 +184,7 @@ def main(args):
     first = E.load_state(engine, args.out)
     val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
     val = VlnEgo(val_path) if os.path.exists(os.path.join(val_path, "meta.json")) else None
-    val_units = batch_units(val, 0, 0, 8)[:args.val_decisions // 8] if val else []
+    val_units = batch_units(val, 0, 0, 8)[:-(-args.val_decisions // 8)] if val else []
     if rank == 0:
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {sum(p.numel() for p in policy.parameters()):,} weights on "

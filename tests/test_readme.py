@@ -64,7 +64,7 @@ def flags_of(module):
 # ---------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("module, arguments", commands())
+@pytest.mark.parametrize("module, arguments", list(commands()))
 def test_commands_parse(module, arguments):
     arguments = [word for word in arguments if word != ".."]             # "and whatever else"
     importlib.import_module(module).parse_args(arguments)
