@@ -100,6 +100,8 @@ def group_advantages(rewards, group_size, eps=1e-4, spread=True):
 
     >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, eps=0.01)      # std of 1, 3: 1.414
     tensor([-0.7021,  0.7021,  0.0000,  0.0000])
+    >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, spread=False)
+    tensor([-1.,  1.,  0.,  0.])
     """
     assert group_size > 1, "a group of one has no siblings to beat"
     groups = rewards.view(-1, group_size)                                          # (B, G)

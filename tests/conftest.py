@@ -1,8 +1,28 @@
 """Every test runs offline, on one CPU thread, and finds the repository's scripts by name."""
 import os
+import subprocess
 import sys
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
+
+
+def script(*command, check=True):
+    """Run one of the project's scripts as a user would -> CompletedProcess with its text."""
+    return subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=check,
+                          capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def ego(tmp_path_factory):
+    """A VLN-Ego folder recorded in two tiny houses, by the project's own scripts; the houses lie
+    in ../../houses."""
+    root = tmp_path_factory.mktemp("ego")
+    script("houses.py", "--out", root / "houses", "--train-houses", 2, "--walks-per-house", 4,
+           "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 1)
+    script("make_data.py", "--episodes", root / "houses", "--out", root / "ego", "--sims", 1)
+    return str(root / "ego" / "train")

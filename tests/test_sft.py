@@ -28,20 +28,6 @@ TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--mem
         "--lr", "1e-3", "--device", "cpu", "--dtype", "float32"]
 
 
-@pytest.fixture(scope="session")
-def ego(tmp_path_factory):
-    """A VLN-Ego folder from two tiny houses, made by the project's own scripts."""
-    root = tmp_path_factory.mktemp("ego")
-    for command in (["houses.py", "--out", root / "houses", "--train-houses", "2",
-                     "--walks-per-house", "4", "--val-episodes", "4", "--unseen-houses", "2",
-                     "--jobs", "1"],
-                    ["make_data.py", "--episodes", root / "houses", "--out", root / "ego",
-                     "--sims", "1"]):
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True,
-                       capture_output=True)
-    return str(root / "ego" / "train")
-
-
 def run_sft(ego, out, *flags, launcher=(), check=True, **kwargs):
     command = [sys.executable, *launcher, os.path.join(ROOT, "sft.py"), "--data", ego, "--out",
                str(out), *TINY, *map(str, flags)]
