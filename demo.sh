@@ -11,7 +11,8 @@ started=$(date +%s)
 . ./setup.sh
 export DS_ACCELERATOR=cpu
 
-RANKS=$(( $(nproc) < 2 ? 1 : 2 ))        # one process per core beats one process with two threads
+# One process per core beats one process with two threads. (nproc would obey OMP_NUM_THREADS.)
+RANKS=$(( $(getconf _NPROCESSORS_ONLN) < 2 ? 1 : 2 ))
 TRAIN="deepspeed --log_level error --num_gpus $RANKS --master_port 29511"
 CPU="--device cpu --dtype float32 --beta2 0.99"
 LEARN="$CPU --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every 1000"
@@ -41,9 +42,9 @@ stage record_val python make_data.py --split val_seen
 
 # 2. Imitation, in two courses through the same script: first to look (no memory: short prompts, so
 #    several times as many decisions a minute), then with the frames that Long-Short Memory keeps.
-stage look $TRAIN sft.py --model tiny --out ckpt/look --memory-budget 0 --lr 2e-3 --max-steps 5000 $LEARN
+stage look $TRAIN sft.py --model tiny --out ckpt/look --memory-budget 0 --lr 2e-3 --max-steps 4500 $LEARN
 stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --memory-recent 4 \
-  --lr 1e-3 --max-steps 2500 $LEARN
+  --lr 1e-3 --max-steps 2000 $LEARN
 
 # 3. Reinforcement: the policy's own plans, compared in groups of eight. The same 1,600 prompts four
 #    times over, so that the sampled reward of one pass can be held against that of the next.

@@ -448,6 +448,20 @@ def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
     both = [str(tmp_path / "stop"), str(tmp_path / "oracle")]
     evaluate.main(evaluate.parse_args(["--compare", *both]))
     assert "difference +1.000 [+1.000, +1.000]   9 pairs" in capsys.readouterr().out
+    # one table, and the same numbers with the minutes that a script has noted
+    (tmp_path / "minutes.jsonl").write_text('{"stage": "walk", "minutes": 1.5}\n')
+    out = tmp_path / "demo.json"
+    evaluate.main(evaluate.parse_args(["--summary", *both, "--out", str(out)]))
+    written = json.loads(out.read_text())
+    assert written["minutes"] == {"walk": 1.5}
+    assert [(r["agent"], r["split"], r["sr"], r["sr_ci"]) for r in written["rows"]] == [
+        ("stop", "val", 0.0, [0.0, 0.0]), ("oracle", "val", 1.0, [1.0, 1.0])]
+    assert set(written["rows"][0]) == {"agent", "split", "episodes", "radius_m", "sr", "sr_ci",
+                                       "spl", "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps",
+                                       "errors"}
+    assert "oracle   val" in capsys.readouterr().out
+    with pytest.raises(UserError, match="evaluate it first"):
+        evaluate.main(evaluate.parse_args(["--summary", str(tmp_path / "nothing")]))
 
 
 def test_limit_is_spread_and_ranks_agree_with_one(monkeypatch, tmp_path):
