@@ -11,9 +11,10 @@ A run directory (--out):
     log.jsonl                 one line a step; tb/ holds the same for TensorBoard
     state/step_000200/        weights, optimizer, step: everything that resuming needs
     config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (model.save_policy)
-A state is complete when DeepSpeed's state/latest names it; that file is written last. On resume the
-log is cut back to the state's step, so the run goes on as if nothing had happened: the data order
-and the sampling noise are functions of (seed, step), not of a generator that would have to be kept.
+A state is complete when state/latest names it: that file is replaced in one move, after every rank
+has written its part. On resume the log is cut back to the state's step, so the run goes on as if
+nothing had happened: the data order and the sampling noise are functions of (seed, step), not of a
+generator that would have to be kept.
 """
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def add_optimizer_args(parser, lr, schedule, weight_decay):
 
 def add_machine_args(parser):
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        choices=("cpu", "cuda"))
     add("--dtype", default=None, choices=("float32", "bfloat16"),
         help="default: bfloat16 with fp32 master weights on GPUs, float32 on CPUs")
     add("--deepspeed-config", default=os.path.join(os.path.dirname(__file__), "ds_config.json"))
@@ -119,6 +121,10 @@ def make_engine(policy, args, micro_steps):
         config = json.load(f)
     if args.zero_stage is not None:
         config["zero_optimization"]["stage"] = args.zero_stage
+    if default_dtype(args) == "bfloat16":
+        # DeepSpeed's bf16 without ZeRO takes an optimizer step on zeros at its start (Adam's bias
+        # correction is off by one ever after); stage 1 does not.
+        config["zero_optimization"]["stage"] = max(1, config["zero_optimization"]["stage"])
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=micro_steps,
                   gradient_clipping=args.max_grad_norm,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
@@ -167,7 +173,8 @@ def consolidated(engine):
 
 # Flags that may change when a run is resumed: they touch no weight.
 FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every", "threads",
-        "local_rank", "out", "device"}
+        "local_rank", "out", "device", "val_data", "deepspeed_config", "micro_batch",
+        "gradient_checkpointing", "zero_stage", "dtype"}          # the last two: see made_by
 
 
 def open_run(args, rank):
@@ -193,11 +200,24 @@ def open_run(args, rank):
                         "choose another folder") from error
 
 
+def made_by(engine):
+    """What DeepSpeed's files depend on and do not say."""
+    return {"processes": dist.get_world_size(), "--zero-stage": engine.zero_optimization_stage(),
+            "--dtype": "bfloat16" if engine.bfloat16_enabled() else "float32"}
+
+
 def save_state(engine, out, step):
     """Write state/step_N, then drop the older one. Killed half-way, the older one still counts."""
     folder, tag = os.path.join(out, "state"), f"step_{step:06d}"
-    engine.save_checkpoint(folder, tag=tag, client_state={"step": step})
+    engine.save_checkpoint(folder, tag=tag, client_state={"step": step}, save_latest=False)
+    # Here every rank's part is on the disk (save_checkpoint ends with a barrier). DeepSpeed itself
+    # would name the state when rank 0's part is, and leave an empty name if killed while naming it.
     if dist.get_rank() == 0:
+        with open(os.path.join(folder, tag, "made_by.json"), "w") as f:
+            json.dump(made_by(engine), f)
+        with open(os.path.join(folder, "latest.tmp"), "w") as f:
+            f.write(tag)
+        os.replace(os.path.join(folder, "latest.tmp"), os.path.join(folder, "latest"))
         for old in os.listdir(folder):
             if old.startswith("step_") and old != tag:
                 shutil.rmtree(os.path.join(folder, old))
@@ -209,10 +229,14 @@ def load_state(engine, out):
     folder = os.path.join(out, "state")
     if not os.path.exists(os.path.join(folder, "latest")):
         return 0
-    path, client = engine.load_checkpoint(folder)
-    if path is None:
-        raise UserError(f"{folder} cannot be resumed from with these flags (another ZeRO stage or "
-                        "number of processes?); restore them, or remove the folder to start again")
+    with open(os.path.join(folder, "latest")) as f:
+        tag = f.read()
+    with open(os.path.join(folder, tag, "made_by.json")) as f:
+        then, now = json.load(f), made_by(engine)
+    if then != now:
+        raise UserError(f"{folder} was written with {then} and would be resumed with {now}; make "
+                        "them agree, give another --out, or remove that folder to start again")
+    _, client = engine.load_checkpoint(folder, tag=tag)
     return client["step"]
 
 
@@ -225,7 +249,7 @@ class Log:
             return
         from torch.utils.tensorboard import SummaryWriter
         kept = []
-        if os.path.exists(self.path):                     # cut back to the state we resume from
+        if step and os.path.exists(self.path):            # cut back to the state we resume from
             with open(self.path) as f:
                 kept = [line for line in f
                         if line.endswith("\n") and json.loads(line)["step"] <= step]

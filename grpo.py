@@ -172,9 +172,12 @@ def sampling_seeds(seed, step, n):
 
 def load_batch(sources, nav, units):
     """Units -> (decisions, {frame key: uint8 (H, W, 3)}): the part that runs in a loader thread."""
-    decisions = [sources[k].decision(episode, t, nav) for k, episode, t in units]
-    return decisions, {key: sources[unit[0]].frame(key)
-                       for unit, decision in zip(units, decisions) for key in decision.frames}
+    decisions, frames = [], {}
+    for k, episode, t in units:                # two sources may give their walks the same names
+        decision = sources[k].decision(episode, t, nav)
+        frames |= {(k, key): sources[k].frame(key) for key in decision.frames}
+        decisions.append(decision._replace(frames=tuple((k, key) for key in decision.frames)))
+    return decisions, frames
 
 
 # ---------------------------------------------------------------- judging and telling
@@ -330,20 +333,22 @@ def main(args):
                         f"{args.batch_size}; lower --batch-size or record more walks")
     steps = args.max_steps or max(1, round(args.epochs * (len(prompts) // args.batch_size)))
 
+    weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
     engine = E.make_engine(policy, args, micro_steps)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
     val_path = args.val_data or os.path.join(os.path.dirname(args.data[0].rstrip("/")), "val_seen")
-    val = VlnEgo(val_path) if os.path.exists(os.path.join(val_path, "meta.json")) else None
+    val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
+           else None)
     val_units = draw_prompts([val], args.val_decisions, 0) if val else []
     if rank == 0:
         print(f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x {args.group_size} "
-              f"plans, {sum(p.numel() for p in policy.parameters()):,} weights on "
+              f"plans, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
     log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)
-    if val and first == 0:                                     # where the SFT policy stands
+    if val_units and first == 0:                               # where the SFT policy stands
         with E.gathered(engine):
             log(0, **validate(policy, val, val_units, rank, world, args))
 
@@ -353,11 +358,12 @@ def main(args):
         return [load_batch(sources, policy.nav, units[i:i + per_forward])
                 for i in range(0, len(units), per_forward)]
     batches = loader.submit(load, first)
-    for step in range(first, steps):
+    last = min(steps, args.stop_after or steps)
+    for step in range(first, last):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
         batch = batches.result()
-        if step + 1 < steps:
+        if step + 1 < last:
             batches = loader.submit(load, step + 1)
 
         # 1. imagine: G plans per prompt, from the policy as it stands
@@ -411,7 +417,7 @@ def main(args):
             "plan_tokens": sum(roll.completion_mask.sum().item() for roll in rolls),
             "frac_reward_zero_std": flat.sum().item() * args.group_size}
         told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))} | {"lr": lr}
-        if val and (done % args.val_every == 0 or done == steps):
+        if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world, args))
         log(done, **told)
@@ -422,10 +428,8 @@ def main(args):
                     rows = slice(i * args.group_size, (i + 1) * args.group_size)
                     f.write(show_group(decisions[i], texts[rows], marks[rows],
                                        advantages[rows].tolist(), policy))
-        if done % args.save_every == 0 or done == steps or done == args.stop_after:
+        if done % args.save_every == 0 or done == last:
             E.save_state(engine, args.out, done)
-        if done == args.stop_after:
-            break
     log.close()
     loader.shutdown()
     weights = E.consolidated(engine)

@@ -36,6 +36,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -229,7 +230,6 @@ class Policy(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
         self.promise(nav)
-        self.vision, self.lm = model.model.visual, model.model.language_model
         self.checkpointing = False
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
             self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
@@ -255,6 +255,14 @@ class Policy(nn.Module):
         self._trie = None                                       # the plan grammar, made when needed
 
     @property
+    def vision(self):
+        return self.model.model.visual
+
+    @property
+    def lm(self):
+        return self.model.model.language_model
+
+    @property
     def device(self):
         return next(self.model.parameters()).device
 
@@ -273,37 +281,49 @@ class Policy(nn.Module):
     def encode_frames(self, frames):
         """uint8 (H, W, 3) arrays, of any sizes -> list of (rows, cols, H) tensors, differentiable.
 
-        Frames of one size go through the tower in one call. The tower attends within a frame only,
-        so a frame's features do not depend on its company.
+        The tower attends within a frame only, so a frame's features do not depend on its company.
+        All sizes go through it together, one call of each module: under ZeRO-3 a call is a
+        collective, and ranks may hold different numbers of sizes.
         """
         small = [resize(np.asarray(f), self.nav) for f in frames]
+        if not small:
+            return []
         features = [None] * len(small)
-        for size in sorted({f.shape for f in small}):
-            index = [i for i, f in enumerate(small) if f.shape == size]
-            pixels = torch.from_numpy(np.stack([small[i] for i in index])).to(self.device)
-            for i, feature in zip(index, self._tower(pixels).unbind(0)):
+        sizes = sorted({f.shape for f in small})
+        index = [[i for i, f in enumerate(small) if f.shape == size] for size in sizes]
+        pixels = [torch.from_numpy(np.stack([small[i] for i in some])).to(self.device)
+                  for some in index]
+        for some, found in zip(index, self._tower(pixels)):
+            for i, feature in zip(some, found.unbind(0)):
                 features[i] = feature
         return features
 
     def _tower(self, pixels):
-        """uint8 (n, h, w, 3) -> (n, tokens, H): transformers' vision tower, one attention call."""
-        n, h, w, _ = pixels.shape
-        heads = self.vision.blocks[0].attn.num_heads
-        merge = self.vision.spatial_merge_size
-        x = self.vision.patch_embed.proj(patchify(pixels, merge=merge).to(self.dtype))  # (n, p, E)
-        cos, sin = patch_angles(h // 14, w // 14, merge, x.shape[-1] // heads, x.device)
+        """uint8 (n, h, w, 3) for each size -> (n, rows, cols, H) for each: transformers' tower,
+        every module called once, over all patches in a row (X, E); attention once for each size.
+        """
+        attn, merge = self.vision.blocks[0].attn, self.vision.spatial_merge_size
+        heads = attn.num_heads
+        grids = [(len(p), p.shape[1] // 14, p.shape[2] // 14) for p in pixels]
+        x = torch.cat([patchify(p, merge=merge).flatten(0, 1) for p in pixels])
+        x = self.vision.patch_embed.proj(x.to(self.dtype))                                # (X, E)
+        counts = [n * h * w for n, h, w in grids]
 
         def layer(block, x):
-            q, k, v = block.attn.qkv(block.norm1(x)).view(n, x.shape[1], 3, heads, -1).unbind(2)
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (n, heads, p, D)
-            q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
-            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-            x = x + block.attn.proj(y)
+            rows, parts = block.attn.qkv(block.norm1(x)).split(counts), []
+            for qkv, (n, h, w) in zip(rows, grids):
+                q, k, v = qkv.view(n, h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)
+                cos, sin = patch_angles(h, w, merge, q.shape[-1], q.device)
+                q, k = (rotate(t.float(), cos, sin).to(v.dtype) for t in (q, k))
+                y = F.scaled_dot_product_attention(q, k, v)
+                parts.append(y.transpose(1, 2).flatten(2).flatten(0, 1))
+            x = x + block.attn.proj(torch.cat(parts))
             return x + block.mlp(block.norm2(x))
 
         for block in self.vision.blocks:
             x = self._block(layer, block, x)
-        return self.vision.merger(x).view(n, h // 14 // merge, w // 14 // merge, -1)
+        found = self.vision.merger(x).split([count // merge ** 2 for count in counts])
+        return [f.view(n, h // merge, w // merge, -1) for f, (n, h, w) in zip(found, grids)]
 
     # ------------------------------------------------------------ text -> ids
 
@@ -634,6 +654,7 @@ def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=
     wins. texts: the data set's words, from which tiny's byte-level BPE is learned.
     UserError when the weights are not there or not a Qwen2-VL.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
     if name == "tiny":
         return build_tiny(texts or [], nav or NAV, seed).to(device, getattr(torch, dtype))
@@ -646,7 +667,10 @@ def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = Qwen2VLForConditionalGeneration.from_pretrained(
             source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    except OSError as error:
+    except (OSError, ValueError, SafetensorError) as error:
+        if os.path.isdir(name):
+            raise UserError(f"{name} does not load as a model ({str(error).splitlines()[0]}); copy "
+                            "it again, or give another folder") from error
         raise UserError(
             f"no model at {source!r}: it is neither a folder here nor in the Hugging Face cache, "
             f"and the hub did not give it ({str(error).splitlines()[0]}). On a machine with network"
@@ -666,7 +690,8 @@ def save_policy(policy, folder, state_dict=None):
     leaves each file whole. state_dict: consolidated weights of policy (ZeRO), else its own.
     """
     temporary = os.path.join(folder, ".saving")
-    os.makedirs(temporary, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)             # of a save that was killed
+    os.makedirs(temporary)
     if state_dict is not None:
         state_dict = {k[len("model."):]: v for k, v in state_dict.items() if k.startswith("model.")}
     policy.model.save_pretrained(temporary, state_dict=state_dict)

@@ -9,12 +9,12 @@ if [ ! -f "$VENV/ready" ] || ! cmp -s requirements.txt "$VENV/ready"; then
     $([ "$(id -u)" = 0 ] || echo sudo) apt-get install -y -qq python3-venv
   fi
   [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
-  # torch 2.13.0 by name: a newer one may bring gigabytes of CUDA to a machine without a GPU.
+  # A CPU build of torch where pip's index has one (README: how to name PyTorch's own).
   "$VENV/bin/python" -c 'import torch' 2>/dev/null \
     || "$VENV/bin/pip" install -q --disable-pip-version-check torch==2.13.0
   "$VENV/bin/pip" install -q --disable-pip-version-check -r requirements.txt
   cp requirements.txt "$VENV/ready"
 fi
-PATH="$PWD/$VENV/bin:$PATH"
+PATH="$(cd "$VENV/bin" && pwd):$PATH"
 # One thread per process: the scripts run one process per core, which is faster than one with two.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

@@ -180,14 +180,16 @@ def main(args):
     order = Order(data, args.seed, per_walk, per_batch)
     steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
 
+    weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
     engine = E.make_engine(policy, args, micro_steps)
     first = E.load_state(engine, args.out)
     val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
-    val = VlnEgo(val_path) if os.path.exists(os.path.join(val_path, "meta.json")) else None
+    val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
+           else None)
     val_units = batch_units(val, 0, 0, 8)[:-(-args.val_decisions // 8)] if val else []
     if rank == 0:
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
-              f"epoch, {steps} steps, {sum(p.numel() for p in policy.parameters()):,} weights on "
+              f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan"))
 
@@ -196,11 +198,12 @@ def main(args):
         return [load_batch(data, policy.nav, units)
                 for units in micro_batches(order(step), rank, world, per_forward)]
     batches = loader.submit(load, first)
-    for step in range(first, steps):
+    last = min(steps, args.stop_after or steps)
+    for step in range(first, last):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
         batch = batches.result()
-        if step + 1 < steps:
+        if step + 1 < last:
             batches = loader.submit(load, step + 1)
 
         # 1. one token is one vote, on whichever rank it stands
@@ -219,14 +222,12 @@ def main(args):
         # 3. tell, check, keep
         done = step + 1
         told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens}
-        if val and (done % args.val_every == 0 or done == steps):
+        if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world))
         log(done, **told)
-        if done % args.save_every == 0 or done == steps or done == args.stop_after:
+        if done % args.save_every == 0 or done == last:
             E.save_state(engine, args.out, done)
-        if done == args.stop_after:
-            break
     log.close()
     loader.shutdown()
     weights = E.consolidated(engine)
