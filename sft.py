@@ -152,7 +152,7 @@ def setup(args, world, device):
     nav.update({k: robot[k] for k in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
                 if k in robot})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
-                         texts=[e["instruction"] for e in data.episodes])
+                         texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing

@@ -16,6 +16,7 @@ from make_data import ShareGpt, VlnEgo
 from model import load_policy
 
 SAMPLE = os.path.join(ROOT, "..", "shared", "data", "vln_ego_sample")
+FRAMES = os.path.join(SAMPLE, "rgb_images_r2r_debug")
 RELEASED = os.path.join(SAMPLE, "r2r_16_images_4act_debug.json")
 pytestmark = pytest.mark.skipif(not os.path.exists(RELEASED), reason="no ../shared/data here")
 
@@ -29,14 +30,14 @@ def python(*command):
 def imported(tmp_path_factory):
     """The released walk in our format, with the labels that belong to its frames."""
     out = tmp_path_factory.mktemp("real")
-    python("make_data.py", "--import-walk", os.path.join(SAMPLE, "rgb_images_r2r_debug"),
+    python("make_data.py", "--import-walk", FRAMES,
            "--robot", "r2r", "--split", "train", "--out", out)
     return str(out / "train")
 
 
 @pytest.mark.parametrize("source", ["released", "ours"])
 def test_fifty_steps_on_the_real_walk(imported, tmp_path, source):
-    data = (["--data", RELEASED, "--image-root", SAMPLE, "--horizon", 4] if source == "released"
+    data = (["--data", RELEASED, "--image-root", FRAMES, "--horizon", 4] if source == "released"
             else ["--data", imported])
     python("sft.py", "--model", "tiny", *data, "--out", tmp_path, "--device", "cpu", "--dtype",
            "float32", "--batch-size", 2, "--steps-per-walk", 2, "--lr", 1e-3, "--max-steps", 50,
@@ -51,7 +52,7 @@ def test_fifty_steps_on_the_real_walk(imported, tmp_path, source):
 
 
 def test_a_real_frame_is_seventy_tokens_on_both_ways_in(imported):
-    for data in (ShareGpt(RELEASED, SAMPLE), VlnEgo(imported)):
+    for data in (ShareGpt(RELEASED, FRAMES), VlnEgo(imported)):
         nav = dict(sft.NAV, turn_deg=15)
         policy = load_policy("tiny", nav=nav, texts=["go"])
         episode, t = (20, 0) if isinstance(data, ShareGpt) else (0, 20)
