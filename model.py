@@ -680,6 +680,10 @@ def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=
     if os.path.exists(path):
         with open(path) as f:
             nav = json.load(f)
+        for key in ("version", "prompt"):
+            if nav.get(key) != NAV[key]:
+                raise UserError(f"{path}: {key} is {nav.get(key)!r} and this code speaks "
+                                f"{NAV[key]!r}; run the code that trained it, or train anew")
     return Policy(model.to(device), tokenizer, nav or NAV)
 
 

@@ -143,6 +143,8 @@ def validate(policy, data, units, rank, world):
 
 def setup(args, world, device):
     """Data, contract and policy, from the flags."""
+    if not 1 <= args.horizon <= 8:         # model.py lists all 3^horizon plans to draft from
+        raise UserError(f"--horizon {args.horizon}: give 1 to 8 actions per answer")
     data = (ShareGpt(args.data, args.image_root) if args.data.endswith(".json")
             else VlnEgo(args.data))
     robot = data.meta.get("robot", {})

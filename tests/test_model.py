@@ -306,6 +306,13 @@ def test_a_saved_policy_is_a_hugging_face_folder(policy, tmp_path):
     assert not os.path.exists(tmp_path / ".saving")
 
 
+def test_another_prompt_version_is_refused(policy, tmp_path):
+    save_policy(policy, str(tmp_path))
+    (tmp_path / "nav.json").write_text(json.dumps(dict(policy.nav, prompt="window-0")))
+    with pytest.raises(UserError, match="prompt is 'window-0' and this code speaks 'window-1'"):
+        load_policy(str(tmp_path))
+
+
 def test_tiny_is_deterministic():
     a, b = (load_policy("tiny", nav=NAV30, texts=texts(), seed=5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))

@@ -149,6 +149,7 @@ def test_micro_batches_are_the_same_update(ego, tmp_path):
 
 @pytest.mark.parametrize("flags,words", [
     (["--batch-size", "10"], "--batch-size 10 does not split"),
+    (["--horizon", "20"], "--horizon 20: give 1 to 8"),
     (["--data", "/nowhere/train"], "make_data.py"),
     (["--model", "Qwen2-VL-2B"], "hf download Qwen/Qwen2-VL-2B-Instruct"),
     (["--out", "/proc/nothing"], "--out /proc/nothing: cannot write"),
