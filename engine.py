@@ -18,6 +18,7 @@ generator that would have to be kept.
 """
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import math
@@ -99,8 +100,14 @@ def start(args):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         deepspeed.init_distributed("nccl" if args.device == "cuda" else "gloo", verbose=False)
+        atexit.register(dist.destroy_process_group)    # or a late peer may abort the interpreter
     torch.manual_seed(args.seed)
     return dist.get_rank(), dist.get_world_size(), device
+
+
+def leave_together():
+    """The last act of a run: nobody goes while another rank still writes."""
+    dist.barrier()
 
 
 def total(values, device):

@@ -437,6 +437,7 @@ def main(args):
         save_policy(policy, args.out, weights)
         draw_curves(args.out)
         print(f"wrote {args.out} (the policy for evaluate.py; see curves.png, samples.txt, tb/)")
+    E.leave_together()
 
 
 if __name__ == "__main__":

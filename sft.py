@@ -236,6 +236,7 @@ def main(args):
     if rank == 0:
         save_policy(policy, args.out, weights)
         print(f"wrote {args.out} (log.jsonl, tb/, and the policy for grpo.py and evaluate.py)")
+    E.leave_together()
 
 
 if __name__ == "__main__":

@@ -269,7 +269,8 @@ def slow_picture(scene, eye, yaw, width, height, hfov_deg):
                     u, v = point[[2, 0, 0][axis]], point[[1, 2, 1][axis]]
                     texture = scene.textures[scene.face_texture[face]]
                     grey = texture[int(v % 1 * len(texture)), int(u % 1 * len(texture))]
-                    picture[row, column] = scene.shade[face * 256 + grey:][:1].view(np.uint8)[:3]
+                    picture[row, column] = scene.shade[
+                        face * 256 + int(grey):][:1].view(np.uint8)[:3]
     return picture
 
 
