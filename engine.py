@@ -1,5 +1,5 @@
 """
-What sft.py, grpo.py and grpo_online.py do around their idea, and do alike: start the processes,
+What sft.py and grpo.py do around their idea, and do alike: start the processes,
 wrap the policy in DeepSpeed, say what happened, and survive a kill -9.
 
 One path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in a
