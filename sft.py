@@ -151,8 +151,7 @@ def setup(args, world, device):
     nav = dict(NAV, dataset=data.meta.get("dataset", ""), horizon=args.horizon,
                max_pixels=args.max_pixels,
                memory=lsm.memory_from_args(args))
-    nav.update({k: robot[k] for k in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
-                if k in robot})
+    nav.update({k: v for k, v in robot.items() if k in NAV})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now

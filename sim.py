@@ -56,9 +56,15 @@ from reward import FORWARD, LEFT, RIGHT, STOP, UserError, run
 
 # ---------------------------------------------------------------- robots
 
-# One row per data set. houses: ours. r2r: VLN-CE's habitat_extensions/config/vlnce_task.yaml, and
-# habitat-lab's defaults (AGENT radius 0.1, height 1.5, camera 1.25, sliding on) where it is silent;
-# 640x480 is what VLN-R1's released R2R walk has. rxr: VLN-CE's rxr_vlnce_english_task.yaml.
+# One row per data set. Where each value of Habitat's two is from:
+#   r2r  VLN-CE habitat_extensions/config/vlnce_task.yaml: TURN_ANGLE 15, FORWARD_STEP_SIZE 0.25,
+#        HFOV 90, ALLOW_SLIDING True. It names no body: habitat-lab 0.1.7 habitat/config/default.py
+#        holds: AGENT_0 HEIGHT 1.5, RADIUS 0.1, camera POSITION [0, 1.25, 0]. 640x480 is that file's
+#        frame and the released VLN-R1 walk's; VLN-CE's own agents saw 224x224.
+#   rxr  VLN-CE habitat_extensions/config/rxr_vlnce_english_task.yaml: TURN_ANGLE 30, HFOV 79,
+#        camera POSITION [0, 0.88, 0], HEIGHT 0.88, RADIUS 0.18, ALLOW_SLIDING False, 640x480; the
+#        step of 0.25 is again default.py's, and the challenge's rule (VLN-CE's README).
+#   houses  ours: R2R's camera, RxR's turns and girth, small pictures.
 ROBOTS = {
     "houses": dict(turn_deg=30, forward_m=0.25, hfov_deg=90, camera_height_m=1.25, radius_m=0.18,
                    height_m=1.5, sliding=True, width=56, height=56),
@@ -68,6 +74,35 @@ ROBOTS = {
                 height_m=0.88, sliding=False, width=640, height=480),
 }
 # supersample (optional key, default 1): render so many times larger and average (HouseSim only)
+ROBOT_HELP = {
+    "turn_deg": "of one turn", "forward_m": "of one step", "hfov_deg": "across the picture",
+    "camera_height_m": "above the floor", "radius_m": "of the body", "height_m": "of the body",
+    "sliding": "along walls", "width": "of a frame, pixels", "height": "of a frame, pixels"}
+
+
+def add_robot_args(add, default):
+    """--robot, which names a row of ROBOTS, and a flag for each value of the row."""
+    add("--robot", choices=sorted(ROBOTS), help=f"body and camera; default: {default}")
+    for key, value in ROBOTS["houses"].items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {
+            "type": int if key in ("width", "height") else float}
+        add("--" + key.replace("_", "-"), **kind, help=f"{ROBOT_HELP[key]}; instead of the robot's")
+
+
+def robot_from_args(args, row):
+    """The row with what the flags say instead.
+
+    >>> args = argparse.Namespace(turn_deg=15, sliding=None)
+    >>> robot_from_args(args, {"turn_deg": 30, "sliding": True})
+    {'turn_deg': 15, 'sliding': True}
+    """
+    robot = {key: value if vars(args)[key] is None else vars(args)[key]
+             for key, value in row.items()}
+    wrong = [key for key, value in robot.items() if key != "sliding" and not value > 0]
+    if wrong or not robot["turn_deg"] <= 180:
+        flag = (wrong or ["turn_deg"])[0].replace("_", "-")
+        raise UserError(f"--{flag} must be above 0, and a turn at most 180 degrees")
+    return robot
 
 
 class SimError(Exception):
