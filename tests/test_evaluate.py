@@ -615,12 +615,17 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
     policy = ("--agent", "policy", "--ckpt")
     refused("no readable nav.json", *policy, str(tmp_path))
     refused("trained with turn_deg = 15 and the robot 'houses' has 30", *policy,
-            checkpoint(tmp_path / "c15", turn_deg=15))
-    refused("camera_height_m = 0.88", *policy, checkpoint(tmp_path / "rxr", camera_height_m=0.88))
+            checkpoint(tmp_path / "c15", turn_deg=15), "--robot", "houses")
+    refused("camera_height_m = 0.88 .* leave --robot and --camera-height-m out", *policy,
+            checkpoint(tmp_path / "high", camera_height_m=0.88), "--camera-height-m", "1.25")
+    refused("sliding = False and the robot 'houses' has True", *policy,
+            checkpoint(tmp_path / "dry", sliding=False), "--sliding")
+    refused("robot turns 15 degrees, but the ground truth was walked with turns of 30", *policy,
+            checkpoint(tmp_path / "r2r", dataset="r2r", turn_deg=15))     # of another data set
     refused("--execute 7 does not fit", "--execute", "7", *policy, checkpoint(tmp_path / "good"))
     refused("robot turns 15 degrees, but the ground truth was walked with turns of 30",
             "--robot", "r2r")
-    refused("which is missing: give the folder", "--scenes", str(tmp_path))
+    refused("1 scenes are missing below .* give the folder", "--scenes", str(tmp_path))
     refused("no goal or no ground truth", episodes=write_plane(
         tmp_path / "d2", **{"1": {"episode_id": 77}}))
     refused("no common radius", episodes=write_plane(
