@@ -154,10 +154,10 @@ def dataset_of(episode):
     return "rxr" if "language" in episode["instruction"] else "r2r"
 
 
-def scenes_of(folder, episode):
-    """Where the scenes of an episode from that folder are, unless --scenes says otherwise."""
-    return os.path.join(folder, "scenes") if dataset_of(episode) == "houses" else \
-        "data/scene_datasets"
+def scenes_of(folder):
+    """Where the scenes of that folder's episodes are, unless --scenes says otherwise."""
+    own = os.path.join(folder, "scenes")
+    return own if os.path.isdir(own) else "data/scene_datasets"
 
 
 def paired(episodes, truths):

@@ -104,8 +104,8 @@ def parse_args(argv=None):
     add("--split", default="train")
     add_episode_args(add)
     add("--out", default="data/vln_ego", help="the split becomes a folder in here")
-    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes for houses, "
-        "else data/scene_datasets")
+    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
+        "there, else data/scene_datasets")
     add("--verify", action="store_true", help="only look whether the input is all there and fits")
     add("--import-walk", metavar="FOLDER", help="import released walks at or below FOLDER instead")
     add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
@@ -739,7 +739,7 @@ def main(args):
         episodes = read_episodes(args.episodes, args.split, args.role, args.languages)[:args.limit]
         args.robot = args.robot or dataset_of(episodes[0])
         robot = robot_from_args(args, ROBOTS[args.robot])
-        scenes = args.scenes or scenes_of(args.episodes, episodes[0])
+        scenes = args.scenes or scenes_of(args.episodes)
         if args.verify:
             return verify_input(args, episodes, scenes, robot)
         truths = choose_expert(args, episodes, robot)
