@@ -59,8 +59,9 @@ from tqdm import tqdm
 
 from lsm import pick_frames
 from make_data import check_turn_deg, read_episodes, read_ground_truth
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
-from sim import ROBOTS, SimDied, SimPool
+from sim import ROBOTS
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -84,6 +85,10 @@ def parse_args(argv=None):
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
     add("--sims", type=int, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
@@ -701,7 +706,8 @@ def choose_robot(args, ckpt, nav, episode):
 
 
 def check_episodes(episodes, truths, source, robot, scenes):
-    """What walks and metrics need must be there before anything walks: else UserError."""
+    """What walks and metrics need must be there before anything walks: else UserError. scenes:
+    None if they are on another machine, which is asked later."""
     names = [str(episode["episode_id"]) for episode in episodes]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{source} has no episodes, or one episode_id twice: repair the file")
@@ -710,8 +716,8 @@ def check_episodes(episodes, truths, source, robot, scenes):
             raise UserError(f"episode {name} of {source} has no goal or no ground truth to measure "
                             "by (only its server scores R2R's test split): choose another --split, "
                             "or copy the _gt.json.gz of the same release")
-        path = os.path.join(scenes, episode["scene_id"])
-        if not os.path.exists(path):
+        path = os.path.join(scenes or "", episode["scene_id"])
+        if scenes and not os.path.exists(path):
             raise UserError(f"episode {name} of {source} is in {path}, which is missing: give the "
                             "folder that scene_id starts from with --scenes")
     check_turn_deg([{"episode": episode, **truths[name]} for name, episode in zip(names, episodes)],
@@ -781,7 +787,8 @@ def prepare(args):
     scenes = args.scenes or (os.path.join(source, "scenes") if args.sim == "house"
                              else "data/scene_datasets")
     robot = choose_robot(args, ckpt, nav, every[0])
-    check_episodes(episodes, truths, f"{source} ({args.split})", robot, scenes)
+    check_episodes(episodes, truths, f"{source} ({args.split})", robot,
+                   None if args.sim_hosts else scenes)
     radii = {goal.get("radius") for episode in every for goal in episode["goals"]}
     if not args.success_m and (len(radii) > 1 or None in radii):
         raise UserError("the goals of the data have no common radius: give --success-m")
@@ -832,11 +839,16 @@ def main(args):
         walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
-        gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
+        gpus = args.sim_gpus
+        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ:
+            gpus = [int(os.environ["LOCAL_RANK"])]
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
-                                              args.sim_timeout, gpus) as pool, \
+                                              args.sim_timeout, gpus, args.sim_hosts,
+                                              args.sim_key) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            if args.sim_hosts:
+                pool.require({episode["scene_id"] for episode in episodes})
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       args.agent == "policy", tally):
                 reference = truths[walk.name]["locations"]

@@ -60,6 +60,7 @@ import numpy as np
 from PIL import Image
 
 import lsm
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import (
     FORWARD,
     LEFT,
@@ -71,7 +72,7 @@ from reward import (
     run,
     write_plan,
 )
-from sim import ROBOTS, SimDied, SimPool
+from sim import ROBOTS
 
 VERSION = 1  # of the layout above
 CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~15 decisions
@@ -116,6 +117,10 @@ def parse_args(argv=None):
         if not isinstance(value, bool):
             add("--" + name.replace("_", "-"), type=type(value), help="instead of the robot's")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
 
     add = p.add_argument_group("machine").add_argument
     add("--sims", type=int, default=2, help="simulator processes; the files do not depend on it")
@@ -794,7 +799,7 @@ def main(args):
                                  else "data/scene_datasets")
         missing = [scene for scene in sorted({e["scene_id"] for e in episodes})
                    if not os.path.isfile(os.path.join(scenes, scene))]
-        if missing:
+        if missing and not args.sim_hosts:
             raise UserError(f"{len(missing)} scenes are missing below {scenes}, the first is "
                             f"{missing[0]}; give the folder that holds them: --scenes")
         flags = ("split", "sim", "expert", "noise", "noise_copies", "horizon", "max_steps", "seed",
@@ -817,7 +822,10 @@ def main(args):
     elif todo:
         sims = min(args.sims, len(todo))
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
-                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout) as pool:
+                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout,
+                        args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
+            if args.sim_hosts:
+                pool.require({walk["episode"]["scene_id"] for walk in walks})
             drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
                                for name in todo))
 
