@@ -76,8 +76,9 @@ from episodes import (
     scenes_of,
 )
 from lsm import pick_frames
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
-from sim import ROBOTS, SimDied, SimPool, add_robot_args, robot_from_args, yaw_of
+from sim import ROBOTS, add_robot_args, robot_from_args, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -104,6 +105,10 @@ def parse_args(argv=None):
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
     add("--sims", type=int, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
@@ -901,7 +906,8 @@ def prepare(args):
         raise UserError("--witness compares with habitat-lab, so it needs --sim habitat")
     robot = choose_robot(args, ckpt, nav, every[0])
     check_episodes(episodes, truths, f"{source} ({args.split})")
-    check_scenes(episodes, scenes)
+    if not args.sim_hosts:  # else its server is asked, later
+        check_scenes(episodes, scenes)
     if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
         check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
     if args.submit and args.limit:
@@ -963,11 +969,16 @@ def main(args):
         walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
-        gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
+        gpus = args.sim_gpus
+        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ:
+            gpus = [int(os.environ["LOCAL_RANK"])]
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
-                                              args.sim_timeout, gpus) as pool, \
+                                              args.sim_timeout, gpus, args.sim_hosts,
+                                              args.sim_key) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            if args.sim_hosts:
+                pool.require({episode["scene_id"] for episode in episodes})
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       args.agent == "policy", tally):
                 reference = truths and truths[walk.name]["locations"]

@@ -79,6 +79,7 @@ from episodes import (
     walked_turn_deg,
     yaw_deg,
 )
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import (
     FORWARD,
     LEFT,
@@ -90,7 +91,7 @@ from reward import (
     run,
     write_plan,
 )
-from sim import ROBOTS, SimDied, SimPool, add_robot_args, robot_from_args
+from sim import ROBOTS, add_robot_args, robot_from_args
 
 VERSION = 1  # of the layout above
 CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~15 decisions
@@ -136,6 +137,10 @@ def parse_args(argv=None):
     add("--sim", choices=("house", "habitat"), default="house")
     add_robot_args(add, "that of the episodes' data set")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
 
     add = p.add_argument_group("machine").add_argument
     add("--sims", type=int, default=2, help="simulator processes; the files do not depend on it")
@@ -744,7 +749,8 @@ def main(args):
             return verify_input(args, episodes, scenes, robot)
         truths = choose_expert(args, episodes, robot)
         walks, rows = plan_walks(episodes, truths, args)
-        check_scenes(episodes, scenes)
+        if not args.sim_hosts:  # else its server is asked, later
+            check_scenes(episodes, scenes)
         args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
         flags = ("split", "role", "languages", "sim", "expert", "waypoints", "noise",
                  "noise_copies", "horizon", "max_steps", "seed", "success_m", "max_drift",
@@ -766,7 +772,10 @@ def main(args):
     elif todo:
         sims = min(args.sims, len(todo))
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
-                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout) as pool:
+                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout,
+                        args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
+            if args.sim_hosts:
+                pool.require({walk["episode"]["scene_id"] for walk in walks})
             drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
                                for name in todo))
 

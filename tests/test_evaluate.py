@@ -52,7 +52,7 @@ class FakePool:
     """
 
     def __init__(self, kind, robot, scenes_dir, sims=2, sim_python=None, timeout_s=120,
-                 gpus=None, seed=0):
+                 gpus=None, hosts=None, key_file=None, seed=0):
         self.dice, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
         self.place = {}
 

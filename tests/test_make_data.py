@@ -56,7 +56,7 @@ class FakePool:
     """SimPool's three methods over dead_reckon. Replies in a random order; dies when told to."""
     turn_deg, distance, drift = 30, 0.1, 0.0
 
-    def __init__(self, kind, robot, scenes_dir, sims, sim_python, timeout_s):
+    def __init__(self, kind, robot, scenes_dir, sims, sim_python, timeout_s, *more):
         self.jobs, self.random = {}, random.Random(sims)
 
     def __enter__(self):
