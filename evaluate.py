@@ -112,8 +112,8 @@ def parse_args(argv=None):
     add("--sims", type=int, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
-    add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, and "
-        "refuse a difference above 1e-4; needs --sim habitat")
+    add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, "
+        "and refuse a difference above 1e-4; needs --sim habitat")
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
 
     add = p.add_argument_group("objective: who walks, how, and what counts").add_argument
@@ -1012,11 +1012,10 @@ def main(args):
     write_json(os.path.join(out, "results.json"), results)
     print(table(results))
     if args.witness:
-        print("  habitat-lab {habitat_lab} walked {walks} of them too; largest differences: ".format(
-            **results["witness"]) + ", ".join(
-                f"{TITLES[k]} {v:.1e}" for k, v in results["witness"]["largest_difference"].items()))
-    if args.submit and not results["errors"]:
-        submit(args.submit, episodes, rows)
+        found = results["witness"]
+        worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]
+        print(f"  habitat-lab {found['habitat_lab']} walked {found['walks']} of them too; largest "
+              f"differences: {', '.join(worst)}")
     if results["errors"]:
         first = next(row for row in rows if row["end"] == "error")
         sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "

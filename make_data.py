@@ -94,6 +94,7 @@ from reward import (
 from sim import ROBOTS, add_robot_args, robot_from_args
 
 VERSION = 1  # of the layout above
+FRAME_BYTES = 54e3  # a 640x480 JPEG of quality 90: mean over the released walk's 65 frames
 CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~15 decisions
 
 
@@ -237,6 +238,12 @@ def verify_input(args, episodes, scenes, robot):
             problems.append(str(error))
     facts, found = verify(episodes, truths, scenes, robot["turn_deg"],
                           None if args.limit else tuple(whole))
+    if truths and not problems + found:
+        frames = sum(len(walk["actions"]) for walk in plan_walks(episodes, truths, args)[0]
+                     if walk["actions"])
+        facts.append(f"to record: {frames:,} frames, " + (
+            f"some {frames * FRAME_BYTES / 1e9:.1f} GB as JPEG of quality 90; " if args.robot !=
+            "houses" else "") + "hours: frames / 3600 / what `sim.py --check` says / --sims")
     print("\n".join([f"{args.episodes}, split {args.split}, robot {args.robot}:", *(
         f"  {fact}" for fact in facts), *(f"! {problem}" for problem in problems + found)]))
     if problems + found:

@@ -33,13 +33,16 @@ Expect   on one 2.5 GHz core, a 70-box house: 3500 frames/s at 56x56, 1100 at 11
 Imports  numpy and pillow, in Python 3.9 syntax: another interpreter has to load this file
 """
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
 import os
 import platform
+import re
 import sys
+import tempfile
 import time
 from typing import NamedTuple
 
@@ -851,13 +854,14 @@ class HabitatSim:
         finder, body = self.sim.pathfinder, self.habitat.NavMeshSettings()
         body.set_defaults()
         body.agent_radius, body.agent_height = self.robot["radius_m"], self.robot["height_m"]
-        file = os.path.splitext(path)[0] + ".navmesh"
+        file, self.navmesh = os.path.splitext(path)[0] + ".navmesh", "the scene's file"
         if os.path.exists(file):
             finder.load_nav_mesh(file)
         stored = finder.nav_mesh_settings if finder.is_loaded else None
         if stored is None or abs(stored.agent_radius - body.agent_radius) > 1e-4 or abs(
                 stored.agent_height - body.agent_height) > 1e-4:
             self.sim.recompute_navmesh(finder, body)
+            self.navmesh = "computed"
         if not finder.is_loaded:  # the agent would walk through walls, with only a warning
             raise SimError(f"{path}: it has no navmesh, and none could be computed")
 
@@ -950,7 +954,7 @@ class HabitatSim:
         finder = self.sim.pathfinder
         return {"habitat_sim": self.habitat.__version__, "gpu_device": self.sim.gpu_device,
                 "cuda_build": self.habitat.cuda_enabled,
-                "navmesh_m2": round(float(finder.navigable_area), 1)}
+                "navmesh": self.navmesh, "navmesh_m2": round(float(finder.navigable_area), 1)}
 
 
 # ---------------------------------------------------------------- what a worker can be asked
@@ -1141,21 +1145,61 @@ def main(args):
         raise UserError("nothing to do; --check looks whether the simulator works on this machine")
     if args.sim_hosts and not args.scene:
         raise UserError("the scenes are on the other machine: name one of them with --scene")
-    scene = args.scene or first_scene(args.scenes)
-    with SimPool(args.sim, ROBOTS[args.robot], args.scenes, 1, args.sim_python, 300,
-                 args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
-        pool.submit(0, "check", scene_id=scene)
+    check(args, args.scene or first_scene(args.scenes))
+
+
+# What habitat-sim says on stderr, usually while it takes the whole process down, and what helps
+ADVICE = (
+    ("windowless context|EGL", "OpenGL without a screen needs the driver's EGL: on a GPU machine "
+     "the libraries of its driver (in a container NVIDIA_DRIVER_CAPABILITIES=all), on any other "
+     "Mesa's (apt install libegl1 libgl1-mesa-dri), and habitat-sim's *headless* build"),
+    ("CUDA|GPU", "name another GPU with --sim-gpus (CUDA_VISIBLE_DEVICES renumbers them)"),
+    ("navmesh|NavMesh", "copy the .navmesh of the download to beside the .glb"))
+
+
+def check(args, scene):
+    """--check: let one simulator load, look and walk, and print what it found. UserError if
+    something is wrong, with what to do about it."""
+    os.environ.setdefault("MAGNUM_LOG", "default")  # it names the OpenGL device
+    with overhearing() as said:
         try:
-            facts = pool.wait(0)
-        except (SimError, SimDied) as error:
-            raise UserError(str(error)) from None
-    for key, value in facts.items():
+            with SimPool(args.sim, ROBOTS[args.robot], args.scenes, 1, args.sim_python, 300,
+                         args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
+                pool.submit(0, "check", scene_id=scene)
+                facts, wrong = pool.wait(0), None
+        except (SimError, SimDied, UserError) as error:
+            facts, wrong = None, str(error)
+    if wrong:
+        print(*said[0].splitlines()[-20:], sep="\n", file=sys.stderr)
+        helps = [text for pattern, text in ADVICE if re.search(pattern, said[0])][:1]
+        raise UserError(". What may help: ".join([wrong.rstrip("."), *helps]))
+    device = re.search("Renderer: (.*)", said[0])
+    for key, value in {**facts, **({"gl_device": device[1]} if device else {})}.items():
         print(f"{key:>16}  {value}")
     if facts["mean_grey"] < 2:
-        raise UserError("the pictures are black: see README, headless EGL")
+        raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
+    if facts.get("navmesh") == "computed":
+        print("no .navmesh for this body lies beside the scene, so one was computed; R2R's "
+              "distances are those of the downloaded files")
     if not facts["ended_m"] <= max(ROBOTS[args.robot]["forward_m"], 0.25):
         raise UserError(f"the expert stopped {facts['ended_m']} m from its goal: see the navmesh")
     print("ready")
+
+
+@contextlib.contextmanager
+def overhearing():
+    """-> a list that will hold what this process and its children have said on stderr."""
+    said, stderr = [], os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            said.append(file.read())
 
 
 def first_scene(scenes_dir):

@@ -583,24 +583,3 @@ def test_without_habitat_the_conda_line_is_given(scenes):
             sim.SimPool("habitat", ROBOT, scenes, sims=1)
     else:
         pytest.skip("habitat_sim is here, so it cannot be missed")
-
-
-def test_habitat_walks_the_same_house(scenes):
-    pytest.importorskip("habitat_sim", reason="needs habitat-sim (README, setting up Habitat)")
-    robot = dict(ROBOT, width=112, height=112)
-    ours, theirs = sim.HouseSim(robot, scenes), sim.HabitatSim(robot, scenes)
-    rng = np.random.default_rng(7)
-    for simulator in (ours, theirs):
-        simulator.reset(EPISODE)
-    for _ in range(10):
-        pose = random_pose(ours, rng)
-        for simulator in (ours, theirs):
-            simulator.set_pose(pose[:3], pose[3:])
-        assert abs(ours.observe().astype(int) - theirs.observe()).mean() < 4
-        goal = ours.somewhere(rng)
-        exact = ours.geodesic([goal])
-        assert abs(theirs.geodesic([goal]) - exact) < max(0.03 * exact, 0.3)
-    walks = [sim.record(simulator, EPISODE) for simulator in (ours, theirs)]
-    assert all(walk["distance_to_goal"] < 0.25 for walk in walks)
-    replay = sim.record(theirs, EPISODE, actions=walks[0]["actions"])
-    assert math.dist(replay["poses"][-1][:3], walks[0]["poses"][-1][:3]) < 0.25
