@@ -902,8 +902,9 @@ def prepare(args):
     truths = None if hidden else read_ground_truth(source, args.split, args.role)
     episodes = spread(every, args.limit or len(every))
     scenes = args.scenes or scenes_of(source)
-    if args.witness and args.sim != "habitat":
-        raise UserError("--witness compares with habitat-lab, so it needs --sim habitat")
+    if args.witness and (hidden or args.sim != "habitat" or args.sim_hosts):
+        raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, the "
+                        "scenes on this machine, and a split with goals")
     robot = choose_robot(args, ckpt, nav, every[0])
     check_episodes(episodes, truths, f"{source} ({args.split})")
     if not args.sim_hosts:  # else its server is asked, later
@@ -1016,6 +1017,8 @@ def main(args):
         worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]
         print(f"  habitat-lab {found['habitat_lab']} walked {found['walks']} of them too; largest "
               f"differences: {', '.join(worst)}")
+    if args.submit and not results["errors"]:
+        submit(args.submit, episodes, rows)
     if results["errors"]:
         first = next(row for row in rows if row["end"] == "error")
         sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "
