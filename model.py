@@ -197,19 +197,35 @@ class Prompt(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool."""
+    """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool.
+
+    shared: another Cache, of N / G rows: what G siblings have in common, looked at before their own.
+    """
     keys: list
     values: list
     valid: torch.Tensor
+    shared: Cache = None
 
     def rows(self, index):
         """The cache of rows index (N',): repeats share nothing but the numbers, gradients add."""
         return Cache([k[index] for k in self.keys], [v[index] for v in self.values],
                      self.valid[index])
 
+    def siblings(self, group_size):
+        """An empty cache for G rows behind each of these, which are not copied for it."""
+        n = len(self.valid) * group_size
+        return Cache([k.new_zeros(n, k.shape[1], 0, k.shape[3]) for k in self.keys],
+                     [v.new_zeros(n, v.shape[1], 0, v.shape[3]) for v in self.values],
+                     self.valid.new_zeros(n, 0), self)
+
     def drop(self, keep):
         """Mark cached tokens unseen where keep (N, P) is False: a rejected draft."""
         return self._replace(valid=self.valid & keep)
+
+    def detach(self):
+        """The numbers without their history."""
+        return self._replace(keys=[k.detach() for k in self.keys],
+                             values=[v.detach() for v in self.values])
 
 
 class Rollout(NamedTuple):
@@ -221,6 +237,44 @@ class Rollout(NamedTuple):
 
 
 # ---------------------------------------------------------------- the policy
+
+
+def attend(q, k, v, mask, k_shared=None, v_shared=None):
+    """Attention of q (N, heads, T, D) to k, v (N, kv_heads, S, D), preceded by k_shared, v_shared
+    (N / G, kv_heads, P, D) that G neighbouring rows have in common -> (N, heads, T, D).
+
+    mask (N, 1, T, P + S) bool. The common part is met by all queries of a group in one product, so
+    it is never copied G times, neither for the forward pass nor for the gradient.
+    """
+    n, heads, t, d = q.shape
+    if k_shared is None:
+        share = heads // k.shape[1]
+        if share > 1:                                           # grouped-query heads
+            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    r, kv_heads, p, _ = k_shared.shape
+    q = (q * d ** -0.5).reshape(n, kv_heads, -1, d)             # (N, kv, share * T, D)
+
+    def gather(x):                                              # rows of a group, one below another
+        return x.view(r, n // r, kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+
+    def spread(x):
+        return x.view(r, kv_heads, n // r, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+    scores = torch.cat((spread(gather(q) @ k_shared.mT), q @ k.mT), dim=-1)
+    scores = scores.view(n, heads, t, -1).masked_fill(~mask, -math.inf)
+    weights = scores.float().softmax(dim=-1).to(v.dtype).view(n, kv_heads, -1, scores.shape[-1])
+    y = spread(gather(weights[..., :p].contiguous()) @ v_shared) + weights[..., p:] @ v
+    return y.view(n, heads, t, d)
+
+
+def certain(node):
+    """The tokens that follow a node of a tree {token: node} without a choice, and where they end."""
+    tokens = []
+    while len(node) == 1:
+        (token, node), = node.items()
+        tokens.append(token)
+    return tokens, node
 
 
 class Policy(nn.Module):
@@ -377,37 +431,40 @@ class Policy(nn.Module):
         """Run new tokens over a cache: transformers' decoder layers, one causal pass.
 
         embeds (N, T, H); positions (3, N, T); valid (N, T) bool, False for padding; past: Cache of
-        N rows or None -> hidden (N, T, H) after the last norm, Cache of P + T tokens.
+        N rows (which may have a shared part) or None -> hidden (N, T, H) after the last norm, Cache
+        of P + T tokens.
         A row never looks at padding, at rejected drafts, or at another row.
         """
         n, t, _ = embeds.shape
         mask = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril() & valid[:, None, :]
-        if past is not None:
-            mask = torch.cat((past.valid[:, None, :].expand(n, t, -1), mask), dim=-1)
-        mask = mask[:, None]                                                # (N, 1, T, P + T)
+        shared = past.shared if past is not None else None
+        before = [] if past is None else [past.valid]
+        if shared is not None:
+            before.insert(0, shared.valid.repeat_interleave(n // len(shared.valid), dim=0))
+        mask = torch.cat([*(seen[:, None, :].expand(n, t, -1) for seen in before), mask], dim=-1)
+        mask = mask[:, None]                                            # (N, 1, T, P + T)
         cos, sin = self._angles(positions, embeds.dtype)
 
-        def layer(block, x, k_past, v_past):
+        def layer(block, x, k_past, v_past, *kv_shared):
             attn, y = block.self_attn, block.input_layernorm(x)
             q, k, v = (proj(y).view(n, t, -1, self.head_dim).transpose(1, 2)
                        for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if k_past is not None:
                 k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)
-            share = q.shape[1] // k.shape[1]                                # grouped-query heads
-            y = F.scaled_dot_product_attention(q, k.repeat_interleave(share, dim=1),
-                                               v.repeat_interleave(share, dim=1), attn_mask=mask)
+            y = attend(q, k, v, mask, *kv_shared)
             x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
             return x + block.mlp(block.post_attention_layernorm(x)), k, v
 
         x, keys, values = embeds, [], []
         for i, block in enumerate(self.lm.layers):
             k, v = (past.keys[i], past.values[i]) if past is not None else (None, None)
-            x, k, v = self._block(layer, block, x, k, v)
+            common = (shared.keys[i], shared.values[i]) if shared is not None else ()
+            x, k, v = self._block(layer, block, x, k, v, *common)
             keys.append(k)
             values.append(v)
         seen = valid if past is None else torch.cat((past.valid, valid), dim=1)
-        return self.lm.norm(x), Cache(keys, values, seen)
+        return self.lm.norm(x), Cache(keys, values, seen, shared)
 
     def _angles(self, positions, dtype):
         """cos, sin (N, 1, T, D) of M-RoPE: frequency bands take turns at time, height, width."""
@@ -516,7 +573,7 @@ class Policy(nn.Module):
             answers = [self._tail(prompts[i // group_size], len(prompts[i // group_size].ids),
                                   a[:-1])[:2] + ([],) for i, a in enumerate(ids)]
             hidden, _ = self._run([a if a[0] else ([self.end_token], torch.zeros(3, 1), [])
-                                   for a in answers], cache.rows(siblings))
+                                   for a in answers], cache.siblings(group_size))
             hidden = torch.cat((last[siblings][:, None], hidden), dim=1)
             start = [0] * len(ids)
 
@@ -549,7 +606,7 @@ class Policy(nn.Module):
         hidden, cache = self._run(tails, past)
         hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
         siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
-        cache, hidden = cache.rows(siblings), hidden[siblings][:, None]                # (N, 1, H)
+        cache, hidden = cache.siblings(group_size), hidden[siblings][:, None]          # (N, 1, H)
         start = torch.tensor([int(p.positions.max()) + 1 for p in prompts]
                              ).repeat_interleave(group_size)
         noise = self._noise(seeds, len(prompts), group_size, max_new_tokens, temperature)
@@ -617,19 +674,18 @@ class Policy(nn.Module):
 
         The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
         stops, tokenized once into a tree: where the tree does not fork, the next token is certain.
+        An answer that has left the tree is taken up again where it looks like the second action of
+        a plan. It is no plan any more, but it will go on in phrases, and without a draft this one
+        row would keep its whole batch waiting, token by token.
         """
         if self._trie is None:
             self._trie = self._grammar()
+            ends = [certain(first)[1] for first in self._trie.values()]
+            self._second = next((node for node in ends if node), {})        # behind a first action
         node = self._trie
         for token in answer:
-            node = node.get(token)
-            if node is None:
-                return []
-        forced = []
-        while len(node) == 1:
-            (token, node), = node.items()
-            forced.append(token)
-        return forced
+            node = node.get(token) or self._second.get(token) or {}
+        return certain(node)[0]
 
     def _grammar(self):
         plans = [[]]
