@@ -337,6 +337,9 @@ def main(args):
     engine = E.make_engine(policy, args, micro_steps)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
+    # With one forward per update, sampling and learning run the prompts only once (not under ZeRO-3,
+    # where ranks that sample plans of unequal length may not learn meanwhile).
+    once = (micro_steps == 1 == args.updates_per_batch) and engine.zero_optimization_stage() < 3
     val_path = args.val_data or os.path.join(os.path.dirname(args.data[0].rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
            else None)
@@ -368,10 +371,18 @@ def main(args):
 
         # 1. imagine: G plans per prompt, from the policy as it stands
         seeds = sampling_seeds(args.seed, step, args.batch_size)[rank::world]
-        with E.gathered(engine), torch.no_grad():
-            rolls = [policy.generate(policy.read(decisions, frames), args.group_size,
-                                     args.temperature, seeds[i * per_forward:][:per_forward])
-                     for i, (decisions, frames) in enumerate(batch)]
+        if args.freeze_vision:                   # one pass through the tower serves both models
+            with E.gathered(engine), torch.no_grad():
+                batch = [(decisions, dict(zip(frames, policy.encode_frames(list(frames.values())))))
+                         for decisions, frames in batch]
+        if once:
+            roll, drawn_logps = policy.imagine(*batch[0], args.group_size, args.temperature, seeds)
+            rolls = [roll]
+        else:
+            with E.gathered(engine), torch.no_grad():
+                rolls = [policy.generate(policy.read(decisions, frames), args.group_size,
+                                         args.temperature, seeds[i * per_forward:][:per_forward])
+                         for i, (decisions, frames) in enumerate(batch)]
 
         # 2. judge: text in, one number per plan out; neither model nor gradient is involved
         decisions = [d for some, _ in batch for d in some]
@@ -398,7 +409,7 @@ def main(args):
         for update in range(args.updates_per_batch):
             for i, (call, roll) in enumerate(zip(calls, rolls)):
                 rows, mask = slice(i * per_call, (i + 1) * per_call), roll.completion_mask
-                logps = engine(*call)
+                logps = drawn_logps if once else engine(*call)
                 if update == 0:                  # no weight has moved since these were sampled
                     old_logps.append(logps.detach())
                 loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages[rows], mask,

@@ -522,6 +522,12 @@ class Policy(nn.Module):
         _, cache = self._run([(p.ids[:p.head], p.positions[:, :p.head], []) for p in first])
         return cache.rows(torch.tensor([unique.index(text) for text in texts], device=self.device))
 
+    def _prefill(self, prompts):
+        """Run whole prompts -> hidden state of each one's last token (B, H), Cache of B rows."""
+        tails = [self._tail(p, p.head) for p in prompts]
+        hidden, cache = self._run(tails, self._heads(prompts))
+        return hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]], cache
+
     def _tail(self, prompt, cut, answer=()):
         """The part of a prompt after its first `cut` ids, followed by answer ids."""
         after = prompt.positions.max() + 1 + torch.arange(len(answer))
@@ -538,9 +544,11 @@ class Policy(nn.Module):
 
     def read(self, decisions, frames):
         """Decisions (instruction, frames: keys, the current one last, prompt or None) and frames
-        {key: uint8 (H, W, 3)} -> one Prompt each. Every distinct frame is encoded once.
+        {key: uint8 (H, W, 3), or features that encode_frames made} -> one Prompt each. Every
+        distinct frame is encoded once.
         """
-        features = dict(zip(frames, self.encode_frames(list(frames.values()))))
+        new = [key for key, frame in frames.items() if not torch.is_tensor(frame)]
+        features = {**frames, **dict(zip(new, self.encode_frames([frames[key] for key in new])))}
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
                             [features[key] for key in d.frames]) for d in decisions]
 
@@ -550,25 +558,35 @@ class Policy(nn.Module):
         return self.logps(self.read(decisions, frames), completion_ids, completion_mask,
                           group_size, temperature)
 
-    def logps(self, prompts, completion_ids, completion_mask, group_size=1, temperature=1.0):
+    def imagine(self, decisions, frames, group_size, temperature, seeds):
+        """read(), generate() and logps() of what was sampled -> Rollout, logps (B*G, C).
+
+        The prompts are run once for both: what is sampled from is what is differentiated.
+        """
+        prompts = self.read(decisions, frames)
+        prefill = self._prefill(prompts)
+        roll = self.generate(prompts, group_size, temperature, seeds, prefill=prefill)
+        return roll, self.logps(prompts, roll.completion_ids, roll.completion_mask, group_size,
+                                temperature, prefill)
+
+    def logps(self, prompts, completion_ids, completion_mask, group_size=1, temperature=1.0,
+              prefill=None):
         """log p(answer token | everything before it), at answer positions only.
 
         prompts: B Prompts; completion_ids, completion_mask (B*G, C), siblings adjacent, padded on
         the right -> logps (B*G, C) fp32, differentiable, 0 where masked.
         The distribution is the one generate() samples from: same temperature, same banned ids.
+        prefill: the prompts' own, if they have been run already.
         """
         lengths = completion_mask.sum(dim=1).tolist()
         ids = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
-        past = self._heads(prompts)
 
-        if group_size == 1:                  # prompt and answer in one row
+        if group_size == 1 and prefill is None:      # prompt and answer in one row
             tails = [self._tail(p, p.head, a[:-1]) for p, a in zip(prompts, ids)]
-            hidden, _ = self._run(tails, past)
+            hidden, _ = self._run(tails, self._heads(prompts))
             start = [len(t[0]) - max(len(a) - 1, 0) - 1 for t, a in zip(tails, ids)]
-        else:                                # the prompt once, its G answers over its cache
-            tails = [self._tail(p, p.head) for p in prompts]
-            last, cache = self._run(tails, past)
-            last = last[range(len(tails)), [len(t[0]) - 1 for t in tails]]             # (B, H)
+        else:                                        # the prompt once, its G answers over its cache
+            last, cache = prefill or self._prefill(prompts)
             siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
             answers = [self._tail(prompts[i // group_size], len(prompts[i // group_size].ids),
                                   a[:-1])[:2] + ([],) for i, a in enumerate(ids)]
@@ -591,7 +609,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, group_size=1, temperature=0.0, seeds=None, draft=True,
-                 max_new_tokens=96):
+                 max_new_tokens=96, prefill=None):
         """Sample G answers per prompt (temperature 0: the most likely one) -> Rollout.
 
         seeds: one int per prompt; the j-th token of an answer is drawn with the j-th number of its
@@ -601,10 +619,8 @@ class Policy(nn.Module):
         distribution; the first that differs from the proposal ends it, and stands. That is
         sampling, token for token: the proposal only decides how many tokens a pass may yield.
         """
-        past = self._heads(prompts)
-        tails = [self._tail(p, p.head) for p in prompts]
-        hidden, cache = self._run(tails, past)
-        hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
+        hidden, cache = prefill or self._prefill(prompts)
+        cache = cache.detach()                       # a prefill may have been run to learn from
         siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
         cache, hidden = cache.siblings(group_size), hidden[siblings][:, None]          # (N, 1, H)
         start = torch.tensor([int(p.positions.max()) + 1 for p in prompts]
