@@ -70,9 +70,11 @@ def parser(doc, **defaults):
 
 
 def script(*command):
-    """One of the project's scripts, as a user would run it."""
-    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True,
-                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """One of the project's scripts, as a user would run it: by the interpreter without the peers."""
+    python = os.environ.get("BENCH_PYTHON", sys.executable)
+    done = subprocess.run([python, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stderr[-2000:]}")
 
 
 def make_world(args):
@@ -213,3 +215,23 @@ def tell(args, row, ours, peer, peer_name, unit, equal, check, setting, packages
         with open(args.results, "a") as f:
             f.write(json.dumps(found) + "\n")
     return found
+
+
+def gather(rows, path):
+    """The rows of a run -> path, and a table for people."""
+    with open(rows) as f:
+        found = [json.loads(line) for line in f]
+    with open(path + ".tmp", "w") as f:
+        json.dump(found, f, indent=1)
+    os.replace(path + ".tmp", path)
+    print(f"\n{'':44}{'ours':>9}{'peer':>9}  {'unit':12}{'ratio':>6}  equal")
+    for r in found:
+        print(f"{r['row']:44}{r['ours']:9.3g}{r['peer']:9.3g}  {r['unit']:12}{r['ratio']:6.2f}  "
+              f"{'yes' if r['equal'] else 'NO'}   against {r['peer_name']}")
+    print(f"{path}: {time.strftime('%Y-%m-%d')}, "
+          + ", ".join(f"{k} {v}" for k, v in sorted({k: v for r in found for k, v in
+                                                     r['versions'].items()}.items())))
+
+
+if __name__ == "__main__":
+    gather(*sys.argv[1:])
