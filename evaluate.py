@@ -46,6 +46,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import textwrap
 import time
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     add("--ckpt", help="checkpoint folder; default: ckpt/grpo if it is there, else ckpt/sft")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
         "data set which the checkpoint names, " + EPISODES["houses"] + " for ours")
-    add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
+    add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
     add("--compare", nargs=2, metavar=("A", "B"), help="only print what results B gain over A")
@@ -87,6 +88,8 @@ def parse_args(argv=None):
     add("--sims", type=int, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
+    add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, and "
+        "refuse a difference above 1e-4; needs --sim habitat")
     add("--robot", choices=sorted(ROBOTS), help="body and camera; default: the data set's")
     for name, value in ROBOTS["houses"].items():
         if not isinstance(value, bool):
@@ -560,6 +563,44 @@ def summary(folders, out):
                   + ", ".join(f"{s['stage']} {s['minutes']:.1f}" for s in stages))
 
 
+# ---------------------------------------------------------------- the witness
+
+WITNESSED = ("distance_to_goal", "success", "spl")
+
+
+def testify(rows, episodes, settings, scenes, python):
+    """habitat-lab's verdict on every scored walk (witness.py) -> {"walks", "habitat_lab",
+    "habitat_sim", "largest_difference": {metric: value}}. UserError if a walk is missing in it, or
+    a metric differs from ours by more than 1e-4."""
+    walks = [(row, episode) for row, episode in zip(rows, episodes) if "success" in row]
+    job = {"robot": settings["robot"], "scenes_dir": os.path.abspath(scenes),
+           "radius_m": settings["radius_m"]}
+    keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
+    # an answer taken for stop is not the robot's own: habitat-lab must not hear it
+    lines = [job] + [{"episode": {key: episode[key] for key in keys}, "actions": [
+        int(a) for a in row["actions"] if a != str(STOP) or row["end"] == "stop"]}
+        for row, episode in walks]
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "witness.py")
+    done = subprocess.run([python or sys.executable, here], capture_output=True, text=True,
+                          input="".join(json.dumps(line) + "\n" for line in lines))
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    theirs = {line["episode_id"]: line for line in told[1:]}
+    if done.returncode or len(theirs) < len(walks):
+        raise UserError(f"the witness ended with {done.returncode} after {len(theirs)} of "
+                        f"{len(walks)} walks; it needs habitat-lab ({python or sys.executable} -m "
+                        f"pip install habitat-lab). Its last words: {done.stderr[-600:].strip()}")
+    worst = dict.fromkeys(WITNESSED, 0.0)
+    for row, _ in walks:
+        for name in WITNESSED:
+            ours, habitats = row[name], theirs[str(row["episode_id"])][name]
+            if not abs(ours - habitats) <= 1e-4:
+                raise UserError(f"episode {row['episode_id']}: {name} is {ours} by our count and "
+                                f"{habitats} by habitat-lab's; neither is a result until one of "
+                                "them is explained")
+            worst[name] = max(worst[name], abs(ours - habitats))
+    return {"walks": len(walks), **told[0], "largest_difference": worst}
+
+
 # ---------------------------------------------------------------- pictures
 
 BLUE, GREEN, ORANGE, WHITE = (30, 90, 220), (30, 150, 60), (240, 130, 0), (255, 255, 255)
@@ -778,8 +819,10 @@ def prepare(args):
     source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
     every, truths = read_episodes(source, args.split), read_ground_truth(source, args.split)
     episodes = spread(every, args.limit or len(every))
-    scenes = args.scenes or (os.path.join(source, "scenes") if args.sim == "house"
-                             else "data/scene_datasets")
+    own = os.path.join(source, "scenes")
+    scenes = args.scenes or (own if os.path.isdir(own) else "data/scene_datasets")
+    if args.witness and args.sim != "habitat":
+        raise UserError("--witness compares with habitat-lab, so it needs --sim habitat")
     robot = choose_robot(args, ckpt, nav, every[0])
     check_episodes(episodes, truths, f"{source} ({args.split})", robot, scenes)
     radii = {goal.get("radius") for episode in every for goal in episode["goals"]}
@@ -864,9 +907,15 @@ def main(args):
     rows = [rows[name] for name in names]
     versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
     results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
+    if args.witness:
+        results["witness"] = testify(rows, episodes, settings, scenes, args.sim_python)
     write_json(os.path.join(out, "episodes.jsonl"), rows, lines=True)
     write_json(os.path.join(out, "results.json"), results)
     print(table(results))
+    if args.witness:
+        print("  habitat-lab {habitat_lab} walked {walks} of them too; largest differences: ".format(
+            **results["witness"]) + ", ".join(
+                f"{TITLES[k]} {v:.1e}" for k, v in results["witness"]["largest_difference"].items()))
     if results["errors"]:
         first = next(row for row in rows if row["end"] == "error")
         sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "

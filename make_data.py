@@ -84,7 +84,8 @@ def parse_args(argv=None):
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
     add("--split", default="train")
     add("--out", default="data/vln_ego", help="the split becomes a folder in here")
-    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes for houses")
+    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
+        "there, else data/scene_datasets")
     add("--import-walk", metavar="FOLDER", help="import released walks at or below FOLDER instead")
     add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
 
@@ -790,8 +791,8 @@ def main(args):
         truths = read_ground_truth(args.episodes, args.split) if args.expert == "replay" else {}
         walks, rows = plan_walks(episodes, truths, args)
         check_turn_deg(walks, robot["turn_deg"])
-        scenes = args.scenes or (f"{args.episodes}/scenes" if args.sim == "house"
-                                 else "data/scene_datasets")
+        own = f"{args.episodes}/scenes"
+        scenes = args.scenes or (own if os.path.isdir(own) else "data/scene_datasets")
         missing = [scene for scene in sorted({e["scene_id"] for e in episodes})
                    if not os.path.isfile(os.path.join(scenes, scene))]
         if missing:

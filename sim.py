@@ -771,6 +771,8 @@ class HabitatSim:
     """
 
     def __init__(self, robot, scenes_dir, gpu=None):
+        for log in ("MAGNUM_LOG", "HABITAT_SIM_LOG"):  # a hundred lines per simulator otherwise
+            os.environ.setdefault(log, "quiet")
         try:
             import habitat_sim
             import magnum
