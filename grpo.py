@@ -40,14 +40,13 @@ import argparse
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 import engine as E
 from make_data import ShareGpt, VlnEgo
-from model import load_policy, save_policy, window_prompt
+from model import load_policy, resize, save_policy, window_prompt
 from reward import REWARDS, STOP, UserError, run, score, uniform_reward
 
 
@@ -175,7 +174,7 @@ def load_batch(sources, nav, units):
     decisions, frames = [], {}
     for k, episode, t in units:                # two sources may give their walks the same names
         decision = sources[k].decision(episode, t, nav)
-        frames |= {(k, key): sources[k].frame(key) for key in decision.frames}
+        frames |= {(k, key): resize(sources[k].frame(key), nav) for key in decision.frames}
         decisions.append(decision._replace(frames=tuple((k, key) for key in decision.frames)))
     return decisions, frames
 
@@ -355,19 +354,14 @@ def main(args):
         with E.gathered(engine):
             log(0, **validate(policy, val, val_units, rank, world, args))
 
-    loader = ThreadPoolExecutor(1)
     def load(step):
         units = batch_of(prompts, step, args.batch_size, args.seed)[rank::world]
         return [load_batch(sources, policy.nav, units[i:i + per_forward])
                 for i in range(0, len(units), per_forward)]
-    batches = loader.submit(load, first)
     last = min(steps, args.stop_after or steps)
-    for step in range(first, last):
+    for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
-        batch = batches.result()
-        if step + 1 < last:
-            batches = loader.submit(load, step + 1)
 
         # 1. imagine: G plans per prompt, from the policy as it stands
         seeds = sampling_seeds(args.seed, step, args.batch_size)[rank::world]
@@ -427,11 +421,12 @@ def main(args):
             "loss": loss * n, "kl": kl, "clip_frac": clip_frac, "entropy": entropy,
             "plan_tokens": sum(roll.completion_mask.sum().item() for roll in rolls),
             "frac_reward_zero_std": flat.sum().item() * args.group_size}
-        told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))} | {"lr": lr}
+        told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))}
+        told |= {"lr": lr, "wait": wait}
         if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world, args))
-        log(done, **told)
+        log(done, E.work(device, policy, reference), **told)
         if rank == 0 and (done == 1 or done % args.samples_every == 0 or done == steps):
             with open(f"{args.out}/samples.txt", "a") as f:
                 f.write(f"# step {done}\n")
@@ -442,7 +437,6 @@ def main(args):
         if done % args.save_every == 0 or done == last:
             E.save_state(engine, args.out, done)
     log.close()
-    loader.shutdown()
     weights = E.consolidated(engine)
     if rank == 0:
         save_policy(policy, args.out, weights)

@@ -188,6 +188,43 @@ def mrope_positions(runs):
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
+# ---------------------------------------------------------------- what it costs
+
+
+def vision_flops(config, patches):
+    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention count,
+    a multiplication with its addition as two; config is transformers' Qwen2VLVisionConfig.
+
+    One block of width 2 and a fourfold MLP has 4*4 + 2*2*8 = 48 weights, the patches 3*14*14*2, the
+    merger, of 4 patches to a token, 8*8 + 8*3; attention is 2 products of 4 x 4 x 2:
+    >>> from types import SimpleNamespace as C
+    >>> vision_flops(C(depth=1, embed_dim=2, mlp_ratio=4, hidden_size=3, patch_size=14,
+    ...                spatial_merge_size=2), 4) == 2 * (4 * (1176 + 48) + 88) + 2 * 2 * 32
+    True
+    """
+    e, merged = config.embed_dim, config.embed_dim * config.spatial_merge_size ** 2
+    block = 4 * e * e + 2 * e * int(e * config.mlp_ratio)
+    weights = 3 * config.patch_size ** 2 * e + config.depth * block
+    merger = (merged * merged + merged * config.hidden_size) / config.spatial_merge_size ** 2
+    return 2 * patches * (weights + merger) + config.depth * 4 * patches ** 2 * e
+
+
+def decoder_flops(config, new, before=0):
+    """FLOPs of `new` tokens' forward pass through the decoder's layers, `before` standing in its
+    cache; the vocabulary is apart. config: Qwen2VLTextConfig. Each looks at half of the new ones.
+
+    One layer of width 2, one head, a MLP of 3: 4 * 2*2 + 3 * 2*3 = 34 weights; 5 tokens after 10:
+    >>> from types import SimpleNamespace as C
+    >>> tiny = C(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, intermediate_size=3,
+    ...          num_hidden_layers=1)
+    >>> decoder_flops(tiny, 5, 10) == 2 * 5 * 34 + 2 * 2 * 5 * 2 * (10 + 2.5)
+    True
+    """
+    h, kv = config.hidden_size, config.num_key_value_heads / config.num_attention_heads
+    weights = 2 * h * h + 2 * h * h * kv + 3 * h * config.intermediate_size
+    return config.num_hidden_layers * (2 * new * weights + 4 * h * new * (before + new / 2))
+
+
 class Prompt(NamedTuple):
     """One decision, ready to run."""
     ids: list            # L ints, images expanded to one id per feature
@@ -285,6 +322,7 @@ class Policy(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.promise(nav)
         self.checkpointing = False
+        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() last asked
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
             self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
 
@@ -330,6 +368,13 @@ class Policy(nn.Module):
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 
+    def _spend(self, forward, tokens=0, learns=True):
+        """Count FLOPs: a backward pass costs twice its forward pass. Nothing is counted that is
+        computed twice, or for padding."""
+        learns = learns and torch.is_grad_enabled()
+        self.flops += forward * (3 if learns else 1)
+        self.tokens += tokens if learns else 0
+
     # ------------------------------------------------------------ frames -> features
 
     def encode_frames(self, frames):
@@ -359,6 +404,8 @@ class Policy(nn.Module):
         attn, merge = self.vision.blocks[0].attn, self.vision.spatial_merge_size
         heads = attn.num_heads
         grids = [(len(p), p.shape[1] // 14, p.shape[2] // 14) for p in pixels]
+        self._spend(sum(n * vision_flops(self.model.config.vision_config, h * w)
+                        for n, h, w in grids), learns=attn.qkv.weight.requires_grad)
         x = torch.cat([patchify(p, merge=merge).flatten(0, 1) for p in pixels])
         x = self.vision.patch_embed.proj(x.to(self.dtype))                                # (X, E)
         counts = [n * h * w for n, h, w in grids]
@@ -496,8 +543,14 @@ class Policy(nn.Module):
             embeds = embeds.view(*rows.shape, -1)
         return embeds
 
-    def _run(self, segments, past=None):
-        """Pad segments (ids, positions (3, L), features) to one batch and decode it."""
+    def _run(self, segments, past=None, before=()):
+        """Pad segments (ids, positions (3, L), features) to one batch and decode it.
+
+        before: how many tokens stand before each (for the count of FLOPs only).
+        """
+        new = [len(ids) for ids, _, _ in segments]
+        self._spend(sum(decoder_flops(self.model.config.text_config, n, b)
+                        for n, b in zip(new, before or [0] * len(new))), sum(new))
         width = max(len(ids) for ids, _, _ in segments)
         rows = torch.full((len(segments), width), self.end_token)
         positions = torch.zeros(3, len(segments), width, dtype=torch.long)
@@ -525,7 +578,7 @@ class Policy(nn.Module):
     def _prefill(self, prompts):
         """Run whole prompts -> hidden state of each one's last token (B, H), Cache of B rows."""
         tails = [self._tail(p, p.head) for p in prompts]
-        hidden, cache = self._run(tails, self._heads(prompts))
+        hidden, cache = self._run(tails, self._heads(prompts), [p.head for p in prompts])
         return hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]], cache
 
     def _tail(self, prompt, cut, answer=()):
@@ -537,6 +590,7 @@ class Policy(nn.Module):
     def _logits(self, hidden, temperature):
         """hidden (..., H) -> fp32 logits (..., V), vision tokens at minus infinity."""
         logits = self.model.lm_head(hidden).float() / temperature
+        self._spend(2 * logits.numel() * hidden.shape[-1])
         logits[..., self.banned] = -math.inf
         return logits
 
@@ -583,7 +637,7 @@ class Policy(nn.Module):
 
         if group_size == 1 and prefill is None:      # prompt and answer in one row
             tails = [self._tail(p, p.head, a[:-1]) for p, a in zip(prompts, ids)]
-            hidden, _ = self._run(tails, self._heads(prompts))
+            hidden, _ = self._run(tails, self._heads(prompts), [p.head for p in prompts])
             start = [len(t[0]) - max(len(a) - 1, 0) - 1 for t, a in zip(tails, ids)]
         else:                                        # the prompt once, its G answers over its cache
             last, cache = prefill or self._prefill(prompts)
@@ -591,7 +645,8 @@ class Policy(nn.Module):
             answers = [self._tail(prompts[i // group_size], len(prompts[i // group_size].ids),
                                   a[:-1])[:2] + ([],) for i, a in enumerate(ids)]
             hidden, _ = self._run([a if a[0] else ([self.end_token], torch.zeros(3, 1), [])
-                                   for a in answers], cache.siblings(group_size))
+                                   for a in answers], cache.siblings(group_size),
+                                  [len(prompts[i // group_size].ids) for i in range(len(ids))])
             hidden = torch.cat((last[siblings][:, None], hidden), dim=1)
             start = [0] * len(ids)
 
@@ -655,7 +710,8 @@ class Policy(nn.Module):
             proposals = [p[:max(r, 0)] for p, r in zip(proposals, room)]
             segments = [([a[-1]] + p, (start[i] + len(a) - 1 + torch.arange(1 + len(p)))
                          .expand(3, -1), []) for i, (a, p) in enumerate(zip(answers, proposals))]
-            hidden, cache = self._run(segments, cache)
+            hidden, cache = self._run(segments, cache, [
+                len(prompts[i // group_size].ids) + len(a) - 1 for i, a in enumerate(answers)])
             passes += 1
 
         ids = torch.full((len(answers), max(map(len, answers))), self.end_token)

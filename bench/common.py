@@ -153,6 +153,7 @@ def spelling_policy(args, late, steps=500):
     if args.shape != "tiny":
         policy = shaped(policy, args.shape)
     policy.to(args.device)
+    policy.banned = []                                # peers ban nothing: it must not matter
     rng = np.random.default_rng(0)
     rate = 3e-3 * 128 / policy.model.config.text_config.hidden_size
     optimizer = torch.optim.AdamW(policy.parameters(), rate, weight_decay=0.0)

@@ -31,7 +31,9 @@ def parse_args(argv=None):
     p.add_argument("--ckpt", default=os.path.join(ROOT, "ckpt", "sft"))
     p.add_argument("--episodes", default=os.path.join(ROOT, "data", "houses"))
     p.add_argument("--split", default="val_unseen")
-    p.add_argument("--limit", type=int, default=48, help="episodes")
+    p.add_argument("--limit", type=int, default=96, help="episodes")
+    p.add_argument("--max-steps", type=int, default=100, help="of a walk; by the 500 of VLN-CE one "
+                   "lost robot walks on alone long after all others, in a split of this size")
     p.add_argument("--sims", type=int, default=16, help="robots of ours")
     return p.parse_args(argv)
 
@@ -83,7 +85,7 @@ def walk_all(args, prepared, decide, sims):
         for sim in range(sims):
             pool.wait(sim)
         start = time.perf_counter()
-        for walk in evaluate.walk_episodes(pool, sims, walks, decide):
+        for walk in evaluate.walk_episodes(pool, sims, walks, decide, args.max_steps):
             rows[walk.name] = evaluate.row_of(walk, truths[walk.name]["locations"],
                                               settings["radius_m"], settings["second_radius_m"])
         seconds = time.perf_counter() - start

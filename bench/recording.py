@@ -1,7 +1,7 @@
 """
 Frames a second of recording: make_data.py with two simulators, against the official collector's way.
 
-    python bench/recording.py
+    python bench/recording.py --episodes data/houses
 
 The official collector (VLN-R1's, around VLN-CE) has one environment; at every step it renders one
 frame, writes it as a JPEG file of its own and writes the walk's action_list.json and instruction.txt
@@ -16,7 +16,7 @@ import shutil
 import time
 
 import numpy as np
-from common import in_turn, parser, script, tell
+from common import ROOT, in_turn, parser, script, tell
 from PIL import Image
 
 import make_data
@@ -26,7 +26,8 @@ from sim import ROBOTS, HouseSim
 
 def parse_args(argv=None):
     p = parser(__doc__)
-    p.add_argument("--limit", type=int, default=192, help="walks")
+    p.add_argument("--limit", type=int, default=400, help="walks")
+    p.add_argument("--episodes", default=os.path.join(ROOT, "data", "houses"))
     return p.parse_args(argv)
 
 
@@ -68,10 +69,7 @@ def record(houses, out, limit):
 
 
 def main(args):
-    houses = os.path.join(args.world, "houses1")
-    if not os.path.exists(os.path.join(houses, "train", "train_gt.json.gz")):
-        script("houses.py", "--out", houses, "--train-houses", -(-args.limit // 8),
-               "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 2)
+    houses = args.episodes
     ours, peer = in_turn(
         [lambda: record(houses, os.path.join(args.world, "recorded"), args.limit),
          lambda: collect(houses, os.path.join(args.world, "collected"), args.limit)], args.repeats)

@@ -46,7 +46,7 @@ bench "$PEER_PYTHON" bench/sft_step.py --steps-per-walk 1 "$@"
 bench "$BENCH_PYTHON" bench/evaluation.py --ckpt "$ckpt" --episodes "$houses" "$@"
 bench "$BENCH_PYTHON" bench/decoding.py "$@"
 bench "$BENCH_PYTHON" bench/decoding.py --ckpt "$ckpt" "$@"
-bench "$BENCH_PYTHON" bench/recording.py "$@"
+bench "$BENCH_PYTHON" bench/recording.py --episodes "$houses" "$@"
 bench "$BENCH_PYTHON" bench/utilisation.py "$@"
 
 "$BENCH_PYTHON" bench/common.py "$rows" bench/results_$device.json
