@@ -23,9 +23,11 @@ import contextlib
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
@@ -49,6 +51,20 @@ def learning_rate(step, total, peak, warmup, schedule):
     if schedule == "constant":
         return peak
     return peak * 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
+
+
+# TFLOP/s of a card in bf16, dense, as its datasheet says; what is reached in practice is less (an
+# H200 was measured at 790 on a large matrix product).
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
+
+
+def peak_tflops(card):
+    """By the name that CUDA gives a card; None if it is not in the table.
+
+    >>> peak_tflops("NVIDIA H200"), peak_tflops("cpu")
+    (989, None)
+    """
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
 
 
 # ---------------------------------------------------------------- flags that the trainers share
@@ -117,6 +133,39 @@ def total(values, device):
     return tensor.tolist()
 
 
+def ahead(load, steps):
+    """For each step of a range -> (step, load(step), seconds that it was waited for).
+
+    load runs in a thread, while the step before is trained on.
+    """
+    with ThreadPoolExecutor(1) as loader:
+        coming = loader.submit(load, steps.start) if steps else None
+        for step in steps:
+            start = time.monotonic()
+            batch = coming.result()
+            wait = time.monotonic() - start
+            if step + 1 in steps:
+                coming = loader.submit(load, step + 1)
+            yield step, batch, wait
+
+
+def work(device, *models):
+    """What our policies have computed since this was last asked, over all ranks -> (FLOPs, tokens
+    learned from). A model may be wrapped, or None."""
+    policies = [getattr(m, "module", m) for m in models if m is not None]
+    done = total([sum(p.flops for p in policies), sum(p.tokens for p in policies)], device)
+    for policy in policies:
+        policy.flops = policy.tokens = 0
+    return done
+
+
+def memory_gb():
+    """The most that this process has held: on its GPU, or on a CPU all of it (1e9 bytes)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def default_dtype(args):
     return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
@@ -138,7 +187,8 @@ def make_engine(policy, args, micro_steps):
     weights = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2))
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2),
+                                  fused=args.device == "cuda")
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
 
@@ -247,6 +297,10 @@ def load_state(engine, out):
     return client["step"]
 
 
+# Keys of the log that tell the time, and not what was learned: they differ from run to run.
+CLOCK = {"seconds", "wait", "tokens_per_second", "tflops", "peak_share", "memory_gb", "eta_minutes"}
+
+
 class Log:
     """One JSON line a step (log.jsonl), the same to TensorBoard, and a progress bar, on rank 0."""
 
@@ -268,13 +322,24 @@ class Log:
         self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True,
                         mininterval=1 if sys.stderr.isatty() else 30)
         self.shown = {}
-        self.last = time.monotonic()
+        self.last = self.begun = time.monotonic()
+        self.first, self.steps = step, steps
 
-    def __call__(self, step, **values):
+    def __call__(self, step, work=None, **values):
+        """work: (FLOPs, tokens) of all ranks in this step, from work()."""
         if not self.on:
             return
         now = time.monotonic()
         values["seconds"], self.last = now - self.last, now
+        if work:
+            flops, tokens = (count / values["seconds"] for count in work)
+            card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
+            values |= {"tokens_per_second": tokens, "memory_gb": memory_gb(),
+                       "tflops": flops / dist.get_world_size() / 1e12,
+                       "eta_minutes": (now - self.begun) / (step - self.first)
+                       * (self.steps - step) / 60}
+            if peak_tflops(card):
+                values["peak_share"] = values["tflops"] / peak_tflops(card)
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)

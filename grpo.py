@@ -40,14 +40,13 @@ import argparse
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
 import engine as E
 from make_data import ShareGpt, VlnEgo
-from model import load_policy, save_policy, window_prompt
+from model import load_policy, resize, save_policy, window_prompt
 from reward import REWARDS, STOP, UserError, run, score, uniform_reward
 
 
@@ -175,7 +174,7 @@ def load_batch(sources, nav, units):
     decisions, frames = [], {}
     for k, episode, t in units:                # two sources may give their walks the same names
         decision = sources[k].decision(episode, t, nav)
-        frames |= {(k, key): sources[k].frame(key) for key in decision.frames}
+        frames |= {(k, key): resize(sources[k].frame(key), nav) for key in decision.frames}
         decisions.append(decision._replace(frames=tuple((k, key) for key in decision.frames)))
     return decisions, frames
 
@@ -337,6 +336,9 @@ def main(args):
     engine = E.make_engine(policy, args, micro_steps)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
+    # With one forward per update, sampling and learning run the prompts only once (not under ZeRO-3,
+    # where ranks that sample plans of unequal length may not learn meanwhile).
+    once = (micro_steps == 1 == args.updates_per_batch) and engine.zero_optimization_stage() < 3
     val_path = args.val_data or os.path.join(os.path.dirname(args.data[0].rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
            else None)
@@ -352,26 +354,29 @@ def main(args):
         with E.gathered(engine):
             log(0, **validate(policy, val, val_units, rank, world, args))
 
-    loader = ThreadPoolExecutor(1)
     def load(step):
         units = batch_of(prompts, step, args.batch_size, args.seed)[rank::world]
         return [load_batch(sources, policy.nav, units[i:i + per_forward])
                 for i in range(0, len(units), per_forward)]
-    batches = loader.submit(load, first)
     last = min(steps, args.stop_after or steps)
-    for step in range(first, last):
+    for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
-        batch = batches.result()
-        if step + 1 < last:
-            batches = loader.submit(load, step + 1)
 
         # 1. imagine: G plans per prompt, from the policy as it stands
         seeds = sampling_seeds(args.seed, step, args.batch_size)[rank::world]
-        with E.gathered(engine), torch.no_grad():
-            rolls = [policy.generate(policy.read(decisions, frames), args.group_size,
-                                     args.temperature, seeds[i * per_forward:][:per_forward])
-                     for i, (decisions, frames) in enumerate(batch)]
+        if args.freeze_vision:                   # one pass through the tower serves both models
+            with E.gathered(engine), torch.no_grad():
+                batch = [(decisions, dict(zip(frames, policy.encode_frames(list(frames.values())))))
+                         for decisions, frames in batch]
+        if once:
+            roll, drawn_logps = policy.imagine(*batch[0], args.group_size, args.temperature, seeds)
+            rolls = [roll]
+        else:
+            with E.gathered(engine), torch.no_grad():
+                rolls = [policy.generate(policy.read(decisions, frames), args.group_size,
+                                         args.temperature, seeds[i * per_forward:][:per_forward])
+                         for i, (decisions, frames) in enumerate(batch)]
 
         # 2. judge: text in, one number per plan out; neither model nor gradient is involved
         decisions = [d for some, _ in batch for d in some]
@@ -398,7 +403,7 @@ def main(args):
         for update in range(args.updates_per_batch):
             for i, (call, roll) in enumerate(zip(calls, rolls)):
                 rows, mask = slice(i * per_call, (i + 1) * per_call), roll.completion_mask
-                logps = engine(*call)
+                logps = drawn_logps if once else engine(*call)
                 if update == 0:                  # no weight has moved since these were sampled
                     old_logps.append(logps.detach())
                 loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages[rows], mask,
@@ -416,11 +421,12 @@ def main(args):
             "loss": loss * n, "kl": kl, "clip_frac": clip_frac, "entropy": entropy,
             "plan_tokens": sum(roll.completion_mask.sum().item() for roll in rolls),
             "frac_reward_zero_std": flat.sum().item() * args.group_size}
-        told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))} | {"lr": lr}
+        told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))}
+        told |= {"lr": lr, "wait": wait}
         if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world, args))
-        log(done, **told)
+        log(done, E.work(device, policy, reference), **told)
         if rank == 0 and (done == 1 or done % args.samples_every == 0 or done == steps):
             with open(f"{args.out}/samples.txt", "a") as f:
                 f.write(f"# step {done}\n")
@@ -431,7 +437,6 @@ def main(args):
         if done % args.save_every == 0 or done == last:
             E.save_state(engine, args.out, done)
     log.close()
-    loader.shutdown()
     weights = E.consolidated(engine)
     if rank == 0:
         save_policy(policy, args.out, weights)

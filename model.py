@@ -190,6 +190,43 @@ def mrope_positions(runs):
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
+# ---------------------------------------------------------------- what it costs
+
+
+def vision_flops(config, patches):
+    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention count,
+    a multiplication with its addition as two; config is transformers' Qwen2VLVisionConfig.
+
+    One block of width 2 and a fourfold MLP has 4*4 + 2*2*8 = 48 weights, the patches 3*14*14*2, the
+    merger, of 4 patches to a token, 8*8 + 8*3; attention is 2 products of 4 x 4 x 2:
+    >>> from types import SimpleNamespace as C
+    >>> vision_flops(C(depth=1, embed_dim=2, mlp_ratio=4, hidden_size=3, patch_size=14,
+    ...                spatial_merge_size=2), 4) == 2 * (4 * (1176 + 48) + 88) + 2 * 2 * 32
+    True
+    """
+    e, merged = config.embed_dim, config.embed_dim * config.spatial_merge_size ** 2
+    block = 4 * e * e + 2 * e * int(e * config.mlp_ratio)
+    weights = 3 * config.patch_size ** 2 * e + config.depth * block
+    merger = (merged * merged + merged * config.hidden_size) / config.spatial_merge_size ** 2
+    return 2 * patches * (weights + merger) + config.depth * 4 * patches ** 2 * e
+
+
+def decoder_flops(config, new, before=0):
+    """FLOPs of `new` tokens' forward pass through the decoder's layers, `before` standing in its
+    cache; the vocabulary is apart. config: Qwen2VLTextConfig. Each looks at half of the new ones.
+
+    One layer of width 2, one head, a MLP of 3: 4 * 2*2 + 3 * 2*3 = 34 weights; 5 tokens after 10:
+    >>> from types import SimpleNamespace as C
+    >>> tiny = C(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, intermediate_size=3,
+    ...          num_hidden_layers=1)
+    >>> decoder_flops(tiny, 5, 10) == 2 * 5 * 34 + 2 * 2 * 5 * 2 * (10 + 2.5)
+    True
+    """
+    h, kv = config.hidden_size, config.num_key_value_heads / config.num_attention_heads
+    weights = 2 * h * h + 2 * h * h * kv + 3 * h * config.intermediate_size
+    return config.num_hidden_layers * (2 * new * weights + 4 * h * new * (before + new / 2))
+
+
 class Prompt(NamedTuple):
     """One decision, ready to run."""
     ids: list            # L ints, images expanded to one id per feature
@@ -199,19 +236,35 @@ class Prompt(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool."""
+    """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool.
+
+    shared: another Cache, of N / G rows: what G siblings have in common, looked at before their own.
+    """
     keys: list
     values: list
     valid: torch.Tensor
+    shared: Cache = None
 
     def rows(self, index):
         """The cache of rows index (N',): repeats share nothing but the numbers, gradients add."""
         return Cache([k[index] for k in self.keys], [v[index] for v in self.values],
                      self.valid[index])
 
+    def siblings(self, group_size):
+        """An empty cache for G rows behind each of these, which are not copied for it."""
+        n = len(self.valid) * group_size
+        return Cache([k.new_zeros(n, k.shape[1], 0, k.shape[3]) for k in self.keys],
+                     [v.new_zeros(n, v.shape[1], 0, v.shape[3]) for v in self.values],
+                     self.valid.new_zeros(n, 0), self)
+
     def drop(self, keep):
         """Mark cached tokens unseen where keep (N, P) is False: a rejected draft."""
         return self._replace(valid=self.valid & keep)
+
+    def detach(self):
+        """The numbers without their history."""
+        return self._replace(keys=[k.detach() for k in self.keys],
+                             values=[v.detach() for v in self.values])
 
 
 class Rollout(NamedTuple):
@@ -225,6 +278,44 @@ class Rollout(NamedTuple):
 # ---------------------------------------------------------------- the policy
 
 
+def attend(q, k, v, mask, k_shared=None, v_shared=None):
+    """Attention of q (N, heads, T, D) to k, v (N, kv_heads, S, D), preceded by k_shared, v_shared
+    (N / G, kv_heads, P, D) that G neighbouring rows have in common -> (N, heads, T, D).
+
+    mask (N, 1, T, P + S) bool. The common part is met by all queries of a group in one product, so
+    it is never copied G times, neither for the forward pass nor for the gradient.
+    """
+    n, heads, t, d = q.shape
+    if k_shared is None:
+        share = heads // k.shape[1]
+        if share > 1:                                           # grouped-query heads
+            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    r, kv_heads, p, _ = k_shared.shape
+    q = (q * d ** -0.5).reshape(n, kv_heads, -1, d)             # (N, kv, share * T, D)
+
+    def gather(x):                                              # rows of a group, one below another
+        return x.view(r, n // r, kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+
+    def spread(x):
+        return x.view(r, kv_heads, n // r, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+    scores = torch.cat((spread(gather(q) @ k_shared.mT), q @ k.mT), dim=-1)
+    scores = scores.view(n, heads, t, -1).masked_fill(~mask, -math.inf)
+    weights = scores.float().softmax(dim=-1).to(v.dtype).view(n, kv_heads, -1, scores.shape[-1])
+    y = spread(gather(weights[..., :p].contiguous()) @ v_shared) + weights[..., p:] @ v
+    return y.view(n, heads, t, d)
+
+
+def certain(node):
+    """The tokens that follow a node of a tree {token: node} without a choice, and where they end."""
+    tokens = []
+    while len(node) == 1:
+        (token, node), = node.items()
+        tokens.append(token)
+    return tokens, node
+
+
 class Policy(nn.Module):
     """A Qwen2-VL model, its tokenizer and its navigation contract."""
 
@@ -233,6 +324,7 @@ class Policy(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.promise(nav)
         self.checkpointing = False
+        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() last asked
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
             self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
 
@@ -278,6 +370,13 @@ class Policy(nn.Module):
             return checkpoint(function, *inputs, use_reentrant=False)
         return function(*inputs)
 
+    def _spend(self, forward, tokens=0, learns=True):
+        """Count FLOPs: a backward pass costs twice its forward pass. Nothing is counted that is
+        computed twice, or for padding."""
+        learns = learns and torch.is_grad_enabled()
+        self.flops += forward * (3 if learns else 1)
+        self.tokens += tokens if learns else 0
+
     # ------------------------------------------------------------ frames -> features
 
     def encode_frames(self, frames):
@@ -307,6 +406,8 @@ class Policy(nn.Module):
         attn, merge = self.vision.blocks[0].attn, self.vision.spatial_merge_size
         heads = attn.num_heads
         grids = [(len(p), p.shape[1] // 14, p.shape[2] // 14) for p in pixels]
+        self._spend(sum(n * vision_flops(self.model.config.vision_config, h * w)
+                        for n, h, w in grids), learns=attn.qkv.weight.requires_grad)
         x = torch.cat([patchify(p, merge=merge).flatten(0, 1) for p in pixels])
         x = self.vision.patch_embed.proj(x.to(self.dtype))                                # (X, E)
         counts = [n * h * w for n, h, w in grids]
@@ -379,37 +480,40 @@ class Policy(nn.Module):
         """Run new tokens over a cache: transformers' decoder layers, one causal pass.
 
         embeds (N, T, H); positions (3, N, T); valid (N, T) bool, False for padding; past: Cache of
-        N rows or None -> hidden (N, T, H) after the last norm, Cache of P + T tokens.
+        N rows (which may have a shared part) or None -> hidden (N, T, H) after the last norm, Cache
+        of P + T tokens.
         A row never looks at padding, at rejected drafts, or at another row.
         """
         n, t, _ = embeds.shape
         mask = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril() & valid[:, None, :]
-        if past is not None:
-            mask = torch.cat((past.valid[:, None, :].expand(n, t, -1), mask), dim=-1)
-        mask = mask[:, None]                                                # (N, 1, T, P + T)
+        shared = past.shared if past is not None else None
+        before = [] if past is None else [past.valid]
+        if shared is not None:
+            before.insert(0, shared.valid.repeat_interleave(n // len(shared.valid), dim=0))
+        mask = torch.cat([*(seen[:, None, :].expand(n, t, -1) for seen in before), mask], dim=-1)
+        mask = mask[:, None]                                            # (N, 1, T, P + T)
         cos, sin = self._angles(positions, embeds.dtype)
 
-        def layer(block, x, k_past, v_past):
+        def layer(block, x, k_past, v_past, *kv_shared):
             attn, y = block.self_attn, block.input_layernorm(x)
             q, k, v = (proj(y).view(n, t, -1, self.head_dim).transpose(1, 2)
                        for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if k_past is not None:
                 k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)
-            share = q.shape[1] // k.shape[1]                                # grouped-query heads
-            y = F.scaled_dot_product_attention(q, k.repeat_interleave(share, dim=1),
-                                               v.repeat_interleave(share, dim=1), attn_mask=mask)
+            y = attend(q, k, v, mask, *kv_shared)
             x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
             return x + block.mlp(block.post_attention_layernorm(x)), k, v
 
         x, keys, values = embeds, [], []
         for i, block in enumerate(self.lm.layers):
             k, v = (past.keys[i], past.values[i]) if past is not None else (None, None)
-            x, k, v = self._block(layer, block, x, k, v)
+            common = (shared.keys[i], shared.values[i]) if shared is not None else ()
+            x, k, v = self._block(layer, block, x, k, v, *common)
             keys.append(k)
             values.append(v)
         seen = valid if past is None else torch.cat((past.valid, valid), dim=1)
-        return self.lm.norm(x), Cache(keys, values, seen)
+        return self.lm.norm(x), Cache(keys, values, seen, shared)
 
     def _angles(self, positions, dtype):
         """cos, sin (N, 1, T, D) of M-RoPE: frequency bands take turns at time, height, width."""
@@ -441,8 +545,14 @@ class Policy(nn.Module):
             embeds = embeds.view(*rows.shape, -1)
         return embeds
 
-    def _run(self, segments, past=None):
-        """Pad segments (ids, positions (3, L), features) to one batch and decode it."""
+    def _run(self, segments, past=None, before=()):
+        """Pad segments (ids, positions (3, L), features) to one batch and decode it.
+
+        before: how many tokens stand before each (for the count of FLOPs only).
+        """
+        new = [len(ids) for ids, _, _ in segments]
+        self._spend(sum(decoder_flops(self.model.config.text_config, n, b)
+                        for n, b in zip(new, before or [0] * len(new))), sum(new))
         width = max(len(ids) for ids, _, _ in segments)
         rows = torch.full((len(segments), width), self.end_token)
         positions = torch.zeros(3, len(segments), width, dtype=torch.long)
@@ -467,6 +577,12 @@ class Policy(nn.Module):
         _, cache = self._run([(p.ids[:p.head], p.positions[:, :p.head], []) for p in first])
         return cache.rows(torch.tensor([unique.index(text) for text in texts], device=self.device))
 
+    def _prefill(self, prompts):
+        """Run whole prompts -> hidden state of each one's last token (B, H), Cache of B rows."""
+        tails = [self._tail(p, p.head) for p in prompts]
+        hidden, cache = self._run(tails, self._heads(prompts), [p.head for p in prompts])
+        return hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]], cache
+
     def _tail(self, prompt, cut, answer=()):
         """The part of a prompt after its first `cut` ids, followed by answer ids."""
         after = prompt.positions.max() + 1 + torch.arange(len(answer))
@@ -476,6 +592,7 @@ class Policy(nn.Module):
     def _logits(self, hidden, temperature):
         """hidden (..., H) -> fp32 logits (..., V), vision tokens at minus infinity."""
         logits = self.model.lm_head(hidden).float() / temperature
+        self._spend(2 * logits.numel() * hidden.shape[-1])
         logits[..., self.banned] = -math.inf
         return logits
 
@@ -483,9 +600,11 @@ class Policy(nn.Module):
 
     def read(self, decisions, frames):
         """Decisions (instruction, frames: keys, the current one last, prompt or None) and frames
-        {key: uint8 (H, W, 3)} -> one Prompt each. Every distinct frame is encoded once.
+        {key: uint8 (H, W, 3), or features that encode_frames made} -> one Prompt each. Every
+        distinct frame is encoded once.
         """
-        features = dict(zip(frames, self.encode_frames(list(frames.values()))))
+        new = [key for key, frame in frames.items() if not torch.is_tensor(frame)]
+        features = {**frames, **dict(zip(new, self.encode_frames([frames[key] for key in new])))}
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
                             [features[key] for key in d.frames]) for d in decisions]
 
@@ -495,30 +614,41 @@ class Policy(nn.Module):
         return self.logps(self.read(decisions, frames), completion_ids, completion_mask,
                           group_size, temperature)
 
-    def logps(self, prompts, completion_ids, completion_mask, group_size=1, temperature=1.0):
+    def imagine(self, decisions, frames, group_size, temperature, seeds):
+        """read(), generate() and logps() of what was sampled -> Rollout, logps (B*G, C).
+
+        The prompts are run once for both: what is sampled from is what is differentiated.
+        """
+        prompts = self.read(decisions, frames)
+        prefill = self._prefill(prompts)
+        roll = self.generate(prompts, group_size, temperature, seeds, prefill=prefill)
+        return roll, self.logps(prompts, roll.completion_ids, roll.completion_mask, group_size,
+                                temperature, prefill)
+
+    def logps(self, prompts, completion_ids, completion_mask, group_size=1, temperature=1.0,
+              prefill=None):
         """log p(answer token | everything before it), at answer positions only.
 
         prompts: B Prompts; completion_ids, completion_mask (B*G, C), siblings adjacent, padded on
         the right -> logps (B*G, C) fp32, differentiable, 0 where masked.
         The distribution is the one generate() samples from: same temperature, same banned ids.
+        prefill: the prompts' own, if they have been run already.
         """
         lengths = completion_mask.sum(dim=1).tolist()
         ids = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
-        past = self._heads(prompts)
 
-        if group_size == 1:                  # prompt and answer in one row
+        if group_size == 1 and prefill is None:      # prompt and answer in one row
             tails = [self._tail(p, p.head, a[:-1]) for p, a in zip(prompts, ids)]
-            hidden, _ = self._run(tails, past)
+            hidden, _ = self._run(tails, self._heads(prompts), [p.head for p in prompts])
             start = [len(t[0]) - max(len(a) - 1, 0) - 1 for t, a in zip(tails, ids)]
-        else:                                # the prompt once, its G answers over its cache
-            tails = [self._tail(p, p.head) for p in prompts]
-            last, cache = self._run(tails, past)
-            last = last[range(len(tails)), [len(t[0]) - 1 for t in tails]]             # (B, H)
+        else:                                        # the prompt once, its G answers over its cache
+            last, cache = prefill or self._prefill(prompts)
             siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
             answers = [self._tail(prompts[i // group_size], len(prompts[i // group_size].ids),
                                   a[:-1])[:2] + ([],) for i, a in enumerate(ids)]
             hidden, _ = self._run([a if a[0] else ([self.end_token], torch.zeros(3, 1), [])
-                                   for a in answers], cache.rows(siblings))
+                                   for a in answers], cache.siblings(group_size),
+                                  [len(prompts[i // group_size].ids) for i in range(len(ids))])
             hidden = torch.cat((last[siblings][:, None], hidden), dim=1)
             start = [0] * len(ids)
 
@@ -536,7 +666,7 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, group_size=1, temperature=0.0, seeds=None, draft=True,
-                 max_new_tokens=96):
+                 max_new_tokens=96, prefill=None):
         """Sample G answers per prompt (temperature 0: the most likely one) -> Rollout.
 
         seeds: one int per prompt; the j-th token of an answer is drawn with the j-th number of its
@@ -546,12 +676,10 @@ class Policy(nn.Module):
         distribution; the first that differs from the proposal ends it, and stands. That is
         sampling, token for token: the proposal only decides how many tokens a pass may yield.
         """
-        past = self._heads(prompts)
-        tails = [self._tail(p, p.head) for p in prompts]
-        hidden, cache = self._run(tails, past)
-        hidden = hidden[range(len(tails)), [len(t[0]) - 1 for t in tails]]
+        hidden, cache = prefill or self._prefill(prompts)
+        cache = cache.detach()                       # a prefill may have been run to learn from
         siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
-        cache, hidden = cache.rows(siblings), hidden[siblings][:, None]                # (N, 1, H)
+        cache, hidden = cache.siblings(group_size), hidden[siblings][:, None]          # (N, 1, H)
         start = torch.tensor([int(p.positions.max()) + 1 for p in prompts]
                              ).repeat_interleave(group_size)
         noise = self._noise(seeds, len(prompts), group_size, max_new_tokens, temperature)
@@ -584,7 +712,8 @@ class Policy(nn.Module):
             proposals = [p[:max(r, 0)] for p, r in zip(proposals, room)]
             segments = [([a[-1]] + p, (start[i] + len(a) - 1 + torch.arange(1 + len(p)))
                          .expand(3, -1), []) for i, (a, p) in enumerate(zip(answers, proposals))]
-            hidden, cache = self._run(segments, cache)
+            hidden, cache = self._run(segments, cache, [
+                len(prompts[i // group_size].ids) + len(a) - 1 for i, a in enumerate(answers)])
             passes += 1
 
         ids = torch.full((len(answers), max(map(len, answers))), self.end_token)
@@ -619,19 +748,18 @@ class Policy(nn.Module):
 
         The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
         stops, tokenized once into a tree: where the tree does not fork, the next token is certain.
+        An answer that has left the tree is taken up again where it looks like the second action of
+        a plan. It is no plan any more, but it will go on in phrases, and without a draft this one
+        row would keep its whole batch waiting, token by token.
         """
         if self._trie is None:
             self._trie = self._grammar()
+            ends = [certain(first)[1] for first in self._trie.values()]
+            self._second = next((node for node in ends if node), {})        # behind a first action
         node = self._trie
         for token in answer:
-            node = node.get(token)
-            if node is None:
-                return []
-        forced = []
-        while len(node) == 1:
-            (token, node), = node.items()
-            forced.append(token)
-        return forced
+            node = node.get(token) or self._second.get(token) or {}
+        return certain(node)[0]
 
     def _grammar(self):
         plans = [[]]

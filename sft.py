@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ import torch
 import engine as E
 import lsm
 from make_data import ShareGpt, VlnEgo
-from model import NAV, load_policy, save_policy
+from model import NAV, load_policy, resize, save_policy
 from reward import UserError, parse_plan, run, write_plan
 from sim import ROBOTS
 
@@ -111,7 +110,7 @@ class Order:
 def load_batch(data, nav, units):
     """Units -> (decisions, {frame key: uint8 (H, W, 3)}): the part that runs in a loader thread."""
     decisions = [data.decision(episode, t, nav) for episode, steps in units for t in steps]
-    return decisions, {key: data.frame(key) for d in decisions for key in d.frames}
+    return decisions, {key: resize(data.frame(key), nav) for d in decisions for key in d.frames}
 
 
 def answers_of(policy, decisions):
@@ -196,18 +195,13 @@ def main(args):
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan"))
 
-    loader = ThreadPoolExecutor(1)
     def load(step):
         return [load_batch(data, policy.nav, units)
                 for units in micro_batches(order(step), rank, world, per_forward)]
-    batches = loader.submit(load, first)
     last = min(steps, args.stop_after or steps)
-    for step in range(first, last):
+    for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
-        batch = batches.result()
-        if step + 1 < last:
-            batches = loader.submit(load, step + 1)
 
         # 1. one token is one vote, on whichever rank it stands
         answers = [answers_of(policy, decisions) for decisions, _ in batch]
@@ -224,15 +218,14 @@ def main(args):
 
         # 3. tell, check, keep
         done = step + 1
-        told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens}
+        told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens, "wait": wait}
         if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world))
-        log(done, **told)
+        log(done, E.work(device, policy), **told)
         if done % args.save_every == 0 or done == last:
             E.save_state(engine, args.out, done)
     log.close()
-    loader.shutdown()
     weights = E.consolidated(engine)
     if rank == 0:
         save_policy(policy, args.out, weights)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import engine
 import grpo
 from grpo import group_advantages, grpo_loss
 from make_data import VlnEgo
@@ -265,7 +266,7 @@ def farthest(a, b):
 def log_of(folder):
     """log.jsonl without the clock."""
     with open(os.path.join(folder, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in engine.CLOCK} for line in f]
 
 
 def group_of_four(policy, world, n=2, seed=5):

@@ -42,7 +42,7 @@ def weights(folder):
 def told(folder):
     """The log without its clock."""
     with open(os.path.join(folder, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in engine.CLOCK} for line in f]
 
 
 # ---------------------------------------------------------------- order and loss

@@ -1,0 +1,126 @@
+"""
+Decisions a second in closed loop: 16 robots at once, against one robot, Hugging Face's generate and
+every frame encoded anew at every decision.
+
+    python bench/evaluation.py --ckpt ckpt/sft --episodes data/houses
+
+Both walk the same episodes through evaluate.py's own loop, simulators and metrics; only who decides
+differs. The peer is what evaluation scripts do: keep the frames, build the prompt, generate(). Its
+prompt and patches are made by our code, which is faster than the processor. Each side has as many
+simulator processes as robots; both have --threads threads for the model. Starting simulators and
+loading weights is not counted.
+
+Checked: every episode's actions and metrics are the same.
+"""
+import os
+import time
+
+import numpy as np
+import torch
+from common import ROOT, in_turn, parser, tell
+
+import evaluate
+from lsm import pick_frames
+from model import load_policy, patchify, resize, window_prompt
+from reward import STOP, parse_control
+from sim import SimPool
+
+
+def parse_args(argv=None):
+    p = parser(__doc__, repeats=2)
+    p.add_argument("--ckpt", default=os.path.join(ROOT, "ckpt", "sft"))
+    p.add_argument("--episodes", default=os.path.join(ROOT, "data", "houses"))
+    p.add_argument("--split", default="val_unseen")
+    p.add_argument("--limit", type=int, default=96, help="episodes")
+    p.add_argument("--max-steps", type=int, default=100, help="of a walk; by the 500 of VLN-CE one "
+                   "lost robot walks on alone long after all others, in a split of this size")
+    p.add_argument("--sims", type=int, default=16, help="robots of ours")
+    return p.parse_args(argv)
+
+
+def hf_inputs(policy, words, frames):
+    """What transformers' processor would make of a prompt and its frames."""
+    small = [resize(frame, policy.nav) for frame in frames]
+    sizes = [(f.shape[0] // 28, f.shape[1] // 28) for f in small]
+    ids = policy.prompt(words, [torch.empty(*size, 0) for size in sizes]).ids
+    pixels = [patchify(torch.from_numpy(f)[None])[0].view(-1, 3, 1, 196).expand(-1, 3, 2, 196)
+              .reshape(-1, 1176) for f in small]
+    ids = torch.tensor([ids], device=policy.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.cat(pixels).to(policy.device, policy.dtype),
+            "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w] for h, w in sizes],
+                                           device=policy.device),
+            "mm_token_type_ids": (ids == policy.image_token).int()}
+
+
+def hf_agent(policy, model, execute=3):
+    """decide(walks) as a script around transformers would have it; greedy."""
+    @torch.no_grad()
+    def decide(walks):
+        plans = []
+        for walk in walks:
+            walk.features += walk.frames             # here: the pictures themselves, all of them
+            walk.frames.clear()
+            t = len(walk.features) - 1
+            past = pick_frames(t, **policy.nav["memory"])
+            inputs = hf_inputs(policy, window_prompt(walk.instruction, len(past), policy.nav),
+                               [walk.features[i] for i in (*past, t)])
+            ids = model.generate(**inputs, do_sample=False, max_new_tokens=96,
+                                 suppress_tokens=policy.banned)[0, inputs["input_ids"].shape[1]:]
+            text = policy.tokenizer.decode([i for i in ids.tolist() if i != policy.end_token])
+            walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
+            plans.append(walk.answers[-1][2][:execute] or [STOP])
+        return plans
+    return decide
+
+
+def walk_all(args, prepared, decide, sims):
+    """-> decisions per second, rows by episode."""
+    settings, episodes, truths, words, scenes = prepared
+    walks = [evaluate.Walk(e, words[str(e["episode_id"])]) for e in episodes]
+    rows = {}
+    with SimPool("house", settings["robot"], scenes, sims) as pool:
+        for sim in range(sims):                      # up and running before the clock starts
+            pool.submit(sim, "reset", episode=episodes[sim % len(episodes)], frame=False)
+        for sim in range(sims):
+            pool.wait(sim)
+        start = time.perf_counter()
+        for walk in evaluate.walk_episodes(pool, sims, walks, decide, args.max_steps):
+            rows[walk.name] = evaluate.row_of(walk, truths[walk.name]["locations"],
+                                              settings["radius_m"], settings["second_radius_m"])
+        seconds = time.perf_counter() - start
+    return sum(row["decisions"] for row in rows.values()) / seconds, rows
+
+
+def load_sides(args):
+    from transformers import Qwen2VLForConditionalGeneration
+    dtype = "bfloat16" if args.device == "cuda" else "float32"
+    policy = load_policy(args.ckpt, device=args.device, dtype=dtype).eval()
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(
+        args.ckpt, dtype=policy.dtype, attn_implementation="sdpa").to(args.device).eval()
+    return policy, theirs
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    prepared = evaluate.prepare(evaluate.parse_args(
+        ["--ckpt", args.ckpt, "--episodes", args.episodes, "--split", args.split,
+         "--limit", str(args.limit)]))
+    policy, theirs = load_sides(args)
+    ours, peer = in_turn(
+        [lambda: walk_all(args, prepared, evaluate.policy_agent(policy, window_prompt), args.sims),
+         lambda: walk_all(args, prepared, hf_agent(policy, theirs), 1)], args.repeats)
+    rows = [side[0][1] for side in (ours, peer)]
+    same = sum(rows[0][name] == rows[1][name] for name in rows[1])
+    frames = policy.nav["memory"]["budget"] + 1
+    tell(args, f"evaluation, {args.sims} robots", [rate for rate, _ in ours],
+         [rate for rate, _ in peer], "one robot, HF generate, frames encoded anew", "decisions/s",
+         same == len(rows[1]), f"{same} of {len(rows[1])} episodes with the same actions and metrics"
+         f" (SR {np.mean([r['success'] for r in rows[0].values()]):.3f} and "
+         f"{np.mean([r['success'] for r in rows[1].values()]):.3f})",
+         f"{args.ckpt}, up to {frames} frames, 3 of 6 actions executed, {args.threads} thread(s)",
+         higher_is_better=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())

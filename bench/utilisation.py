@@ -1,0 +1,66 @@
+"""
+How much of the card is used: model FLOP/s and memory of sft.py and grpo.py, from their own logs.
+
+    python bench/utilisation.py --device cuda --shape 2B --flags="--gradient-checkpointing"
+    python bench/utilisation.py                              # the same flags on a CPU: a dry run
+
+The count is model.py's: what the method needs with a prompt run once for its group and a frame once
+for its batch, forward, backward, sampling and reference, no padding and nothing computed twice. An
+H200 was measured to reach 790 TFLOP/s in bf16 on a large matrix product; "peer" is that number (on a
+CPU: this machine's own product of two matrices, measured here).
+"""
+import json
+import os
+import shutil
+import statistics
+
+import torch
+from common import clock, make_world, parser, script, spelling_policy, tell
+
+
+def parse_args(argv=None):
+    p = parser(__doc__)
+    p.add_argument("--steps", type=int, default=8, help="the first two are not counted")
+    p.add_argument("--batch-size", type=int, default=16, help="decisions of sft.py per forward")
+    p.add_argument("--prompts", type=int, default=4, help="of grpo.py per forward")
+    p.add_argument("--flags", default="", help="more flags for both, in one string")
+    return p.parse_args(argv)
+
+
+def matmul_tflops(device, n=1024):
+    """What a plain matrix product reaches here."""
+    if device == "cuda":
+        return 790.0
+    a = torch.rand(n, n)
+    a @ a
+    start = clock(device)
+    for _ in range(8):
+        a @ a
+    return 8 * 2 * n ** 3 / (clock(device) - start) / 1e12
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    ego, late = make_world(args)
+    folder = spelling_policy(args, late)
+    common = ["--device", args.device, "--threads", args.threads, "--max-steps", args.steps,
+              *args.flags.split()]
+    for name, flags in (
+            ("sft", ["--model", folder, "--data", ego, "--batch-size", args.batch_size,
+                     "--val-every", 1000000, "--val-decisions", 1]),
+            ("grpo", ["--init", folder, "--data", late, "--batch-size", args.prompts])):
+        out = os.path.join(args.world, "used-" + name)
+        shutil.rmtree(out, ignore_errors=True)
+        script(name + ".py", "--out", out, *flags, *common)
+        with open(os.path.join(out, "log.jsonl")) as f:
+            rows = [row for row in map(json.loads, f) if row["step"] > 2]
+        memory = max(row["memory_gb"] for row in rows)
+        waits = statistics.median(row["wait"] / row["seconds"] for row in rows)
+        tell(args, f"utilisation, {name}", [row["tflops"] for row in rows],
+             [matmul_tflops(args.device)], "a matrix product", "TFLOP/s", True,
+             f"no equality to check; {memory:.1f} GB, {waits:.0%} of the time waiting for data",
+             " ".join(map(str, flags[4:] + common)), higher_is_better=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())
