@@ -3,7 +3,9 @@ Closed-loop evaluation: let the policy walk, and measure how well it followed th
 
 Each robot stands in a simulator of its own. It looks, the policy writes its next six actions, it
 carries out the first --execute of them and looks again, until it says stop or has used up its 500
-steps. All robots that stand waiting are answered in one batch while the others walk on.
+steps. All robots that stand waiting are answered in one batch while the others walk on. A policy
+of dialogs (sft.py --prompt dialog) carries out all that it answers; what it has read and said
+stays in its robot's cache, and robots at different turns are answered together.
 
 What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to the goal:
     NE    distance_to_goal   d at the last pose, metres
@@ -228,16 +230,23 @@ def paired_difference(a_rows, b_rows, metric="success", resamples=2000, seed=0):
 class Walk:
     """One episode under way: where the robot was, what it saw, said and did."""
 
-    def __init__(self, episode, instruction, filmed=False):
+    def __init__(self, episode, instruction, filmed=False, name=None):
         self.episode, self.instruction, self.filmed = episode, instruction, filmed
-        self.name = str(episode["episode_id"])
+        self.name = name or str(episode["episode_id"])      # its own among all that are walked
         self.states = []        # the simulator's, one per pose, the start first
         self.frames = []        # uint8 (H, W, 3) views that the policy has not encoded yet
         self.film = []          # all views, if filmed
         self.features = []      # one (tokens, hidden) tensor per encoded view
         self.actions = []       # carried out so far, STOP included
         self.answers = []       # (t, text, plan) per decision
+        self.tokens = 0         # read and written by the policy
+        self.turns = []         # of a dialog: (frame, [ids of each answer drawn]) per decision
+        self.thread = None      # of a dialog: what the policy remembers of it (model.Thread)
         self.end = self.error = self.map = None
+
+    def again(self):
+        """The same walk before its first step: its simulator died."""
+        return Walk(self.episode, self.instruction, self.filmed, self.name)
 
     def see(self, reply):
         """A simulator's answer to "reset" or "step": new poses, and views if asked for."""
@@ -247,15 +256,18 @@ class Walk:
         self.film += views if self.filmed else []
 
 
-def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None):
+def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None,
+                  early=lambda walk: None):
     """Let every walk of the iterable `walks` end, `sims` at a time; yield each as it ends.
 
     One loop for every agent. A robot is in its simulator, where a request is under way, or it is
     `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
     plan means: ask the simulator's expert. It is called as soon as half of the robots wait, so that
     the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed" (an
-    unreadable answer was taken for stop), "max_steps", "unreachable" or "error". The episode of a
-    simulator that died begins again from its start.
+    unreadable answer was taken for stop), "max_steps", "unreachable" or "error", or whatever
+    early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
+    died begins again from its start. look: "last" asks for the view after a plan's last step only.
+    clock counts the seconds of deciding, and deaths.
     """
     todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
     clock = Counter() if clock is None else clock
@@ -271,7 +283,7 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
         walk.actions += plan
         moves = [action for action in plan if action != STOP]
         if moves:
-            pool.submit(sim, "step", actions=moves, frames=look or walk.filmed)
+            pool.submit(sim, "step", actions=moves, frames=walk.filmed or look)
         else:
             arrive(sim)
 
@@ -283,6 +295,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
             finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
         elif len(walk.actions) >= max_steps:
             finish(sim, "max_steps")
+        elif (reason := early(walk)) is not None:
+            finish(sim, reason)
         else:
             waiting.append(sim)
 
@@ -306,7 +320,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
             leave(sim)
         elif isinstance(reply, SimDied) and deaths[walk.name] < retries:
             deaths[walk.name] += 1
-            begin(sim, Walk(walk.episode, walk.instruction, walk.filmed))
+            clock["deaths"] += 1
+            begin(sim, walk.again())
         elif isinstance(reply, Exception):
             finish(sim, "error", str(reply))
         elif "action" in reply:                             # the expert's
@@ -374,11 +389,41 @@ def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False
         # 3. write
         seeds = [random.Random(f"{seed} {walk.name} {len(walk.actions)}").getrandbits(32)
                  for walk in walks] if temperature > 0 else None
-        texts = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True).texts
+        roll = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True)
         # 4. read
-        for walk, text in zip(walks, texts):
+        for walk, prompt, text, mask in zip(walks, prompts, roll.texts, roll.completion_mask):
+            walk.tokens += len(prompt.ids) + int(mask.sum())
             walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
         return [walk.answers[-1][2][:execute] or [STOP if malformed == "stop" else FORWARD]
+                for walk in walks]
+    return decide
+
+
+def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0, group_size=1):
+    """The policy of dialogs, as decide(walks): look, go on with the conversation, read.
+
+    group_size: answers drawn at each turn (grpo_online.py compares them); the first is given.
+    """
+    import torch
+
+    from model import resize
+
+    @torch.no_grad()
+    def decide(walks):
+        seen = [resize(walk.frames[-1], policy.nav) for walk in walks]
+        features = policy.encode_frames([np.zeros_like(f) if blank else f for f in seen])
+        seeds = [random.Random(f"{seed} {walk.name} {len(walk.turns)}").getrandbits(62)
+                 for walk in walks] if temperature > 0 else None
+        drawn, threads = policy.reply([walk.thread for walk in walks],
+                                      [walk.instruction for walk in walks], features, group_size,
+                                      temperature, seeds)
+        for walk, frame, answers, thread in zip(walks, seen, drawn, threads):
+            walk.turns.append((frame, answers))
+            walk.frames.clear()
+            walk.thread, walk.tokens = thread, thread.kv.shape[2] + len(thread.said)
+            walk.answers.append((len(walk.states) - 1, policy.text(answers[0]),
+                                 policy.actions(answers[0])))
+        return [walk.answers[-1][2] or [STOP if malformed == "stop" else FORWARD]
                 for walk in walks]
     return decide
 
@@ -389,12 +434,14 @@ def load_agent(args, settings):
         return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
     import torch
 
-    from model import load_policy, window_prompt
+    from model import is_dialog, load_policy, window_prompt
     torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
+    if is_dialog(policy.nav):
+        return dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
     return policy_agent(policy, window_prompt, args.execute, args.malformed, args.blank_frames,
                         args.temperature, args.seed)
 
@@ -414,6 +461,7 @@ def row_of(walk, reference, radius, second):
            "decisions": len(walk.answers), "malformed": len(unreadable)}
     if walk.end == "error":
         return {**row, "error": walk.error}
+    row |= {"tokens": walk.tokens} if walk.answers else {}
     row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
     row["actions"] = "".join(map(str, walk.actions))
     row |= {"unreadable": unreadable[0][:200]} if unreadable else {}
@@ -480,6 +528,8 @@ def summarise(rows, radius, second, seed):
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
             "errors": ends["error"], "ends": dict(sorted(ends.items())), "decisions": decisions,
             "malformed_share": round(malformed / max(decisions, 1), 6),
+            "tokens_per_episode": round(sum(row.get("tokens", 0) for row in rows)
+                                        / max(len(rows), 1), 1),
             "radius_m": radius, "second_radius_m": second,
             "metrics": bootstrap({name: [row[name] for row in scored]
                                   for name in [*TITLES, *beside]}, seed=seed)}
@@ -492,7 +542,8 @@ def table(results):
              f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
              f"{results['errors']} errors; ended by: {ends}"]
     if results["decisions"]:
-        lines[0] += f"; {results['malformed_share']:.1%} of {results['decisions']} plans unreadable"
+        lines[0] += (f"; {results['malformed_share']:.1%} of {results['decisions']} plans "
+                     f"unreadable; {results['tokens_per_episode']:,.0f} tokens an episode")
     for name, found in results["metrics"].items():
         measured = name.removesuffix(f"_{results['second_radius_m']:g}m")
         radius = results["radius_m" if name == measured else "second_radius_m"]
@@ -662,6 +713,10 @@ def draw_walk(walk, row, reference, robot, radius, folder):
 # ---------------------------------------------------------------- what is evaluated
 
 
+def speaks_dialog(nav):
+    return nav is not None and nav["prompt"].startswith("dialog")     # model.is_dialog needs torch
+
+
 def choose_ckpt(args):
     """-> the checkpoint folder and its contract; (None, None) for a baseline."""
     if args.agent != "policy":
@@ -676,7 +731,7 @@ def choose_ckpt(args):
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
                         "written by sft.py or grpo.py") from None
-    if not 1 <= args.execute <= nav["horizon"]:
+    if not (1 <= args.execute <= nav["horizon"] or speaks_dialog(nav)):
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
                         f"{nav['horizon']} actions at a time")
     return ckpt, nav
@@ -833,12 +888,13 @@ def main(args):
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
         gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
+        look = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
                                               args.sim_timeout, gpus) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
-                                      args.agent == "policy", tally):
+                                      look, tally):
                 reference = truths[walk.name]["locations"]
                 row = row_of(walk, reference, radius, second)
                 draw_walk(walk, row, reference, robot, radius, os.path.join(out, "pictures"))

@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from reward import STOP, UserError, action_phrases, merged_phrases, write_plan
+from reward import STOP, UserError, action_phrases, merged_phrases, parse_answer, write_plan
 
 HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
 
@@ -620,6 +620,12 @@ class Policy(nn.Module):
         """Ids of an answer -> its words, without the end mark."""
         return self.tokenizer.decode(answer[:-1] if answer[-1:] == [self.end_token] else answer)
 
+    def actions(self, answer):
+        """Ids of a dialog's answer -> the actions to carry out; [] if it is not well formed."""
+        if answer[-1] != self.end_token:
+            return []
+        return parse_answer(self.text(answer), self.merged, self.nav["horizon"])
+
     def _answer(self, hidden, cache, start, group_size, temperature, seeds, draft, max_new_tokens):
         """G answers after each of B prompts, whose last hidden states (B, H), Cache and next
         positions are given -> lists of ids (B*G), the Cache that has read all but the last id of
@@ -749,7 +755,7 @@ class Policy(nn.Module):
         with_greedy: -> (logps, is it the likeliest token? bool of that shape).
         """
         features = dict(zip(frames, self.encode_frames(list(frames.values()))))
-        segments, rows, tree = [], [], []          # rows: per output row, [(row, from, token), ..]
+        segments, rows = [], []                # rows: per output row, [(segment, from, token), ..]
         for i, dialog in enumerate(dialogs):
             (ids, positions, seen), begins = self.transcript(
                 dialog, [features[key] for key in dialog.frames])
@@ -764,15 +770,11 @@ class Policy(nn.Module):
                 more = len(answer) - 1                          # nothing follows its last token
                 ids, since, upto = ids + answer[:-1], since + [place] * more, upto + [at] * more
                 positions = torch.cat((positions, torch.arange(now, now + more).expand(3, -1)), 1)
-            segments.append((ids, positions, seen))
-            tree.append((since, upto))
-        width = max(len(ids) for ids, _, _ in segments)
-        since, upto = (torch.tensor([t[side] + [0] * (width - len(t[side])) for t in tree],
-                                    device=self.device)[..., None] for side in (0, 1))
-        column = torch.arange(width, device=self.device)
-        sees = ((column >= since) & (column <= column[:, None])) | (column < upto)
-        hidden, _ = self._run(segments, sees=sees)
+            segments.append((ids, positions, seen, since, upto))
+        hidden, where = self._run_packed(segments)
 
+        rows = [[(where[i][0], where[i][1] + place, token) for i, place, token in spots]
+                for spots in rows]
         row, place, token = (torch.tensor(x, device=self.device)
                              for x in zip(*(spot for spots in rows for spot in spots)))
         logits = self._logits(hidden[row, place], temperature)                         # (tokens, V)
@@ -783,6 +785,34 @@ class Policy(nn.Module):
         if with_greedy:
             return logps, torch.zeros_like(there).masked_scatter(there, logits.argmax(1) == token)
         return logps
+
+    def _run_packed(self, segments):
+        """Run segments (ids, positions, features, since, upto) several to a row: walks differ much
+        in length. Token t of one sees its own tokens since[t] .. t and 0 .. upto[t] - 1.
+        -> hidden (rows, T, H); where each segment went: [(row, column), ..]
+        """
+        width, filled, where = max(len(segment[0]) for segment in segments), [], {}
+        for i in sorted(range(len(segments)), key=lambda i: -len(segments[i][0])):    # first fit
+            size = len(segments[i][0])
+            row = next((r for r, n in enumerate(filled) if n + size <= width), len(filled))
+            filled += [0] * (row == len(filled))
+            where[i] = row, filled[row]
+            filled[row] += size
+
+        bounds = torch.zeros(3, len(filled), width, dtype=torch.long)     # own start, since, upto
+        joined = [([], [], []) for _ in filled]
+        for i in sorted(where, key=where.get):
+            (row, at), (ids, positions, features, since, upto) = where[i], segments[i]
+            bounds[:, row, at:at + len(ids)] = at + torch.tensor([[0] * len(ids), since, upto])
+            for part, more in zip(joined[row], (ids, [positions], features)):
+                part.extend(more)
+        start, since, upto = bounds.to(self.device)[..., None]                     # (rows, T, 1)
+        column = torch.arange(width, device=self.device)
+        sees = ((column >= since) & (column <= column[:, None])) | ((column >= start)
+                                                                    & (column < upto))
+        hidden, _ = self._run([(ids, torch.cat(positions, dim=1), features)
+                               for ids, positions, features in joined], sees=sees)
+        return hidden, where
 
     @torch.no_grad()
     def reply(self, threads, instructions, features, group_size=1, temperature=0.0, seeds=None,

@@ -64,6 +64,8 @@ def parse_args(argv=None):
     lsm.add_memory_args(add)
     add("--max-pixels", type=int, default=65536, help="a frame is shrunk to at most this")
     add("--steps-per-walk", type=int, default=8, help="decisions of one walk trained together")
+    add("--vary-turns", action="store_true", help="a dialog's answers have 1 to --horizon moves, "
+        "drawn, not always the most: a policy can then learn when to look sooner")
     add = p.add_argument_group("objective").add_argument
     add("--batch-size", type=int, default=64, help="decisions (of dialogs: walks) per update, over "
         "all processes")
@@ -120,10 +122,10 @@ class Order:
         return self.units[at * self.per_batch:(at + 1) * self.per_batch]
 
 
-def load_batch(data, nav, units):
+def load_batch(data, nav, units, vary_turns=False):
     """Units -> (decisions, {frame key: uint8 (H, W, 3)}): the part that runs in a loader thread."""
     if is_dialog(nav):
-        decisions = [data.dialog(episode, nav, seed) for episode, seed in units]
+        decisions = [data.dialog(episode, nav, seed, vary_turns) for episode, seed in units]
     else:
         decisions = [data.decision(episode, t, nav) for episode, steps in units for t in steps]
     return decisions, {key: data.frame(key) for d in decisions for key in d.frames}
@@ -246,7 +248,7 @@ def main(args):
 
     loader = ThreadPoolExecutor(1)
     def load(step):
-        return [load_batch(data, policy.nav, units)
+        return [load_batch(data, policy.nav, units, args.vary_turns)
                 for units in micro_batches(order(step), rank, world, per_forward)]
     batches = loader.submit(load, first)
     last = min(steps, args.stop_after or steps)

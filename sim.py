@@ -947,6 +947,12 @@ def do_step(sim, actions, frames=True):
     return dict({"frames": sim.render(seen)} if frames else {}, states=states)
 
 
+def do_load(sim, scene_id):
+    """Enter a scene ahead of its walks -> {"cpu_s": what this simulator has used so far}"""
+    sim.load(scene_id)
+    return {"cpu_s": time.process_time()}
+
+
 def do_try(sim, episode, poses, plans):
     """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
     pose and plan where it ends: the state, and "next", the next point of the shortest way on}"""
@@ -1079,7 +1085,7 @@ VERBS = {
     "reset": do_reset,
     "step": do_step,
     "try": do_try,
-    "load": lambda sim, scene_id: sim.load(scene_id) or {},
+    "load": do_load,
     "record": record,
     "check": do_check,
     "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},
