@@ -452,8 +452,8 @@ class Policy(nn.Module):
             if k_past is not None:
                 k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)
             share = q.shape[1] // k.shape[1]                                # grouped-query heads
-            y = F.scaled_dot_product_attention(q, k.repeat_interleave(share, dim=1),
-                                               v.repeat_interleave(share, dim=1), attn_mask=mask)
+            wide = [a if share == 1 else a.repeat_interleave(share, dim=1) for a in (k, v)]
+            y = F.scaled_dot_product_attention(q, *wide, attn_mask=mask)
             x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
             return x + block.mlp(block.post_attention_layernorm(x)), k, v
 

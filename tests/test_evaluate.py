@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -129,6 +130,9 @@ def fake_episode(name, goal=(0, 0, -2), **info):
             "instruction": {"instruction_text": f"Walk to place number {name}."}}
 
 
+FakePrompt = namedtuple("FakePrompt", "text frames ids")
+
+
 class FakePolicy:
     """Answers with six actions that depend on every pixel and word it was given, and on nothing
     else; counts how often it was shown a frame."""
@@ -146,7 +150,7 @@ class FakePolicy:
 
     def prompt(self, text, features):
         assert text.count("<image>") == len(features)
-        self.prompts.append((text, [f.flatten().tolist() for f in features]))
+        self.prompts.append(FakePrompt(text, [f.flatten().tolist() for f in features], [7] * 9))
         return self.prompts[-1]
 
     def generate(self, prompts, temperature=0.0, seeds=None, draft=False, **_):
@@ -158,7 +162,8 @@ class FakePolicy:
             plan = dice.choices([FORWARD, LEFT, RIGHT, STOP], [share] * 3 + [self.stop], k=6)
             text = ", ".join(PHRASES[a] for a in plan)
             texts.append("I see a wall." if dice.random() < self.garbage else text)
-        return type("Rollout", (), {"texts": texts})
+        mask = np.ones((len(texts), 3), dtype=bool)
+        return type("Rollout", (), {"texts": texts, "completion_mask": mask})
 
 
 def fake_prompt(instruction, n_history, nav):
