@@ -257,14 +257,14 @@ class Walk:
 
 
 def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None,
-                  early=lambda walk: None):
+                  early=lambda walk: None, ready=0.5):
     """Let every walk of the iterable `walks` end, `sims` at a time; yield each as it ends.
 
     One loop for every agent. A robot is in its simulator, where a request is under way, or it is
     `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
-    plan means: ask the simulator's expert. It is called as soon as half of the robots wait, so that
-    the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed" (an
-    unreadable answer was taken for stop), "max_steps", "unreachable" or "error", or whatever
+    plan means: ask the simulator's expert. It is called as soon as half of the robots wait (ready),
+    so that the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed"
+    (an unreadable answer was taken for stop), "max_steps", "unreachable" or "error", or whatever
     early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
     died begins again from its start. look: "last" asks for the view after a plan's last step only.
     clock counts the seconds of deciding, and deaths.
@@ -334,7 +334,7 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
         begin(sim, todo.popleft())
     while under_way:
         # 1. listen, until half of the robots wait
-        while 2 * len(waiting) < len(under_way):
+        while len(waiting) < ready * len(under_way):
             hear(*pool.wait_any())
         yield from ended
         ended.clear()
