@@ -714,7 +714,7 @@ def draw_walk(walk, row, reference, robot, radius, folder):
 
 
 def speaks_dialog(nav):
-    return nav is not None and nav["prompt"].startswith("dialog")     # model.is_dialog needs torch
+    return (nav or {}).get("prompt", "").startswith("dialog")      # model.is_dialog needs torch
 
 
 def choose_ckpt(args):
@@ -906,8 +906,11 @@ def main(args):
                 rate = tally["success"] / max(tally["scored"], 1)
                 bar.set_postfix(SR=f"{rate:.2f}", refresh=False)
                 bar.update()
+        seconds = time.perf_counter() - start
         write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
-            "seconds": time.perf_counter() - start, "sims": sims, **tally})
+            "seconds": seconds, "sims": sims, **tally})
+        print(f"{tally['walks']} walks in {seconds:.1f} s, {tally['walks'] / seconds:.1f} a second "
+              f"in {sims} simulators", flush=True)
 
     # 3. judge, once every episode has its row: with several ranks, the one that ends last
     rows = known_rows(out)

@@ -150,8 +150,8 @@ class FakePolicy:
 
     def prompt(self, text, features):
         assert text.count("<image>") == len(features)
-        self.prompts.append(FakePrompt(text, [f.flatten().tolist() for f in features], [7] * 9))
-        return self.prompts[-1]
+        self.prompts.append((text, [f.flatten().tolist() for f in features]))
+        return FakePrompt(*self.prompts[-1], [7] * 9)
 
     def generate(self, prompts, temperature=0.0, seeds=None, draft=False, **_):
         self.batches.append(len(prompts))
@@ -307,6 +307,7 @@ def answering(*texts):
     """A policy that says these things, one after the other, then stops."""
     policy, left = FakePolicy(), list(texts)
     policy.generate = lambda prompts, **_: type("Rollout", (), {
+        "completion_mask": np.ones((len(prompts), 3), dtype=bool),
         "texts": [left.pop(0) if left else "D. Stop" for _ in prompts]})
     return policy
 

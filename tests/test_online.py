@@ -452,19 +452,20 @@ for stage in sys.argv[2].split(","):
 """
 
 
-def test_two_ranks_of_unequal_walks_agree_with_one_at_zero_0_2_3(ego, init, tmp_path):
-    more = ["--micro-batch=2", "--updates-per-batch=2", "--lr=2e-5", "--kl-coef=0.01"]
+def test_two_ranks_of_unequal_walks_agree_with_one_at_zero_0_and_3(ego, init, tmp_path):
+    more = ["--micro-batch=2", "--updates-per-batch=2", "--lr=2e-5", "--kl-coef=0.01",
+            "--max-steps=1"]
     run_online(ego, init, tmp_path / "alone", *more)
     (tmp_path / "driver.py").write_text(DRIVER)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "driver.py"), str(tmp_path), "0,2,3",
+        [*launch, str(tmp_path / "driver.py"), str(tmp_path), "0,3",
          *args_for(ego, init, "unused", *more)], timeout=150, capture_output=True, text=True,
         env=dict(env, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-2000:]
     start, want = weights_of(init), weights_of(tmp_path / "alone")
-    for stage in (0, 2, 3):
+    for stage in (0, 3):
         got = weights_of(tmp_path / f"zero{stage}")
         assert farthest(got, want) < 1e-5, stage
         moved = relative({k: w - start[k] for k, w in got.items()},
