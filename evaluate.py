@@ -79,7 +79,9 @@ def parse_args(argv=None):
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
-    add("--compare", nargs=2, metavar=("A", "B"), help="only print what results B gain over A")
+    add("--compare", nargs="+", metavar="FOLDER", help="only print what results B gain over A: "
+        "--compare A B; of several B, such as seeds, also what they gain together, with --out "
+        "FILE.json to write it")
     add("--summary", nargs="+", metavar="FOLDER", help="only print results folders as one table; "
         "with --out FILE.json also write it, with the stages of minutes.jsonl beside that file")
 
@@ -554,22 +556,65 @@ def table(results):
     return "\n".join(lines)
 
 
-def compare(folders):
-    """Print what the second results folder gains over the first, episode by episode."""
+def compare(folders, out=None):
+    """Print what the second results folder gains over the first, episode by episode; with more
+    folders, of each and of all together. out: a file for {"runs", "pooled"}."""
     try:
         rows = [read_rows(os.path.join(folder, "episodes.jsonl"))[0] for folder in folders]
-        radii = [read_json(os.path.join(folder, "run.json"))["radius_m"] for folder in folders]
+        runs = [read_json(os.path.join(folder, "run.json")) for folder in folders]
     except OSError as error:
         raise UserError(f"no results to compare ({error}): evaluate both first") from None
-    if radii[0] != radii[1]:
-        raise UserError("the two were measured with different radii: give both one --success-m")
-    for metric, title in TITLES.items():
-        found = paired_difference(*rows, metric)
-        if not found["episodes"]:
-            raise UserError(f"{' and '.join(folders)} have no scored episode in common")
-        print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
-              f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
-              f"{found['episodes']} pairs")
+    if len(folders) < 2:
+        raise UserError("--compare wants two folders or more: what was before, and what is after")
+    if len({run["radius_m"] for run in runs}) > 1:
+        raise UserError("they were measured with different radii: give all one --success-m")
+    for folder, after in zip(folders[1:], rows[1:]):
+        if len(folders) > 2:
+            print(f"{folder} against {folders[0]}")
+        for metric, title in TITLES.items():
+            found = paired_difference(rows[0], after, metric)
+            if not found["episodes"]:
+                raise UserError(f"{folders[0]} and {folder} have no scored episode in common")
+            print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
+                  f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
+                  f"{found['episodes']} pairs")
+    if len(folders) > 2:
+        told = {"runs": [run_gain(*pair) for pair in zip(runs[1:], rows[1:], rows[:1] * len(runs))],
+                "pooled": pooled_gain(rows[0], rows[1:])}
+        print("SR, all together: {difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]   {episodes} "
+              "episodes x {runs} runs".format(**told["pooled"]))
+        if out:
+            write_json(out, told)
+
+
+def run_gain(run, after, before):
+    """One run's part of --compare's file; seed and CPU minutes as its trainer wrote them."""
+    found, ckpt, minutes = paired_difference(before, after), run["ckpt"] or "", None
+    seed = None
+    if os.path.exists(os.path.join(ckpt, "args.json")):
+        seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
+        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[0][-1].get("minutes")
+    return {"ckpt": ckpt, "seed": seed, "sr_before": found["a"], "sr_after": found["b"],
+            "episodes": found["episodes"], "diff": found["difference"], "diff_ci": found["ci"],
+            "minutes": minutes and round(minutes, 2)}
+
+
+def pooled_gain(before, afters, seed=0):
+    """What several runs gain in success: the mean over runs of each episode's difference, with the
+    interval of episodes drawn again. Runs on one episode are not independent, episodes are.
+
+    >>> a = [{"episode_id": i, "success": 0.0} for i in range(3)]
+    >>> b = [{"episode_id": i, "success": 1.0} for i in range(3)]
+    >>> pooled_gain(a, [a, b])
+    {'episodes': 3, 'runs': 2, 'difference': 0.5, 'ci': [0.5, 0.5]}
+    """
+    tables = [{str(row["episode_id"]): row["success"] for row in rows if "success" in row}
+              for rows in (before, *afters)]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    gains = [np.mean([table[key] for table in tables[1:]]) - tables[0][key] for key in common]
+    found = bootstrap({"gain": gains}, seed=seed)["gain"]
+    return {"episodes": len(common), "runs": len(afters), "difference": found["mean"],
+            "ci": found["ci"]}
 
 
 COLUMNS = {"sr": "success", "spl": "spl", "os": "oracle_success", "ne_m": "distance_to_goal",
@@ -857,7 +902,7 @@ def prepare(args):
 
 def main(args):
     if args.compare:
-        return compare(args.compare)
+        return compare(args.compare, args.out)
     if args.summary:
         return summary(args.summary, args.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -91,6 +91,8 @@ def parse_args(argv=None):
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
         "data/scene_datasets")
     add("--out", default="ckpt/online")
+    add("--draw", nargs="+", metavar="RUN", help="only draw the learning curves of these run "
+        "folders (val/success over CPU minutes) into the picture --out")
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
@@ -424,6 +426,31 @@ def summary(walks, marks, rewards):
             **{f"end_{end}": sum(walk.end == end for walk in walks) for end in ENDS}}
 
 
+def draw_runs(folders, out):
+    """log.jsonl of several runs -> one picture: greedy success on the held-out split, and sampled
+    success while learning (mean of 20 steps), over the CPU minutes spent."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True)
+    for folder in folders:
+        with open(os.path.join(folder, "log.jsonl")) as f:
+            rows = [json.loads(line) for line in f]
+        label = os.path.basename(folder.rstrip("/"))
+        points = [(r.get("minutes", 0), r["val/success"]) for r in rows if "val/success" in r]
+        axes[0].plot(*zip(*points), "o-", label=label)
+        sampled = np.array([(r["minutes"], r["success"]) for r in rows if "success" in r])
+        width = min(20, len(sampled))
+        axes[1].plot(sampled[width - 1:, 0],
+                     np.convolve(sampled[:, 1], np.ones(width) / width, "valid"), label=label)
+    for axis, title in zip(axes, ("greedy, held-out episodes", "sampled, while learning")):
+        axis.set(title=title, xlabel="CPU minutes", ylabel="success")
+        axis.legend(fontsize=8)
+    figure.savefig(out + ".tmp", format="png", dpi=110)
+    os.replace(out + ".tmp", out)
+    plt.close(figure)
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -492,6 +519,8 @@ def validate(val, policy, n, rank, ranks):
 
 
 def main(args):
+    if args.draw:
+        return draw_runs(args.draw, args.out)
     rank, ranks, device = E.start(args)
     policy, world, val = setup(args, device)
     E.open_run(args, rank)
