@@ -3,7 +3,9 @@ Closed-loop evaluation: let the policy walk, and measure how well it followed th
 
 Each robot stands in a simulator of its own. It looks, the policy writes its next six actions, it
 carries out the first --execute of them and looks again, until it says stop or has used up its 500
-steps. All robots that stand waiting are answered in one batch while the others walk on.
+steps. All robots that stand waiting are answered in one batch while the others walk on. A policy
+of dialogs (sft.py --prompt dialog) carries out all that it answers; what it has read and said
+stays in its robot's cache, and robots at different turns are answered together.
 
 What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to the goal:
     NE    distance_to_goal   d at the last pose, metres
@@ -78,7 +80,7 @@ from episodes import (
 from lsm import pick_frames
 from pool import SimDied, SimPool, addresses, gpu_list
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
-from sim import ROBOTS, add_robot_args, robot_from_args, yaw_of
+from sim import ROBOTS, add_robot_args, robot_from_args, visible_gpus, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -98,7 +100,9 @@ def parse_args(argv=None):
     add("--out", help="default: results/<checkpoint or agent>_<split>")
     add("--submit", metavar="FILE", help="write the walks for the leaderboard: JSON in R2R's form, "
         "JSON lines in RxR's")
-    add("--compare", nargs=2, metavar=("A", "B"), help="only print what results B gain over A")
+    add("--compare", nargs="+", metavar="FOLDER", help="only print what results B gain over A: "
+        "--compare A B; of several B, such as seeds, also what they gain together, with --out "
+        "FILE.json to write it")
     add("--summary", nargs="+", metavar="FOLDER", help="only print results folders as one table; "
         "with --out FILE.json also write it, with the stages of minutes.jsonl beside that file")
 
@@ -252,16 +256,23 @@ def paired_difference(a_rows, b_rows, metric="success", resamples=2000, seed=0):
 class Walk:
     """One episode under way: where the robot was, what it saw, said and did."""
 
-    def __init__(self, episode, instruction, filmed=False):
+    def __init__(self, episode, instruction, filmed=False, name=None):
         self.episode, self.instruction, self.filmed = episode, instruction, filmed
-        self.name = str(episode["episode_id"])
+        self.name = name or str(episode["episode_id"])      # its own among all that are walked
         self.states = []        # the simulator's, one per pose, the start first
         self.frames = []        # uint8 (H, W, 3) views that the policy has not encoded yet
         self.film = []          # all views, if filmed
         self.features = []      # one (tokens, hidden) tensor per encoded view
         self.actions = []       # carried out so far, STOP included
         self.answers = []       # (t, text, plan) per decision
+        self.tokens = 0         # read and written by the policy
+        self.turns = []         # of a dialog: (frame, [ids of each answer drawn]) per decision
+        self.thread = None      # of a dialog: what the policy remembers of it (model.Thread)
         self.end = self.error = self.map = None
+
+    def again(self):
+        """The same walk before its first step: its simulator died."""
+        return Walk(self.episode, self.instruction, self.filmed, self.name)
 
     def see(self, reply):
         """A simulator's answer to "reset" or "step": new poses, and views if asked for."""
@@ -271,15 +282,18 @@ class Walk:
         self.film += views if self.filmed else []
 
 
-def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None):
+def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None,
+                  early=lambda walk: None, ready=0.5):
     """Let every walk of the iterable `walks` end, `sims` at a time; yield each as it ends.
 
     One loop for every agent. A robot is in its simulator, where a request is under way, or it is
     `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
-    plan means: ask the simulator's expert. It is called as soon as half of the robots wait, so that
-    the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed" (an
-    unreadable answer was taken for stop), "max_steps", "unreachable" or "error". The episode of a
-    simulator that died begins again from its start.
+    plan means: ask the simulator's expert. It is called as soon as half of the robots wait (ready),
+    so that the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed"
+    (an unreadable answer was taken for stop), "max_steps", "unreachable" or "error", or whatever
+    early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
+    died begins again from its start. look: "last" asks for the view after a plan's last step only.
+    clock counts the seconds of deciding, and deaths.
     """
     todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
     clock = Counter() if clock is None else clock
@@ -295,7 +309,7 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
         walk.actions += plan
         moves = [action for action in plan if action != STOP]
         if moves:
-            pool.submit(sim, "step", actions=moves, frames=look or walk.filmed)
+            pool.submit(sim, "step", actions=moves, frames=walk.filmed or look)
         else:
             arrive(sim)
 
@@ -308,6 +322,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
             finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
         elif len(walk.actions) >= max_steps:
             finish(sim, "max_steps")
+        elif (reason := early(walk)) is not None:
+            finish(sim, reason)
         else:
             waiting.append(sim)
 
@@ -331,7 +347,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
             leave(sim)
         elif isinstance(reply, SimDied) and deaths[walk.name] < retries:
             deaths[walk.name] += 1
-            begin(sim, Walk(walk.episode, walk.instruction, walk.filmed))
+            clock["deaths"] += 1
+            begin(sim, walk.again())
         elif isinstance(reply, Exception):
             finish(sim, "error", str(reply))
         elif "action" in reply:                             # the expert's
@@ -344,7 +361,7 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
         begin(sim, todo.popleft())
     while under_way:
         # 1. listen, until half of the robots wait
-        while 2 * len(waiting) < len(under_way):
+        while len(waiting) < ready * len(under_way):
             hear(*pool.wait_any())
         yield from ended
         ended.clear()
@@ -399,11 +416,41 @@ def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False
         # 3. write
         seeds = [random.Random(f"{seed} {walk.name} {len(walk.actions)}").getrandbits(32)
                  for walk in walks] if temperature > 0 else None
-        texts = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True).texts
+        roll = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True)
         # 4. read
-        for walk, text in zip(walks, texts):
+        for walk, prompt, text, mask in zip(walks, prompts, roll.texts, roll.completion_mask):
+            walk.tokens += len(prompt.ids) + int(mask.sum())
             walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
         return [walk.answers[-1][2][:execute] or [STOP if malformed == "stop" else FORWARD]
+                for walk in walks]
+    return decide
+
+
+def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0, group_size=1):
+    """The policy of dialogs, as decide(walks): look, go on with the conversation, read.
+
+    group_size: answers drawn at each turn (grpo_online.py compares them); the first is given.
+    """
+    import torch
+
+    from model import resize
+
+    @torch.no_grad()
+    def decide(walks):
+        seen = [resize(walk.frames[-1], policy.nav) for walk in walks]
+        features = policy.encode_frames([np.zeros_like(f) if blank else f for f in seen])
+        seeds = [random.Random(f"{seed} {walk.name} {len(walk.turns)}").getrandbits(62)
+                 for walk in walks] if temperature > 0 else None
+        drawn, threads = policy.reply([walk.thread for walk in walks],
+                                      [walk.instruction for walk in walks], features, group_size,
+                                      temperature, seeds)
+        for walk, frame, answers, thread in zip(walks, seen, drawn, threads):
+            walk.turns.append((frame, answers))
+            walk.frames.clear()
+            walk.thread, walk.tokens = thread, thread.kv.shape[2] + len(thread.said)
+            walk.answers.append((len(walk.states) - 1, policy.text(answers[0]),
+                                 policy.actions(answers[0])))
+        return [walk.answers[-1][2] or [STOP if malformed == "stop" else FORWARD]
                 for walk in walks]
     return decide
 
@@ -414,12 +461,14 @@ def load_agent(args, settings):
         return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
     import torch
 
-    from model import load_policy, window_prompt
+    from model import is_dialog, load_policy, window_prompt
     torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
+    if is_dialog(policy.nav):
+        return dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
     return policy_agent(policy, window_prompt, args.execute, args.malformed, args.blank_frames,
                         args.temperature, args.seed)
 
@@ -441,6 +490,7 @@ def row_of(walk, reference, radius, second):
            "decisions": len(walk.answers), "malformed": len(unreadable)}
     if walk.end == "error":
         return {**row, "error": walk.error}
+    row |= {"tokens": walk.tokens} if walk.answers else {}
     row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
     row["actions"] = "".join(map(str, walk.actions))
     row["poses"] = [[round(float(v), 6) for v in (*state["position"], yaw_of(state["rotation"]))]
@@ -509,6 +559,8 @@ def summarise(rows, radius, second, seed):
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
             "errors": ends["error"], "ends": dict(sorted(ends.items())), "decisions": decisions,
             "malformed_share": round(malformed / max(decisions, 1), 6),
+            "tokens_per_episode": round(sum(row.get("tokens", 0) for row in rows)
+                                        / max(len(rows), 1), 1),
             "radius_m": radius, "second_radius_m": second,
             "metrics": bootstrap({name: [row[name] for row in scored]
                                   for name in [*TITLES, *beside]}, seed=seed)}
@@ -521,7 +573,8 @@ def table(results):
              f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
              f"{results['errors']} errors; ended by: {ends}"]
     if results["decisions"]:
-        lines[0] += f"; {results['malformed_share']:.1%} of {results['decisions']} plans unreadable"
+        lines[0] += (f"; {results['malformed_share']:.1%} of {results['decisions']} plans "
+                     f"unreadable; {results['tokens_per_episode']:,.0f} tokens an episode")
     for name, found in results["metrics"].items():
         measured = name.removesuffix(f"_{results['second_radius_m']:g}m")
         radius = results["radius_m" if name == measured else "second_radius_m"]
@@ -532,22 +585,65 @@ def table(results):
     return "\n".join(lines)
 
 
-def compare(folders):
-    """Print what the second results folder gains over the first, episode by episode."""
+def compare(folders, out=None):
+    """Print what the second results folder gains over the first, episode by episode; with more
+    folders, of each and of all together. out: a file for {"runs", "pooled"}."""
     try:
         rows = [read_rows(os.path.join(folder, "episodes.jsonl"))[0] for folder in folders]
-        radii = [read_json(os.path.join(folder, "run.json"))["radius_m"] for folder in folders]
+        runs = [read_json(os.path.join(folder, "run.json")) for folder in folders]
     except OSError as error:
         raise UserError(f"no results to compare ({error}): evaluate both first") from None
-    if radii[0] != radii[1]:
-        raise UserError("the two were measured with different radii: give both one --success-m")
-    for metric, title in TITLES.items():
-        found = paired_difference(*rows, metric)
-        if not found["episodes"]:
-            raise UserError(f"{' and '.join(folders)} have no scored episode in common")
-        print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
-              f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
-              f"{found['episodes']} pairs")
+    if len(folders) < 2:
+        raise UserError("--compare wants two folders or more: what was before, and what is after")
+    if len({run["radius_m"] for run in runs}) > 1:
+        raise UserError("they were measured with different radii: give all one --success-m")
+    for folder, after in zip(folders[1:], rows[1:]):
+        if len(folders) > 2:
+            print(f"{folder} against {folders[0]}")
+        for metric, title in TITLES.items():
+            found = paired_difference(rows[0], after, metric)
+            if not found["episodes"]:
+                raise UserError(f"{folders[0]} and {folder} have no scored episode in common")
+            print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
+                  f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
+                  f"{found['episodes']} pairs")
+    if len(folders) > 2:
+        told = {"runs": [run_gain(*pair) for pair in zip(runs[1:], rows[1:], rows[:1] * len(runs))],
+                "pooled": pooled_gain(rows[0], rows[1:])}
+        print("SR, all together: {difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]   {episodes} "
+              "episodes x {runs} runs".format(**told["pooled"]))
+        if out:
+            write_json(out, told)
+
+
+def run_gain(run, after, before):
+    """One run's part of --compare's file; seed and CPU minutes as its trainer wrote them."""
+    found, ckpt, minutes = paired_difference(before, after), run["ckpt"] or "", None
+    seed = None
+    if os.path.exists(os.path.join(ckpt, "args.json")):
+        seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
+        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[0][-1].get("minutes")
+    return {"ckpt": ckpt, "seed": seed, "sr_before": found["a"], "sr_after": found["b"],
+            "episodes": found["episodes"], "diff": found["difference"], "diff_ci": found["ci"],
+            "minutes": minutes and round(minutes, 2)}
+
+
+def pooled_gain(before, afters, seed=0):
+    """What several runs gain in success: the mean over runs of each episode's difference, with the
+    interval of episodes drawn again. Runs on one episode are not independent, episodes are.
+
+    >>> a = [{"episode_id": i, "success": 0.0} for i in range(3)]
+    >>> b = [{"episode_id": i, "success": 1.0} for i in range(3)]
+    >>> pooled_gain(a, [a, b])
+    {'episodes': 3, 'runs': 2, 'difference': 0.5, 'ci': [0.5, 0.5]}
+    """
+    tables = [{str(row["episode_id"]): row["success"] for row in rows if "success" in row}
+              for rows in (before, *afters)]
+    common = [key for key in tables[0] if all(key in table for table in tables)]
+    gains = [np.mean([table[key] for table in tables[1:]]) - tables[0][key] for key in common]
+    found = bootstrap({"gain": gains}, seed=seed)["gain"]
+    return {"episodes": len(common), "runs": len(afters), "difference": found["mean"],
+            "ci": found["ci"]}
 
 
 COLUMNS = {"sr": "success", "spl": "spl", "os": "oracle_success", "ne_m": "distance_to_goal",
@@ -786,6 +882,10 @@ def draw_walk(walk, row, reference, robot, radius, folder):
 # ---------------------------------------------------------------- what is evaluated
 
 
+def speaks_dialog(nav):
+    return (nav or {}).get("prompt", "").startswith("dialog")      # model.is_dialog needs torch
+
+
 def choose_ckpt(args):
     """-> the checkpoint folder and its contract; (None, None) for a baseline."""
     if args.agent != "policy":
@@ -800,7 +900,7 @@ def choose_ckpt(args):
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
                         "written by sft.py or grpo.py") from None
-    if not 1 <= args.execute <= nav["horizon"]:
+    if not (1 <= args.execute <= nav["horizon"] or speaks_dialog(nav)):
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
                         f"{nav['horizon']} actions at a time")
     return ckpt, nav
@@ -940,7 +1040,7 @@ def prepare(args):
 
 def main(args):
     if args.compare:
-        return compare(args.compare)
+        return compare(args.compare, args.out)
     if args.summary:
         return summary(args.summary, args.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -971,8 +1071,9 @@ def main(args):
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
         gpus = args.sim_gpus
-        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ:
+        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ and visible_gpus():
             gpus = [int(os.environ["LOCAL_RANK"])]
+        look = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
                                               args.sim_timeout, gpus, args.sim_hosts,
                                               args.sim_key) as pool, \
@@ -981,7 +1082,7 @@ def main(args):
             if args.sim_hosts:
                 pool.require({episode["scene_id"] for episode in episodes})
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
-                                      args.agent == "policy", tally):
+                                      look, tally):
                 reference = truths and truths[walk.name]["locations"]
                 row = row_of(walk, reference, radius, second)
                 draw_walk(walk, row, reference, robot, radius, os.path.join(out, "pictures"))
@@ -993,8 +1094,11 @@ def main(args):
                 if tally["scored"]:
                     bar.set_postfix(SR=f"{tally['success'] / tally['scored']:.2f}", refresh=False)
                 bar.update()
+        seconds = time.perf_counter() - start
         write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
-            "seconds": time.perf_counter() - start, "sims": sims, **tally})
+            "seconds": seconds, "sims": sims, **tally})
+        print(f"{tally['walks']} walks in {seconds:.1f} s, {tally['walks'] / seconds:.1f} a second "
+              f"in {sims} simulators", flush=True)
 
     # 3. judge, once every episode has its row: with several ranks, the one that ends last
     rows = known_rows(out)

@@ -46,7 +46,7 @@ import torch
 
 import engine as E
 from make_data import ShareGpt, VlnEgo
-from model import load_policy, resize, save_policy, window_prompt
+from model import is_dialog, load_policy, resize, save_policy, window_prompt
 from reward import REWARDS, STOP, UserError, run, score, uniform_reward
 
 
@@ -117,16 +117,18 @@ def masked_mean(x, mask):
     return torch.where(mask.bool(), x, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
 
 
-def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, clip_eps, kl_coef):
+def grpo_loss(logps, old_logps, ref_logps, advantages, completion_mask, clip_eps, kl_coef,
+              clip_high=None):
     """Eq. 3 of [2], negated, one number per plan -> loss (N,), {"kl": (N,), "clip_frac": (N,)}.
 
     logps, old_logps, ref_logps, completion_mask (N, C); advantages (N,). ref_logps None: no KL.
+    clip_high: the ratio's upper bound is 1 + this instead (grpo_online.py's is the wider one).
     The mean over plans is the caller's, who knows how many there are on all ranks together: so a
     plan weighs the same, however long it is and wherever it is computed.
     """
     advantages = advantages[:, None]                           # one verdict for all of its tokens
     ratio = torch.where(completion_mask.bool(), logps - old_logps, 0).exp()
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    clipped = ratio.clamp(1 - clip_eps, 1 + (clip_eps if clip_high is None else clip_high))
     gain = torch.minimum(ratio * advantages, clipped * advantages)
 
     gap = torch.zeros_like(logps) if ref_logps is None else ref_logps - logps
@@ -232,14 +234,14 @@ def cut_samples(path, step):
     os.replace(path + ".tmp", path)
 
 
-def draw_curves(out):
-    """log.jsonl -> curves.png: sampled and held-out reward, KL, flat groups, entropy."""
+def draw_curves(out, panels=(("reward", "val/reward"), ("kl",), ("frac_reward_zero_std",),
+                             ("entropy",))):
+    """log.jsonl -> curves.png: by default sampled and held-out reward, KL, flat groups, entropy."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     with open(os.path.join(out, "log.jsonl")) as f:
         rows = [json.loads(line) for line in f]
-    panels = ("reward", "val/reward"), ("kl",), ("frac_reward_zero_std",), ("entropy",)
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
     for axis, keys in zip(axes, panels):
         for key in keys:
@@ -291,6 +293,8 @@ def setup(args, device):
     sources = [ShareGpt(path, args.image_root) if path.endswith(".json") else VlnEgo(path)
                for path in args.data]
     policy = load_policy(args.init, device=device, dtype=E.default_dtype(args))
+    if is_dialog(policy.nav):
+        raise UserError(f"--init {args.init} speaks in dialogs; that is for grpo_online.py")
     for path, data in zip(args.data, sources):
         for key, taught in ((key, policy.nav[key]) for key in ("turn_deg", "forward_m")):
             seen = data.meta.get("robot", {}).get(key, taught)

@@ -87,6 +87,7 @@ from reward import (
     STOP,
     UserError,
     action_phrases,
+    merged_phrases,
     parse_plan,
     run,
     write_plan,
@@ -160,6 +161,32 @@ def window(actions, t, n):
     [1, 1, 0, 0, 0, 0]
     """
     return (list(actions[t:t + n]) + [STOP] * n)[:n]
+
+
+def merge_walk(actions, learned, rng, horizon=3, merge=3, chance=0.7, vary=False):
+    """A walk cut into the answers of a dialog -> [(t, [(action, n), ..], learned), ..]
+
+    Equal actions are drawn together: the next one joins with probability `chance`, up to `merge` of
+    them; `horizon` such actions make an answer, given at step t. The chance is ActiveVLN's, read
+    off its 8,000 released episodes. vary: 1 to `horizon` of them, drawn anew for each answer.
+    learned: per step, is this what the expert would do? An answer is all of one kind: a push is
+    told as it happened, and not learned from.
+
+    >>> merge_walk([1, 1, 1, 1, 2, 0], [True] * 6, np.random.default_rng(0), horizon=2, chance=1)
+    [(0, [(1, 3), (1, 1)], True), (4, [(2, 1), (0, 1)], True)]
+    """
+    turns, t, room = [], 0, 0
+    while t < len(actions):
+        n, kind = 1, (actions[t], learned[t])
+        while (n < merge and t + n < len(actions) and (actions[t + n], learned[t + n]) == kind
+               and rng.random() < chance):
+            n += 1
+        if room == 0 or turns[-1][2] != learned[t]:
+            turns.append((t, [], learned[t]))
+            room = int(rng.integers(1, horizon + 1)) if vary else horizon
+        turns[-1][1].append((actions[t], n))
+        t, room = t + n, room - 1
+    return turns
 
 
 # ---------------------------------------------------------------- checking what is recorded
@@ -429,6 +456,14 @@ class Decision(NamedTuple):
     answer: str = None
 
 
+class Dialog(NamedTuple):
+    """A whole walk as one conversation: at each turn a frame, and the answer given to it."""
+    instruction: str
+    frames: tuple           # keys for .frame(), one per turn
+    answers: tuple          # per turn: its text, or (model.Policy.spell) its token ids
+    learned: tuple          # per turn: does the answer count?
+
+
 def decode(data, where):
     """Bytes of a jpg or png -> uint8 (H, W, 3), read-only. `where` names it in the error."""
     try:
@@ -484,6 +519,19 @@ class VlnEgo:
         shown = [*lsm.pick_frames(t, **nav["memory"]), t]
         return Decision(episode["instruction"], tuple((walk["walk_id"], s) for s in shown),
                         tuple(plan))
+
+    def dialog(self, i, nav, seed, vary=False):
+        """Episode i as a Dialog, its actions merged by (seed, i): another seed, other turns."""
+        episode = self.episodes[i]
+        walk, merged = self.walks[episode["walk_id"]], merged_phrases(
+            nav["turn_deg"], nav["forward_m"], nav["merge"])
+        learned = [str(action) == label[:1] for action, label in
+                   zip(walk["actions"], walk.get("labels", map(str, walk["actions"])))]
+        turns = merge_walk(walk["actions"], learned, np.random.default_rng((seed, i)),
+                           nav["horizon"], nav["merge"], vary=vary)
+        return Dialog(episode["instruction"], tuple((walk["walk_id"], t) for t, _, _ in turns),
+                      tuple(", ".join(merged[key] for key in keys) for _, keys, _ in turns),
+                      tuple(own for _, _, own in turns))
 
     def read(self, key):
         """key (walk_id, t) -> uint8 (H, W, 3). Ask for .frame(key), which remembers recent ones."""

@@ -20,6 +20,7 @@ Read it in this order
     decoder    embeddings -> hidden states, with a cache that may be shared   Policy.decode
     training   log-probability of given answers                           Policy.logps
     sampling   answers, drafted by the plan grammar and verified          Policy.generate
+    dialogs    whole episodes as one sequence; a cache kept across turns  Policy.reply
     disk       load_policy, save_policy
 
 Shapes     B prompts, G answers each, N = B*G rows (siblings adjacent), T new tokens, P cached
@@ -30,6 +31,7 @@ and metres, horizon, memory, image budget, prompt version): evaluate.py acts as 
 
 [1] Qwen2-VL, https://arxiv.org/abs/2409.12191 (M-RoPE: section 2.1)
 [2] VLN-R1, https://arxiv.org/abs/2506.17221
+[3] ActiveVLN, https://github.com/arvillion/ActiveVLN (dialogs: one conversation per episode)
 """
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from reward import STOP, UserError, action_phrases, write_plan
+from reward import STOP, UserError, action_phrases, merged_phrases, parse_answer, write_plan
 
 HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
 
@@ -63,6 +65,30 @@ NAV = {
     "min_pixels": 56 * 56, "max_pixels": 65536,
     "memory": {"name": "lsm", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4},
 }
+# A dialog's: the conversation is its memory. At each turn a frame is shown, and up to `horizon`
+# moves are answered, each of 1 to `merge` equal actions (ActiveVLN's numbers [3]).
+DIALOG = {**{key: NAV[key] for key in NAV if key != "memory"},
+          "prompt": "dialog-1", "horizon": 3, "merge": 3}
+CONTRACTS = {contract["prompt"].split("-")[0]: contract for contract in (NAV, DIALOG)}
+
+
+def is_dialog(nav):
+    return nav["prompt"] == DIALOG["prompt"]
+
+
+def words_of(instruction):
+    """An instruction on one line. UserError if it could be taken for a picture or a turn."""
+    if "<image>" in instruction or "<|" in instruction:
+        raise UserError(f"the instruction {instruction!r} holds a reserved mark (<image> or <|); "
+                        "take it out of the episode file")
+    return " ".join(instruction.split())
+
+
+def dialog_prompt(instruction, nav):
+    """What opens a dialog, the first frame included; every later turn is an <image> and no more."""
+    moves = ", ".join(merged_phrases(nav["turn_deg"], nav["forward_m"], nav["merge"]).values())
+    return (f"You are a robot walking through a building. At each view, write your next 1 to "
+            f"{nav['horizon']} moves from: {moves}.\nInstruction: {words_of(instruction)}\n<image>")
 
 
 def window_prompt(instruction, n_history, nav):
@@ -70,13 +96,10 @@ def window_prompt(instruction, n_history, nav):
 
     instruction str; n_history: remembered frames, oldest first -> str with n_history + 1 <image>.
     """
-    if "<image>" in instruction or "<|" in instruction:
-        raise UserError(f"the instruction {instruction!r} holds a reserved mark (<image> or <|); "
-                        "take it out of the episode file")
     phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
     options = ", ".join(phrases[a] for a in (1, 2, 3, STOP))
     return (f"You are a robot walking through a building. Choose your next {nav['horizon']} actions"
-            f" from: {options}.\nInstruction: {' '.join(instruction.split())}\n"
+            f" from: {options}.\nInstruction: {words_of(instruction)}\n"
             f"Seen before: {'<image>' * n_history}\nNow: <image>")
 
 
@@ -267,6 +290,13 @@ class Cache(NamedTuple):
                              values=[v.detach() for v in self.values])
 
 
+class Thread(NamedTuple):
+    """A conversation as the decoder remembers it between two turns."""
+    kv: torch.Tensor     # (2 * layers, kv_heads, P, D): keys, then values
+    said: list           # ids drawn last and not read yet: the answer's end
+    now: int             # the position of said[0]
+
+
 class Rollout(NamedTuple):
     """N = B*G answers: completion_ids (N, C), completion_mask (N, C) bool, <|im_end|> inside."""
     completion_ids: torch.Tensor
@@ -346,6 +376,7 @@ class Policy(nn.Module):
     def promise(self, nav):
         """Take up a navigation contract: what is taught from here on, in its degrees and metres."""
         self.nav, self.phrases = nav, action_phrases(nav["turn_deg"], nav["forward_m"])
+        self.merged = merged_phrases(nav["turn_deg"], nav["forward_m"], nav.get("merge", 1))
         self._trie = None                                       # the plan grammar, made when needed
 
     @property
@@ -447,6 +478,10 @@ class Policy(nn.Module):
         if len(pieces) != len(features) + 1:
             raise UserError(f"the prompt has {len(pieces) - 1} <image> marks for {len(features)} "
                             "frames; make them agree")
+        return self._assemble(pieces, features)
+
+    def _assemble(self, pieces, features):
+        """Texts with a frame between each two -> Prompt, its positions from 0."""
         ids = list(self._encode(pieces[0]))
         head, runs = len(ids), [len(ids)]
         for feature, piece in zip(features, pieces[1:]):
@@ -462,35 +497,56 @@ class Policy(nn.Module):
             self._template = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": mark}], tokenize=False,
                 add_generation_prompt=True).split(mark)
+            # What a later turn of a dialog stands between; its first token, <|im_end|>, belongs to
+            # the answer before it.
+            self._later = [part.removeprefix("<|im_end|>") for part in
+                           self.tokenizer.apply_chat_template(
+                               [{"role": role, "content": mark} for role in
+                                ("user", "assistant", "user")], tokenize=False,
+                               add_generation_prompt=True).split(mark)[2:]]
+            self._later[1] = "<|im_end|>" + self._later[1]
         return self._template[0] + text + self._template[1]
+
+    def turn(self, instruction, feature):
+        """What comes before an answer of a dialog -> Prompt. instruction None: a later turn."""
+        opening = self._chat(dialog_prompt(instruction or "", self.nav))
+        text = opening if instruction is not None else "<image>".join(self._later)
+        before, after = text.split("<image>")
+        return self._assemble([before + "<|vision_start|>", "<|vision_end|>" + after], [feature])
 
     def answers(self, texts):
         """Texts -> completion_ids, completion_mask (N, C), each closed by <|im_end|>."""
-        rows = [self._encode(text) + [self.end_token] for text in texts]
+        ids, mask = self._padded([self._encode(text) + [self.end_token] for text in texts])
+        return ids.to(self.device), mask.to(self.device)
+
+    def _padded(self, rows):
+        """Lists of ids -> ids, mask (N, C), padded on the right."""
         ids = torch.full((len(rows), max(map(len, rows))), self.end_token)
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
             ids[i, :len(row)] = torch.tensor(row)
             mask[i, :len(row)] = True
-        return ids.to(self.device), mask.to(self.device)
+        return ids, mask
 
     # ------------------------------------------------------------ the decoder
 
-    def decode(self, embeds, positions, valid, past=None):
+    def decode(self, embeds, positions, valid, past=None, sees=None):
         """Run new tokens over a cache: transformers' decoder layers, one causal pass.
 
         embeds (N, T, H); positions (3, N, T); valid (N, T) bool, False for padding; past: Cache of
-        N rows (which may have a shared part) or None -> hidden (N, T, H) after the last norm, Cache
-        of P + T tokens.
+        N rows (which may have a shared part) or None; sees: which new tokens see which, (N, T, T)
+        bool, default causal -> hidden (N, T, H) after the last norm, Cache of P + T tokens.
         A row never looks at padding, at rejected drafts, or at another row.
         """
         n, t, _ = embeds.shape
-        mask = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril() & valid[:, None, :]
+        if sees is None:
+            sees = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril()
         shared = past.shared if past is not None else None
         before = [] if past is None else [past.valid]
         if shared is not None:
             before.insert(0, shared.valid.repeat_interleave(n // len(shared.valid), dim=0))
-        mask = torch.cat([*(seen[:, None, :].expand(n, t, -1) for seen in before), mask], dim=-1)
+        mask = torch.cat([*(seen[:, None, :].expand(n, t, -1) for seen in before),
+                          sees & valid[:, None, :]], dim=-1)
         mask = mask[:, None]                                            # (N, 1, T, P + T)
         cos, sin = self._angles(positions, embeds.dtype)
 
@@ -545,7 +601,7 @@ class Policy(nn.Module):
             embeds = embeds.view(*rows.shape, -1)
         return embeds
 
-    def _run(self, segments, past=None, before=()):
+    def _run(self, segments, past=None, before=(), sees=None):
         """Pad segments (ids, positions (3, L), features) to one batch and decode it.
 
         before: how many tokens stand before each (for the count of FLOPs only).
@@ -562,7 +618,7 @@ class Policy(nn.Module):
             positions[:, i, :len(ids)] = where
             valid[i, :len(ids)] = True
         embeds = self._embed(rows, [features for _, _, features in segments])
-        return self.decode(embeds, positions.to(self.device), valid.to(self.device), past)
+        return self.decode(embeds, positions.to(self.device), valid.to(self.device), past, sees)
 
     def _heads(self, prompts):
         """Run the words that prompts begin with, each distinct text once -> Cache with B rows.
@@ -608,11 +664,15 @@ class Policy(nn.Module):
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
                             [features[key] for key in d.frames]) for d in decisions]
 
-    def forward(self, decisions, frames, completion_ids, completion_mask, group_size=1,
-                temperature=1.0):
-        """read() and logps() in one call: under ZeRO-3 the weights are only there inside it."""
-        return self.logps(self.read(decisions, frames), completion_ids, completion_mask,
-                          group_size, temperature)
+    def forward(self, decisions, frames, *rest, **named):
+        """read() and logps() in one call: under ZeRO-3 the weights are only there inside it.
+
+        decisions, frames, completion_ids, completion_mask, group_size, temperature -> logps(), or
+        dialogs, frames, branches, temperature -> dialog_logps(), by the contract.
+        """
+        if is_dialog(self.nav):
+            return self.dialog_logps(decisions, frames, *rest, **named)
+        return self.logps(self.read(decisions, frames), *rest, **named)
 
     def imagine(self, decisions, frames, group_size, temperature, seeds):
         """read(), generate() and logps() of what was sampled -> Rollout, logps (B*G, C).
@@ -678,11 +738,33 @@ class Policy(nn.Module):
         """
         hidden, cache = prefill or self._prefill(prompts)
         cache = cache.detach()                       # a prefill may have been run to learn from
-        siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
-        cache, hidden = cache.siblings(group_size), hidden[siblings][:, None]          # (N, 1, H)
-        start = torch.tensor([int(p.positions.max()) + 1 for p in prompts]
-                             ).repeat_interleave(group_size)
-        noise = self._noise(seeds, len(prompts), group_size, max_new_tokens, temperature)
+        start = [int(p.positions.max()) + 1 for p in prompts]
+        answers, _, passes = self._answer(
+            hidden, cache.siblings(group_size), start, [len(p.ids) for p in prompts], group_size,
+            temperature, seeds, draft, max_new_tokens)
+        ids, mask = self._padded(answers)
+        texts = [self.text(a) for a in answers]
+        return Rollout(ids.to(self.device), mask.to(self.device), texts, passes)
+
+    def text(self, answer):
+        """Ids of an answer -> its words, without the end mark."""
+        return self.tokenizer.decode(answer[:-1] if answer[-1:] == [self.end_token] else answer)
+
+    def actions(self, answer):
+        """Ids of a dialog's answer -> the actions to carry out; [] if it is not well formed."""
+        if answer[-1] != self.end_token:
+            return []
+        return parse_answer(self.text(answer), self.merged, self.nav["horizon"])
+
+    def _answer(self, hidden, cache, start, before, group_size, temperature, seeds, draft,
+                max_new_tokens):
+        """G answers after each of B prompts, whose last hidden states (B, H), next positions and
+        lengths are given, and the Cache of B*G rows -> lists of ids (B*G), the Cache that has read
+        all but the last id of each, decoder passes."""
+        siblings = torch.arange(len(start), device=self.device).repeat_interleave(group_size)
+        hidden = hidden[siblings][:, None]                                             # (N, 1, H)
+        noise = self._noise(seeds, len(start), group_size, max_new_tokens, temperature)
+        start = torch.tensor(start).repeat_interleave(group_size)
 
         answers, done, passes = [[] for _ in start], [False] * len(start), 0
         proposals = [[] for _ in start]
@@ -693,6 +775,7 @@ class Policy(nn.Module):
             kept = torch.ones(len(answers), hidden.shape[1], dtype=torch.bool)
             for i, answer in enumerate(answers):
                 if done[i]:
+                    kept[i] = False          # it waits for the others, and was run along with them
                     continue
                 for j, token in enumerate(drawn[i][:len(proposals[i]) + 1]):
                     answer.append(token)
@@ -713,16 +796,9 @@ class Policy(nn.Module):
             segments = [([a[-1]] + p, (start[i] + len(a) - 1 + torch.arange(1 + len(p)))
                          .expand(3, -1), []) for i, (a, p) in enumerate(zip(answers, proposals))]
             hidden, cache = self._run(segments, cache, [
-                len(prompts[i // group_size].ids) + len(a) - 1 for i, a in enumerate(answers)])
+                before[i // group_size] + len(a) - 1 for i, a in enumerate(answers)])
             passes += 1
-
-        ids = torch.full((len(answers), max(map(len, answers))), self.end_token)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, answer in enumerate(answers):
-            ids[i, :len(answer)] = torch.tensor(answer)
-            mask[i, :len(answer)] = True
-        texts = [self.tokenizer.decode(a[:-1] if a[-1] == self.end_token else a) for a in answers]
-        return Rollout(ids.to(self.device), mask.to(self.device), texts, passes)
+        return answers, cache, passes
 
     def _noise(self, seeds, n_prompts, group_size, length, temperature):
         """Uniform numbers (B*G, length) from each prompt's own stream; None if greedy."""
@@ -747,7 +823,8 @@ class Policy(nn.Module):
         """The tokens that must follow `answer` (list of ids) if it is to become a plan; often none.
 
         The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
-        stops, tokenized once into a tree: where the tree does not fork, the next token is certain.
+        stops (of a dialog: 1 to `horizon` merged ones, a stop the last), tokenized once into a
+        tree: where the tree does not fork, the next token is certain.
         An answer that has left the tree is taken up again where it looks like the second action of
         a plan. It is no plan any more, but it will go on in phrases, and without a draft this one
         row would keep its whole batch waiting, token by token.
@@ -762,16 +839,159 @@ class Policy(nn.Module):
         return certain(node)[0]
 
     def _grammar(self):
-        plans = [[]]
+        plans, texts = [[]], []
         for _ in range(self.nav["horizon"]):
-            plans = [p + [a] for p in plans for a in ([STOP] if p and p[-1] == STOP
-                                                      else sorted(self.phrases))]
+            if is_dialog(self.nav):
+                plans = [p + [m] for p in plans if p[-1:] != ["stop"] for m in self.merged.values()]
+                texts += [", ".join(plan) for plan in plans]
+            else:
+                plans = [p + [a] for p in plans for a in ([STOP] if p and p[-1] == STOP
+                                                          else sorted(self.phrases))]
         root = {}
-        for plan in plans:
+        for text in texts or [write_plan(plan, self.phrases) for plan in plans]:
             node = root
-            for token in self._encode(write_plan(plan, self.phrases)) + [self.end_token]:
+            for token in self._encode(text) + [self.end_token]:
                 node = node.setdefault(token, {})
         return root
+
+    # ------------------------------------------------------------ dialogs: whole episodes
+
+    def spell(self, dialogs):
+        """Dialogs whose answers are texts -> the same with token ids, as they would be sampled."""
+        return [d._replace(answers=tuple(self._encode(text) + [self.end_token]
+                                         for text in d.answers)) for d in dialogs]
+
+    def transcript(self, dialog, features):
+        """A dialog with ids, and its frames' features -> (ids, positions (3, L), features), and
+        where each turn's answer begins in ids and in positions: [(index, position), ..]."""
+        ids, positions, begins, now = [], [], [], 0
+        for k, (answer, feature) in enumerate(zip(dialog.answers, features)):
+            asked = self.turn(dialog.instruction if k == 0 else None, feature)
+            then = now + int(asked.positions.max()) + 1
+            begins.append((len(ids) + len(asked.ids), then))
+            ids += asked.ids + list(answer)
+            positions += [now + asked.positions, torch.arange(then, then + len(answer)
+                                                              ).expand(3, -1)]
+            now = then + len(answer)
+        return (ids, torch.cat(positions, dim=1), list(features)), begins
+
+    def dialog_logps(self, dialogs, frames, branches=None, temperature=1.0, with_greedy=False):
+        """log p(answer token | the conversation before it): one pass for whole episodes.
+
+        dialogs: N, with ids; frames {key: uint8 (H, W, 3)}, every one encoded once -> logps (N, C)
+        fp32, differentiable: a dialog's answers one after the other, 0 where it has no more.
+        branches: per dialog [(turn, ids), ..], answers that could have been given at that turn
+        -> (branches of all dialogs, C) instead. They stand behind the walk in its row and see what
+        came before their turn, and themselves: a tree, run in the same pass.
+        with_greedy: -> (logps, is it the likeliest token? bool of that shape).
+        """
+        features = dict(zip(frames, self.encode_frames(list(frames.values()))))
+        segments, rows = [], []                # rows: per output row, [(segment, from, token), ..]
+        for i, dialog in enumerate(dialogs):
+            (ids, positions, seen), begins = self.transcript(
+                dialog, [features[key] for key in dialog.frames])
+            since, upto = [0] * len(ids), [0] * len(ids)
+            if branches is None:
+                rows.append([(i, at + j - 1, token) for (at, _), answer in
+                             zip(begins, dialog.answers) for j, token in enumerate(answer)])
+            for turn, answer in branches[i] if branches else ():
+                (at, now), place = begins[turn], len(ids)
+                rows.append([(i, at - 1 if j == 0 else place + j - 1, token)
+                             for j, token in enumerate(answer)])
+                more = len(answer) - 1                          # nothing follows its last token
+                ids, since, upto = ids + answer[:-1], since + [place] * more, upto + [at] * more
+                positions = torch.cat((positions, torch.arange(now, now + more).expand(3, -1)), 1)
+            segments.append((ids, positions, seen, since, upto))
+        hidden, where = self._run_packed(segments)
+
+        rows = [[(where[i][0], where[i][1] + place, token) for i, place, token in spots]
+                for spots in rows]
+        row, place, token = (torch.tensor(x, device=self.device)
+                             for x in zip(*(spot for spots in rows for spot in spots)))
+        logits = self._logits(hidden[row, place], temperature)                         # (tokens, V)
+        logps = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        lengths = torch.tensor([len(spots) for spots in rows], device=self.device)
+        there = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
+        logps = torch.zeros(there.shape, device=self.device).masked_scatter(there, logps)
+        if with_greedy:
+            return logps, torch.zeros_like(there).masked_scatter(there, logits.argmax(1) == token)
+        return logps
+
+    def _run_packed(self, segments):
+        """Run segments (ids, positions, features, since, upto) several to a row: walks differ much
+        in length. Token t of one sees its own tokens since[t] .. t and 0 .. upto[t] - 1.
+        -> hidden (rows, T, H); where each segment went: [(row, column), ..]
+        """
+        width, filled, where = max(len(segment[0]) for segment in segments), [], {}
+        for i in sorted(range(len(segments)), key=lambda i: -len(segments[i][0])):    # first fit
+            size = len(segments[i][0])
+            row = next((r for r, n in enumerate(filled) if n + size <= width), len(filled))
+            filled += [0] * (row == len(filled))
+            where[i] = row, filled[row]
+            filled[row] += size
+
+        bounds = torch.zeros(3, len(filled), width, dtype=torch.long)     # own start, since, upto
+        joined = [([], [], []) for _ in filled]
+        for i in sorted(where, key=where.get):
+            (row, at), (ids, positions, features, since, upto) = where[i], segments[i]
+            bounds[:, row, at:at + len(ids)] = at + torch.tensor([[0] * len(ids), since, upto])
+            for part, more in zip(joined[row], (ids, [positions], features)):
+                part.extend(more)
+        start, since, upto = bounds.to(self.device)[..., None]                     # (rows, T, 1)
+        column = torch.arange(width, device=self.device)
+        sees = ((column >= since) & (column <= column[:, None])) | ((column >= start)
+                                                                    & (column < upto))
+        hidden, _ = self._run([(ids, torch.cat(positions, dim=1), features)
+                               for ids, positions, features in joined], sees=sees)
+        return hidden, where
+
+    @torch.no_grad()
+    def reply(self, threads, instructions, features, group_size=1, temperature=0.0, seeds=None,
+              draft=True, max_new_tokens=48):
+        """The next turn of N dialogs, whatever turn each is at -> G answers (ids) for each, and
+        the Threads with which the dialogs go on, in which the first of the G was given.
+
+        threads: Thread, or None where a dialog opens with its instruction; features: one
+        (rows, cols, H) tensor each. The caches are ragged; here they are padded to one batch.
+        seeds and draft as for generate().
+        """
+        segments = []
+        for thread, instruction, feature in zip(threads, instructions, features):
+            asked = self.turn(None if thread else instruction, feature)
+            said, now = (thread.said, thread.now) if thread else ([], 0)
+            unread = torch.arange(now, now + len(said)).expand(3, -1)
+            segments.append((said + asked.ids, torch.cat(
+                (unread, now + len(said) + asked.positions), dim=1), [feature]))
+        before = [thread.kv.shape[2] if thread else 0 for thread in threads]
+        hidden, cache = self._run(segments, self._join(threads), before)
+        hidden = hidden[range(len(segments)), [len(ids) - 1 for ids, _, _ in segments]]
+        siblings = torch.arange(len(segments), device=self.device).repeat_interleave(group_size)
+        start = [int(positions.max()) + 1 for _, positions, _ in segments]
+        answers, cache, _ = self._answer(
+            hidden, cache.rows(siblings), start,
+            [n + len(ids) for n, (ids, _, _) in zip(before, segments)], group_size, temperature,
+            seeds, draft, max_new_tokens)
+        kv, groups = torch.stack(cache.keys + cache.values), []    # (2 layers, N G, heads, P, D)
+        for i, now in enumerate(start):
+            group = answers[i * group_size:(i + 1) * group_size]
+            keep = cache.valid[i * group_size].nonzero().squeeze(1)
+            groups.append((group, Thread(kv[:, i * group_size].index_select(2, keep),
+                                         group[0][-1:], now + len(group[0]) - 1)))
+        return [group for group, _ in groups], [thread for _, thread in groups]
+
+    def _join(self, threads):
+        """Threads of different lengths -> one Cache, padded on the right; None if all are new."""
+        old = [(i, thread.kv) for i, thread in enumerate(threads) if thread]
+        if not old:
+            return None
+        layers, heads, _, size = old[0][1].shape
+        width = max(kv.shape[2] for _, kv in old)
+        kv = old[0][1].new_zeros(layers, len(threads), heads, width, size)
+        valid = torch.zeros(len(threads), width, dtype=torch.bool, device=kv.device)
+        for i, known in old:
+            kv[:, i, :, :known.shape[2]], valid[i, :known.shape[2]] = known, True
+        keys, values = kv.chunk(2)
+        return Cache(list(keys), list(values), valid)
 
 
 # ---------------------------------------------------------------- disk
@@ -811,9 +1031,10 @@ def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=
         with open(path) as f:
             nav = json.load(f)
         for key in ("version", "prompt"):
-            if nav.get(key) != NAV[key]:
+            spoken = [contract[key] for contract in CONTRACTS.values()]
+            if nav.get(key) not in spoken:
                 raise UserError(f"{path}: {key} is {nav.get(key)!r} and this code speaks "
-                                f"{NAV[key]!r}; run the code that trained it, or train anew")
+                                f"{spoken[0]!r}; run the code that trained it, or train anew")
     return Policy(model.to(device), tokenizer, nav or NAV)
 
 
@@ -859,6 +1080,7 @@ CHAT_TEMPLATE = (
 # Words are split as Qwen2 splits them, but an option of a plan ("A. Move forward 25 cm, ") and a
 # line of the prompt's frame stay whole, so that a BPE learned on them makes each one token.
 WHOLE = [r"[A-D]\. [^,.\n<]+(?:, )?", r"You are a helpful assistant\.",
+         r"(?:move forward|turn left|turn right) [\d.]+ (?:cm|degrees)(?:, )?",
          r"You are a robot [^:\n]+: ", r"(?:system|user|assistant)\n", r"\.\nInstruction: ",
          r"\nSeen before: ", r"\nNow: "]
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
@@ -875,9 +1097,13 @@ def tiny_tokenizer(texts, nav, vocab_size=1536):
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
     phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
-    corpus = [window_prompt(text, 0, nav).replace("<image>", "") for text in sorted(set(texts))]
+    opening = dialog_prompt if is_dialog(nav) else lambda text, nav: window_prompt(text, 0, nav)
+    corpus = [opening(text, nav).replace("<image>", "") for text in sorted(set(texts))]
     often = ["system\n", "You are a helpful assistant.", "user\n", "assistant\n",
              *(write_plan([a, a], phrases) for a in sorted(phrases))]
+    if is_dialog(nav):
+        often = often[:4] + [f"{move}, {move}" for move in merged_phrases(
+            nav["turn_deg"], nav["forward_m"], nav["merge"]).values()]
     corpus += often * max(len(corpus), 8)
     bpe.train_from_iterator(corpus, trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,

@@ -11,20 +11,27 @@ Several decisions of one walk stand in a batch together (--steps-per-walk): they
 most of its frames, and each is encoded once. The gradient of a batch is exact; what changes is who
 is in the batch with whom. 1 gives independent decisions.
 
+--prompt dialog teaches the other way to show the past (ActiveVLN [2]): a whole walk is one
+conversation, a frame and then up to three merged actions at each turn, and one forward trains it.
+A batch then counts walks. The actions are merged anew in every epoch (make_data.merge_walk).
+
 Run it
     python sft.py --model tiny --data data/vln_ego/train --out ckpt/sft      # a laptop's CPU
     deepspeed sft.py --model Qwen2-VL-2B                                     # every GPU there is
     deepspeed --num_gpus 2 sft.py --model tiny --device cpu                  # two CPU processes
     python sft.py --model Qwen2-VL-2B --data released.json --image-root DIR  # ShareGPT, as released
+    deepspeed sft.py --model Qwen2-VL-2B --prompt dialog --out ckpt/sft_dialog  # for grpo_online.py
 
 Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
          ShareGPT JSON;  --val-data  the same for a split that is not trained on
 Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
 Expect   loss near ln(4) per action at once, then a plateau: the words' first turn is learned early,
          what the camera shows much later. val/first is the share of decisions whose next action is
-         the expert's (always forward: about 0.64 on R2R), val/plan that of all six.
+         the expert's (always forward: about 0.64 on R2R), val/plan that of all six. Of a dialog,
+         val/right is the share of answer tokens that are the likeliest, the words before them given
 
 [1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3: SFT; lr 5e-6, cosine, batch 64, one epoch)
+[2] ActiveVLN, https://github.com/arvillion/ActiveVLN (its SFT is not released; values are ours)
 """
 from __future__ import annotations
 
@@ -37,7 +44,7 @@ import torch
 import engine as E
 import lsm
 from make_data import ShareGpt, VlnEgo
-from model import NAV, load_policy, resize, save_policy
+from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
 from reward import UserError, parse_plan, run, write_plan
 from sim import ROBOTS
 
@@ -52,13 +59,17 @@ def parse_args(argv=None):
     add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
-    add("--horizon", type=int, default=6, help="actions per answer")
+    add("--prompt", choices=tuple(CONTRACTS), default="window", help="how the past is shown")
+    add("--horizon", type=int, help="actions per answer; default: 6, and in a dialog 3 merged ones")
     lsm.add_memory_args(add)
     add("--max-pixels", type=int, default=65536, help="a frame is shrunk to at most this")
     add("--steps-per-walk", type=int, default=8, help="decisions of one walk trained together")
+    add("--vary-turns", action="store_true", help="a dialog's answers have 1 to --horizon moves, "
+        "drawn, not always the most: a policy can then learn when to look sooner")
     add = p.add_argument_group("objective").add_argument
-    add("--batch-size", type=int, default=64, help="decisions per update, over all processes")
-    add("--micro-batch", type=int, default=0, help="decisions per forward; 0: all of a process's")
+    add("--batch-size", type=int, default=64, help="decisions (of dialogs: walks) per update, over "
+        "all processes")
+    add("--micro-batch", type=int, default=0, help="of them per forward; 0: all of a process's")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
@@ -79,9 +90,13 @@ def batch_units(data, seed, epoch, steps_per_walk):
     """Every decision once, in an order made from (seed, epoch) -> list of (episode, (t, ...)).
 
     A unit is up to steps_per_walk steps of one walk, spread over it; units are shuffled.
+    steps_per_walk None: whole walks, as (episode, the seed of its merging).
     """
     rng = np.random.default_rng((seed, epoch))
     units = []
+    if steps_per_walk is None:
+        merging = int(rng.integers(2 ** 31))
+        return [(int(episode), merging) for episode in rng.permutation(len(data.episodes))]
     for episode in range(len(data.episodes)):
         steps = rng.permutation(data.steps(episode))
         units += [(episode, tuple(sorted(steps[i:i + steps_per_walk].tolist())))
@@ -107,14 +122,29 @@ class Order:
         return self.units[at * self.per_batch:(at + 1) * self.per_batch]
 
 
-def load_batch(data, nav, units):
+def load_batch(data, nav, units, vary_turns=False):
     """Units -> (decisions, {frame key: uint8 (H, W, 3)}): the part that runs in a loader thread."""
-    decisions = [data.decision(episode, t, nav) for episode, steps in units for t in steps]
+    if is_dialog(nav):
+        decisions = [data.dialog(episode, nav, seed, vary_turns) for episode, seed in units]
+    else:
+        decisions = [data.decision(episode, t, nav) for episode, steps in units for t in steps]
     return decisions, {key: resize(data.frame(key), nav) for d in decisions for key in d.frames}
 
 
 def answers_of(policy, decisions):
     return policy.answers([d.answer or write_plan(d.plan, policy.phrases) for d in decisions])
+
+
+def question(policy, decisions, frames):
+    """What to ask the policy for, policy(*..) -> logps (N, C), and the mask of those that count."""
+    if not is_dialog(policy.nav):
+        ids, mask = answers_of(policy, decisions)
+        return (decisions, frames, ids, mask), mask
+    dialogs = policy.spell(decisions)
+    rows = [torch.tensor([own for own, answer in zip(d.learned, d.answers) for _ in answer])
+            for d in dialogs]
+    mask = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return (dialogs, frames), mask.to(policy.device)
 
 
 # ---------------------------------------------------------------- validation
@@ -123,6 +153,8 @@ def answers_of(policy, decisions):
 @torch.no_grad()
 def validate(policy, data, units, rank, world):
     """Loss on held-out answers, greedy plans against the expert's -> dict of means over ranks."""
+    if is_dialog(policy.nav):
+        return validate_dialogs(policy, data, units, rank, world)
     sums = np.zeros(5)
     for unit in units[rank::world]:
         decisions, frames = load_batch(data, policy.nav, [unit])
@@ -138,19 +170,36 @@ def validate(policy, data, units, rank, world):
     return {"val/loss": loss / tokens, "val/first": first / n, "val/plan": plan / n}
 
 
+def validate_dialogs(policy, data, units, rank, world):
+    """The same for whole walks: loss, and the share of answer tokens that are the likeliest."""
+    sums = np.zeros(3)
+    for unit in units[rank::world]:
+        asked, mask = question(policy, *load_batch(data, policy.nav, [unit]))
+        logps, likeliest = policy(*asked, with_greedy=True)
+        sums += (-(logps * mask).sum().item(), mask.sum().item(), (likeliest & mask).sum().item())
+    loss, tokens, right = E.total(sums.tolist(), policy.device)
+    return {"val/loss": loss / tokens, "val/right": right / tokens}
+
+
 # ---------------------------------------------------------------- the run
 
 
 def setup(args, world, device):
     """Data, contract and policy, from the flags."""
-    if not 1 <= args.horizon <= 8:         # model.py lists all 3^horizon plans to draft from
-        raise UserError(f"--horizon {args.horizon}: give 1 to 8 actions per answer")
+    contract = CONTRACTS[args.prompt]
+    horizon = args.horizon or contract["horizon"]
+    if not 1 <= horizon <= (8 if contract is NAV else 3):    # model.py lists all plans there are
+        raise UserError(f"--horizon {horizon}: give 1 to 8 actions per answer, 1 to 3 in a dialog")
     data = (ShareGpt(args.data, args.image_root) if args.data.endswith(".json")
             else VlnEgo(args.data))
+    if is_dialog(contract) and isinstance(data, ShareGpt):
+        raise UserError(f"--prompt dialog needs whole walks and {args.data} holds single answers; "
+                        "give a VLN-Ego folder (make_data.py --import-walk reads released walks)")
     robot = data.meta.get("robot", {})
-    nav = dict(NAV, dataset=data.meta.get("dataset", ""), horizon=args.horizon,
-               max_pixels=args.max_pixels,
-               memory=lsm.memory_from_args(args))
+    nav = dict(contract, dataset=data.meta.get("dataset", ""), horizon=horizon,
+               max_pixels=args.max_pixels)
+    if contract is NAV:
+        nav["memory"] = lsm.memory_from_args(args)
     nav.update({k: robot.get(k) for k in ROBOTS["r2r"]          # a JSON does not tell its camera
                 if k in robot or k not in ("turn_deg", "forward_m")})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
@@ -172,14 +221,15 @@ def main(args):
     data, policy = setup(args, world, device)
     E.open_run(args, rank)
 
-    per_walk = 1 if isinstance(data, ShareGpt) else args.steps_per_walk
+    dialogs = is_dialog(policy.nav)
+    per_walk = 1 if dialogs or isinstance(data, ShareGpt) else args.steps_per_walk
     piece = args.micro_batch or args.batch_size // world            # decisions per forward
     if piece % per_walk or piece == 0 or args.batch_size % (piece * world):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
                         f"--micro-batch {piece} of --steps-per-walk {per_walk}; change one of them")
     per_batch, per_forward = args.batch_size // per_walk, piece // per_walk
     micro_steps = per_batch // world // per_forward
-    order = Order(data, args.seed, per_walk, per_batch)
+    order = Order(data, args.seed, None if dialogs else per_walk, per_batch)
     steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
 
     weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
@@ -188,15 +238,16 @@ def main(args):
     val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
            else None)
-    val_units = batch_units(val, 0, 0, 8)[:-(-args.val_decisions // 8)] if val else []
+    val_units = batch_units(val, 0, 0, None if dialogs else 8) if val else []
+    val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
     if rank == 0:
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
-    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan"))
+    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
 
     def load(step):
-        return [load_batch(data, policy.nav, units)
+        return [load_batch(data, policy.nav, units, args.vary_turns)
                 for units in micro_batches(order(step), rank, world, per_forward)]
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):
@@ -204,14 +255,13 @@ def main(args):
         E.set_learning_rate(engine, lr)
 
         # 1. one token is one vote, on whichever rank it stands
-        answers = [answers_of(policy, decisions) for decisions, _ in batch]
-        tokens, = E.total([sum(mask.sum().item() for _, mask in answers)], device)
+        questions = [question(policy, decisions, frames) for decisions, frames in batch]
+        tokens, = E.total([sum(mask.sum().item() for _, mask in questions)], device)
 
         # 2. imitate
         losses = 0.0
-        for (decisions, frames), (ids, mask) in zip(batch, answers):
-            logps = engine(decisions, frames, ids, mask)
-            loss = -logps.sum() / tokens
+        for asked, mask in questions:
+            loss = -(engine(*asked) * mask).sum() / tokens
             engine.backward(loss * world * micro_steps)     # DeepSpeed averages over both
             engine.step()
             losses += loss.item()

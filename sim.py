@@ -967,13 +967,36 @@ def do_reset(sim, episode, frame=True):
 
 
 def do_step(sim, actions, frames=True):
-    """Several motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]}"""
+    """Several motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]};
+    frames "last": the view after the last of them only, False: none."""
     states, poses = [], []
     for action in actions:
         sim.act(action)
         states.append(sim.state())
         poses.append(states[-1]["position"] + states[-1]["rotation"])
-    return dict({"frames": sim.render(poses)} if frames else {}, states=states)
+    seen = poses[-1:] if frames == "last" else poses
+    return dict({"frames": sim.render(seen)} if frames else {}, states=states)
+
+
+def do_load(sim, scene_id):
+    """Enter a scene ahead of its walks -> {"cpu_s": what this simulator has used so far}"""
+    sim.load(scene_id)
+    return {"cpu_s": time.process_time()}
+
+
+def do_try(sim, episode, poses, plans):
+    """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
+    pose and plan where it ends: the state, and "next", the next point of the shortest way on}"""
+    sim.reset(episode)
+    goal, ends = min(sim.goals, key=lambda goal: sim.geodesic([goal])), []
+    for pose, some in zip(poses, plans):
+        ends.append([])
+        for plan in some:
+            sim.set_pose(pose[:3], pose[3:])
+            for action in plan:
+                sim.act(action)
+            ends[-1].append(dict(sim.state(), next=(sim.path(goal) or [goal])[:2][-1]))
+    return {"states": ends}
 
 
 def do_check(sim, scene_id):
@@ -1092,6 +1115,8 @@ def walk(sim, way, noise, seed, horizon, max_steps):
 VERBS = {
     "reset": do_reset,
     "step": do_step,
+    "try": do_try,
+    "load": do_load,
     "record": record,
     "check": do_check,
     "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},

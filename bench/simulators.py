@@ -26,8 +26,8 @@ import time
 import numpy as np
 from common import FRAME_PX, make_world, parser, spelling_policy, tell
 
+from episodes import read_episodes, read_ground_truth
 from evaluate import Walk, policy_agent, walk_episodes
-from make_data import read_episodes, read_ground_truth
 from model import load_policy, window_prompt
 from sim import ROBOTS, SimPool
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -131,6 +132,9 @@ def fake_episode(name, goal=(0, 0, -2), **info):
             "instruction": {"instruction_text": f"Walk to place number {name}."}}
 
 
+FakePrompt = namedtuple("FakePrompt", "text frames ids")
+
+
 class FakePolicy:
     """Answers with six actions that depend on every pixel and word it was given, and on nothing
     else; counts how often it was shown a frame."""
@@ -149,7 +153,7 @@ class FakePolicy:
     def prompt(self, text, features):
         assert text.count("<image>") == len(features)
         self.prompts.append((text, [f.flatten().tolist() for f in features]))
-        return self.prompts[-1]
+        return FakePrompt(*self.prompts[-1], [7] * 9)
 
     def generate(self, prompts, temperature=0.0, seeds=None, draft=False, **_):
         self.batches.append(len(prompts))
@@ -160,7 +164,8 @@ class FakePolicy:
             plan = dice.choices([FORWARD, LEFT, RIGHT, STOP], [share] * 3 + [self.stop], k=6)
             text = ", ".join(PHRASES[a] for a in plan)
             texts.append("I see a wall." if dice.random() < self.garbage else text)
-        return type("Rollout", (), {"texts": texts})
+        mask = np.ones((len(texts), 3), dtype=bool)
+        return type("Rollout", (), {"texts": texts, "completion_mask": mask})
 
 
 def fake_prompt(instruction, n_history, nav):
@@ -304,6 +309,7 @@ def answering(*texts):
     """A policy that says these things, one after the other, then stops."""
     policy, left = FakePolicy(), list(texts)
     policy.generate = lambda prompts, **_: type("Rollout", (), {
+        "completion_mask": np.ones((len(prompts), 3), dtype=bool),
         "texts": [left.pop(0) if left else "D. Stop" for _ in prompts]})
     return policy
 

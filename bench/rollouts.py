@@ -1,0 +1,131 @@
+"""
+Rollouts per second: robots that walk dialogs with a cache kept across turns, answered as they come,
+against the plain way: every turn reads its whole conversation again (the prefix is encoded anew,
+frames are not), and no robot is answered before all of them wait. Greedy, so that the walks must be
+the same; both ways draft, both are batched. It walks the first episodes of a split, each once.
+
+Run it
+    python bench/rollouts.py --ckpt ckpt/sft_dialog                     # the houses, on a CPU
+    python bench/rollouts.py --ckpt ckpt/r2r_dialog --sim habitat --sim-python PATH --device cuda
+
+Writes   --results  a line {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", ..}
+Expect   a ratio that grows with the length of the walks: the plain way reads T turns T times. share
+         is the part of the time in which the policy computes; the rest waits for simulators.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import Counter
+from importlib import metadata
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
+
+import torch  # noqa: E402
+
+import grpo_online  # noqa: E402
+from evaluate import Walk, dialog_agent, walk_episodes  # noqa: E402
+from model import Thread  # noqa: E402
+from reward import run  # noqa: E402
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--ckpt", default="ckpt/sft_dialog")
+    p.add_argument("--episodes", help="default: those of the checkpoint's data set")
+    p.add_argument("--split", default="val_unseen")
+    p.add_argument("--scenes")
+    p.add_argument("--walks", type=int, default=64)
+    p.add_argument("--sim", choices=("house", "habitat"), default="house")
+    p.add_argument("--sim-python", metavar="PATH")
+    p.add_argument("--sims", type=int, default=16)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--repeats", type=int, default=3)
+    p.add_argument("--results", "--out", help="file to append the row to, as a line of JSON")
+    return p.parse_args(argv)
+
+
+class Plain:
+    """The policy without a memory: a thread is the list of features and answers so far, and each
+    turn reads all of it."""
+
+    def __init__(self, policy):
+        self.policy, self.nav = policy, policy.nav
+        self.encode_frames, self.text, self.actions = (
+            policy.encode_frames, policy.text, policy.actions)
+
+    def reply(self, threads, instructions, features, group_size, temperature, seeds):
+        policy, segments, starts, told = self.policy, [], [], []
+        for thread, instruction, feature in zip(threads, instructions, features):
+            seen, said = thread.said if thread else ((), ())
+            dialog = grpo_online.Dialog(instruction, (), (*said, []), ())
+            segment, begins = policy.transcript(dialog, [*seen, feature])
+            segments.append(segment)
+            starts.append(begins[-1][1])
+            told.append(((*seen, feature), said))
+        hidden, cache = policy._run(segments)
+        hidden = hidden[range(len(segments)), [len(ids) - 1 for ids, _, _ in segments]]
+        answers, _, _ = policy._answer(hidden, cache, starts, 1, temperature, seeds, True, 48)
+        nothing = torch.zeros(1, 1, 0, 1)
+        return [[answer] for answer in answers], [
+            Thread(nothing, (seen, (*said, answer)), 0)
+            for (seen, said), answer in zip(told, answers)]
+
+
+def walk_all(world, agent, ready):
+    """-> {name: actions}, walks per second, the share of the time in which the policy computed"""
+    args, clock = world.args, Counter()
+    walks = [Walk(e, e["instruction"]["instruction_text"]) for e in world.episodes[:args.walks]]
+    start = time.perf_counter()
+    ended = {walk.name: walk.actions for walk in walk_episodes(
+        world.pool, args.sims, walks, agent, look="last", clock=clock, ready=ready,
+        early=lambda walk: "turns" if len(walk.turns) >= 40 else None)}
+    seconds = time.perf_counter() - start
+    return ended, len(ended) / seconds, clock["deciding_s"] / seconds
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    flags = [f"--init={args.ckpt}", f"--split={args.split}", f"--sim={args.sim}",
+             f"--sims={args.sims}", f"--device={args.device}"]
+    flags += [f"--{key.replace('_', '-')}={vars(args)[key]}"
+              for key in ("episodes", "scenes", "sim_python") if vars(args)[key]]
+    policy, world, _ = grpo_online.setup(grpo_online.parse_args(flags), args.device)
+    world.args.walks = args.walks
+    sides = {"ours": (dialog_agent(policy), 0.5), "plain": (dialog_agent(Plain(policy)), 1.0)}
+    found = {name: [] for name in sides}
+    with world.open(), torch.no_grad():
+        walk_all(world, *sides["ours"])                            # scenes are loaded, all is warm
+        for _ in range(args.repeats):
+            for name, (agent, ready) in sides.items():
+                found[name].append(walk_all(world, agent, ready))
+    equal = all(walks == found["ours"][0][0] for runs in found.values() for walks, _, _ in runs)
+    rates = {name: statistics.median(rate for _, rate, _ in runs) for name, runs in found.items()}
+    shares = {name: statistics.median(s for _, _, s in runs) for name, runs in found.items()}
+    row = {"row": "rollouts of dialogs", "ours": round(rates["ours"], 2),
+           "peer": round(rates["plain"], 2),
+           "peer_name": "no cache across turns, a barrier per turn",
+           "unit": "walks/s", "ratio": round(rates["ours"] / rates["plain"], 2), "equal": equal,
+           "check": f"{len(found['ours'][0][0])} greedy walks, action by action",
+           "share": {name: round(share, 3) for name, share in shares.items()},
+           "setting": f"{args.ckpt}, {args.sims} simulators, {args.threads} thread(s)",
+           "device": args.device,
+           "versions": {name: metadata.version(name) for name in ("torch", "transformers")}}
+    print(f"{'':8}{'walks/s':>9}{'policy computes':>17}")
+    for name in sides:
+        print(f"{name:8}{rates[name]:9.1f}{shares[name]:17.0%}")
+    print(f"ratio {row['ratio']}, {'equal' if equal else 'NOT EQUAL'}: {row['check']}")
+    if args.results:
+        with open(args.results, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,508 @@
+"""Dialogs and learning by walking: against transformers' own forward, hand-made groups, kill -9.
+
+Run it   python -m pytest tests/test_online.py
+"""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_grpo import farthest, gradients, log_of, relative, weights_of
+from test_model import hf_inputs
+
+import grpo_online
+import sft
+from evaluate import Walk, dialog_agent
+from make_data import Dialog, VlnEgo, merge_walk
+from model import DIALOG, load_policy, save_policy
+from reward import FORWARD, LEFT, STOP, UserError, merged_phrases, parse_answer
+
+torch.set_num_threads(1)
+NAV30 = dict(DIALOG, turn_deg=30, dataset="houses")
+
+
+@pytest.fixture(scope="module")
+def policy(ego):
+    """Tiny, random weights but for this: it has learned what an answer looks like, not which."""
+    data = VlnEgo(ego)
+    policy = load_policy("tiny", nav=NAV30, texts=[e["instruction"] for e in data.episodes])
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    moves = list(policy.merged.values())
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        dialogs, frames = sft.load_batch(data, NAV30, [(i, 0) for i in range(4)])
+        dialogs = policy.spell([d._replace(answers=tuple(
+            ", ".join(rng.choice(moves[:-1], rng.integers(1, 3)).tolist()
+                      + ["stop"] * (rng.random() < 0.05)) for _ in d.answers)) for d in dialogs])
+        loss = -policy(dialogs, frames).sum() / sum(len(a) for d in dialogs for a in d.answers)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return policy
+
+
+@pytest.fixture(scope="module")
+def init(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("init")
+    save_policy(policy, str(folder))
+    return str(folder)
+
+
+def houses_of(ego):
+    return os.path.join(os.path.dirname(os.path.dirname(ego)), "houses")
+
+
+def args_for(ego, init, out="unused", *more):
+    """Two episodes of three walks a step, one simulator: nothing depends on timing."""
+    return [f"--init={init}", f"--episodes={houses_of(ego)}", f"--out={out}", "--device=cpu",
+            "--sims=1", "--batch-size=2", "--group-size=3", "--lr=1e-3", "--max-steps=2",
+            "--val-episodes=2", "--rollouts-every=1", "--action-cap=12", "--turn-cap=6",
+            "--rerolls=1", "--reward=soft_success+0.5*progress", *more]
+
+
+@pytest.fixture(scope="module")
+def world(ego, init):
+    args = grpo_online.parse_args(args_for(ego, init, "unused", "--sims=3"))
+    _, world, _ = grpo_online.setup(args, "cpu")
+    with world.open():
+        yield world
+
+
+@pytest.fixture(scope="module")
+def walks(world, policy):
+    """Three sampled walks of each of two episodes."""
+    named = [(f"{i}.{g}", world.episodes[i]) for i in range(2) for g in range(3)]
+    return world.walk(policy, named)
+
+
+# ---------------------------------------------------------------- the language and the data
+
+
+def test_an_answer_is_read_to_the_letter():
+    merged = merged_phrases(15, 0.25)
+    for text in ("", "stop.", "Stop", "turn left 20 degrees", "move forward 25 cm,stop",
+                 "stop, move forward 25 cm", "move forward 25 cm, " * 3 + "stop"):
+        assert parse_answer(text, merged, 3) == [], text
+    assert parse_answer("turn right 45 degrees, stop", merged, 3) == [3, 3, 3, STOP]
+    assert all(parse_answer(text, merged, 1) == [action] * n
+               for (action, n), text in merged.items())
+
+
+def test_merging_keeps_the_walk_and_parts_pushes():
+    rng = np.random.default_rng(0)
+    joined = Counter()
+    for _ in range(300):
+        actions = [*rng.integers(1, 4, rng.integers(1, 30)).tolist(), STOP]
+        learned = (rng.random(len(actions)) < 0.8).tolist()
+        vary = bool(rng.random() < 0.5)
+        turns = merge_walk(actions, learned, rng, vary=vary)
+        flat = [a for _, keys, _ in turns for a, n in keys for _ in range(n)]
+        assert flat == actions
+        for t, keys, own in turns:
+            n = sum(n for _, n in keys)
+            assert learned[t:t + n] == [own] * n and len(keys) <= 3 and actions[t] == keys[0][0]
+        joined.update(n for _, keys, _ in merge_walk([1] * 3, [True] * 3, rng) for _, n in keys)
+    assert set(joined) == {1, 2, 3}
+
+
+def test_a_push_is_told_and_not_learned(ego):
+    data = VlnEgo(ego)
+    walk = data.walks[data.episodes[0]["walk_id"]]
+    actions = walk["actions"]
+    labels = [str(a) + "0" * 5 for a in actions]
+    labels[1] = ""                                             # amid a push
+    walk["labels"] = labels
+    d = data.dialog(0, NAV30, seed=3)
+    assert d.learned.count(False) == 1 and d.frames[d.learned.index(False)][1] == 1
+    merged = merged_phrases(30, 0.25)
+    assert sum((parse_answer(a, merged, 3) for a in d.answers), []) == actions
+    assert data.dialog(0, NAV30, 3) == d
+
+
+# ---------------------------------------------------------------- one forward for a whole walk
+
+
+def hf_walk_logps(policy, dialog, frames):
+    """Per turn, the answer's log-probs (C,) by transformers' forward over the whole dialog, its
+    text spelled by the chat template and its positions found by transformers."""
+    turns = []
+    for answer in dialog.answers:
+        turns += [{"role": "user", "content": "\x00"},
+                  {"role": "assistant", "content": policy.text(answer)}]
+    from model import dialog_prompt
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    chat = policy.tokenizer.apply_chat_template(turns, tokenize=False)
+    opening = dialog_prompt(dialog.instruction, policy.nav).replace("<image>", picture)
+    chat = chat.replace("\x00", opening, 1).replace("\x00", picture)
+    chat = chat.replace("<|image_pad|>", "<|image_pad|>" * 4)
+    ids = policy.tokenizer(chat, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    logits = policy.model(**hf_inputs(policy, ids, [frames[k] for k in dialog.frames])).logits[0]
+    logits[:, policy.banned] = -math.inf
+    logps, ids, at, found = logits.log_softmax(-1), ids[0].tolist(), 0, []
+    opener = policy.tokenizer("<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
+    for answer in dialog.answers:
+        at = next(i for i in range(at, len(ids)) if ids[i:i + len(opener)] == opener) + len(opener)
+        assert ids[at:at + len(answer)] == list(answer)
+        found.append(logps[range(at - 1, at + len(answer) - 1), list(answer)])
+    return found
+
+
+def test_a_whole_walk_in_one_forward_equals_transformers(policy, ego):
+    """Values, and gradients: with only answers in the loss, what the camera saw has none of its
+    own. Walks of unequal length share rows."""
+    data = VlnEgo(ego)
+    dialogs, frames = sft.load_batch(data, NAV30, [(i, 1) for i in range(5)])
+    dialogs = policy.spell(dialogs)
+    ours = policy(dialogs, frames)
+    theirs = [torch.cat(hf_walk_logps(policy, d, frames)) for d in dialogs]
+    for row, want in zip(ours, theirs):
+        torch.testing.assert_close(row[:len(want)], want, atol=1e-5, rtol=1e-4)
+        assert (row[len(want):] == 0).all()
+    weights = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])         # advantages: the third is dead
+    mine = gradients(policy, (weights[:, None] * ours).sum())
+    hf = gradients(policy, sum(w * t.sum() for w, t in zip(weights, theirs)))
+    assert relative(mine, hf) < 1e-4
+    alone = gradients(policy, policy(dialogs[2:3], frames).sum() * 0)
+    assert all(g.abs().max() == 0 for g in alone.values())
+
+
+def test_branches_equal_dialogs_that_went_another_way(policy, ego):
+    data = VlnEgo(ego)
+    dialogs, frames = sft.load_batch(data, NAV30, [(i, 1) for i in range(3)])
+    dialogs = policy.spell(dialogs)
+    other = [policy._encode(text) + [policy.end_token] for text in (
+        "turn left 60 degrees, move forward 25 cm, stop", "stop", "move forward 75 cm")]
+    branches = [[(0, other[0]), (1, other[1]), (1, other[0])], [(2, other[2])], [(1, other[1])]]
+    rows = iter(policy(dialogs, frames, branches))
+    for dialog, some in zip(dialogs, branches):
+        for turn, answer in some:
+            went = dialog._replace(answers=(*dialog.answers[:turn], tuple(answer)),
+                                   frames=dialog.frames[:turn + 1])
+            want = policy([went], frames)[0][-len(answer):]
+            torch.testing.assert_close(next(rows)[:len(answer)], want, atol=1e-5, rtol=1e-4)
+
+
+def test_sft_learns_dialogs_and_resumes(ego, tmp_path):
+    flags = ["--model=tiny", "--prompt=dialog", "--vary-turns", f"--data={ego}", "--device=cpu",
+             "--batch-size=4", "--lr=2e-3", "--max-steps=12", "--save-every=6", "--micro-batch=2"]
+    for out, stop in (("a", 12), ("b", 6), ("b", 12)):
+        sft.main(sft.parse_args([*flags, f"--out={tmp_path / out}", f"--stop-after={stop}"]))
+    losses = [row["loss"] for row in log_of(tmp_path / "a")]
+    assert losses[-1] < 0.8 * losses[0] and farthest(
+        weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
+    nav = json.loads((tmp_path / "a" / "nav.json").read_text())
+    assert nav["prompt"] == "dialog-1" and nav["merge"] == 3 and "memory" not in nav
+
+
+# ---------------------------------------------------------------- walking
+
+
+def hf_greedy(policy, instruction, turns, frame, limit=20):
+    """The next answer by transformers: one full forward over everything, for every token."""
+    dialog = Dialog(instruction, tuple(range(len(turns) + 1)),
+                    (*(tuple(a) for _, (a, *_) in turns), ()), ())
+    seen = [f for f, _ in turns] + [frame]
+    (ids, _, _), _ = policy.transcript(dialog, policy.encode_frames(seen))
+    answer = []
+    while len(answer) < limit and answer[-1:] != [policy.end_token]:
+        row = torch.tensor([ids + answer])
+        logits = policy.model(**hf_inputs(policy, row, seen)).logits[0, -1]
+        logits[policy.banned] = -math.inf
+        answer.append(int(logits.argmax()))
+    return answer
+
+
+@torch.no_grad()
+def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, policy):
+    """Greedy, three robots in company and at different turns, against transformers, and alone."""
+    named = [(str(i), world.episodes[i]) for i in range(4)]
+    together = world.walk(policy, named, temperature=0.0)
+    turns = 0
+    for walk, one in zip(together, named):
+        for k, (frame, (answer, )) in enumerate(walk.turns):
+            assert answer == hf_greedy(policy, walk.instruction, walk.turns[:k], frame), k
+            turns += k > 0
+        alone, = world.walk(policy, [one], temperature=0.0)
+        assert [a for _, a in alone.turns] == [a for _, a in walk.turns]
+        assert alone.actions == walk.actions and alone.end == walk.end
+    assert turns > 3
+
+
+@torch.no_grad()
+def test_sampling_is_a_function_of_the_name_and_drafts_change_nothing(world, policy, walks):
+    again = world.walk(policy, [(walk.name, walk.episode) for walk in walks[::-1]])[::-1]
+    assert [[a for _, a in w.turns] for w in again] == [[a for _, a in w.turns] for w in walks]
+    assert len({str([a for _, a in w.turns]) for w in walks[:3]}) > 1
+    feature = policy.encode_frames([walks[0].turns[0][0]])
+    plain, drafted = (policy.reply([None] * 9, ["go on"] * 9, feature * 9, 4, 1.3,
+                                   list(range(9)), draft)[0] for draft in (False, True))
+    assert plain == drafted
+
+
+def test_the_transcript_decodes_to_what_was_executed(policy, walks):
+    for walk in walks:
+        said = [policy.actions(answers[0]) for _, answers in walk.turns]
+        assert sum(said, []) == [a for a in walk.actions] or walk.end == "malformed"
+        assert [plan for _, _, plan in walk.answers] == said
+        moves = sum(a != STOP for a in walk.actions)
+        assert len(walk.states) == 1 + moves
+        for _, (ids,) in walk.turns:
+            assert not set(ids) & set(policy.banned)           # no picture was drawn
+
+
+def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
+    lessons = [grpo_online.Lesson(walk, [1.0]) for walk in walks]
+    (dialogs, frames, branches), advantages, mask = grpo_online.collate(lessons, "cpu")
+    assert branches is None and mask.sum() == sum(
+        len(answers[0]) for walk in walks for _, answers in walk.turns)
+    logps = policy(dialogs, frames)
+    assert torch.equal(mask, logps != 0)
+    for dialog, walk in zip(dialogs, walks):
+        features = policy.encode_frames([frames[key] for key in dialog.frames])
+        (ids, positions, _), begins = policy.transcript(dialog, features)
+        assert positions.shape == (3, len(ids))
+        for (at, _), (_, (answer,)) in zip(begins, walk.turns):
+            assert ids[at:at + len(answer)] == answer
+        assert walk.tokens == len(ids)                         # read, and the last word
+
+
+def test_early_ends():
+    args = grpo_online.parse_args(["--action-factor=2", "--action-cap=10", "--turn-cap=3",
+                                   "--patience=4"])
+    def walk(actions, turns, distances):
+        walk = Walk({"episode_id": 1}, "go")
+        walk.actions, walk.turns = [1] * actions, [0] * turns
+        walk.states = [{"distance_to_goal": d} for d in distances]
+        return walk
+    end = grpo_online.early_end
+    assert end(walk(7, 1, [3, 2, 1]), 4, args) is None
+    assert end(walk(8, 1, [3, 2, 1]), 4, args) == "actions"
+    assert end(walk(10, 1, [3, 2, 1]), 40, args) == "actions"
+    assert end(walk(2, 3, [3, 2, 1]), 40, args) == "turns"
+    assert end(walk(2, 1, [3, 2, 3, 3, 2.5, 2]), 40, args) == "no_progress"
+    assert end(walk(2, 1, [3, 2, 3, 3, 2.5]), 40, args) is None
+
+
+def test_a_killed_simulator_loses_no_episode(ego, init, policy):
+    args = grpo_online.parse_args(args_for(ego, init, "unused", "--sims=2"))
+    _, world, _ = grpo_online.setup(args, "cpu")
+    with world.open() as pool:
+        named = [(f"{i}", world.episodes[i]) for i in range(4)]
+        want = world.walk(policy, named)
+        tally, killed, wait_any = Counter(), [], pool.wait_any
+        def wait():
+            if len(killed) < 2:
+                killed.append(os.kill(pool.workers[len(killed)].process.pid, signal.SIGKILL))
+            return wait_any()
+        pool.wait_any = wait
+        got = world.walk(policy, named, tally=tally)
+    assert 1 <= tally["deaths"] <= 2
+    assert [w.actions for w in got] == [w.actions for w in want]
+    assert [w.end for w in got] == [w.end for w in want]
+
+
+# ---------------------------------------------------------------- rewards and groups
+
+
+def ended(distances, end="stop"):
+    walk = Walk({"episode_id": 1}, "go")
+    walk.states = [{"distance_to_goal": d, "position": [d, 0, 0]} for d in distances]
+    walk.end = end
+    return walk
+
+
+def test_marks_by_hand():
+    road = [[4, 0, 0], [0, 0, 0]]
+    marks = grpo_online.marks_of(ended([4, 2, 0.25]), 1.0, road)
+    assert marks["success"] == 1 and marks["soft_success"] == 0.75
+    assert marks["progress"] == 3.75 / 4 and 0 < marks["ndtw"] < 1
+    far = grpo_online.marks_of(ended([4, 9]), 1.0, road)
+    assert far["success"] == far["soft_success"] == 0 and far["progress"] == -1
+    over = grpo_online.marks_of(ended([4, 0.25], "actions"), 1.0, road)
+    assert over["success"] == over["soft_success"] == over["ndtw"] == 0 < over["progress"]
+    with pytest.raises(UserError, match="--reward"):
+        grpo_online.read_reward("success+luck")
+
+
+def test_a_plan_is_worth_what_it_gains_and_a_right_stop():
+    robot = {"turn_deg": 30, "forward_m": 0.25}
+    def state(d, yaw=0.0):
+        return {"distance_to_goal": d, "position": [0, 0, d], "next": [0, 0, 0],
+                "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)]}
+    def worth(before, after, plan):
+        return grpo_online.plan_reward(before, after, plan, robot, 1.0, 1.0, 0.5)
+    assert worth(state(3), state(2.5), [1, 1]) == pytest.approx(0)          # as the expert would
+    assert worth(state(3), state(3), [1, 1]) == pytest.approx(-0.5)         # ran into a wall
+    turned = state(3, math.radians(30))
+    assert worth(turned, state(3), [LEFT]) == pytest.approx(0)
+    assert worth(state(3), turned, [LEFT]) == pytest.approx(-0.5)           # and has to turn back
+    assert worth(state(1.25), state(0.75), [1, 1, STOP]) == pytest.approx(1.25)
+    assert worth(state(3), state(3), [STOP]) == worth(state(3), state(3), []) == -0.5
+
+
+def test_advantages_of_a_hand_made_group_and_dead_groups_are_gone(walks):
+    args = grpo_online.parse_args(["--group-size=3"])
+    rewards = [0.0, 0.0, 1.0, 0.5, 0.5, 0.5]                   # the second group agrees
+    lessons, flat = grpo_online.compare_walks(walks, rewards, args)
+    assert flat == 1 and [lesson.dialog.frames[0][0] for lesson in lessons] == [
+        "0.0", "0.1", "0.2"]
+    want = torch.tensor([-1.0, -1.0, 2.0]) / (3 * (math.sqrt(1 / 3) + 1e-4))
+    assert torch.tensor([lesson.advantages[0] for lesson in lessons]).allclose(want)
+    walks[0].end, kept = "error", walks[0].end                 # the world's fault: not a lesson
+    assert grpo_online.compare_walks(walks, rewards, args) == ([], 2)
+    walks[0].end = kept
+    bare = grpo_online.parse_args(["--group-size=3", "--no-divide-by-spread"])
+    lessons, _ = grpo_online.compare_walks(walks, rewards, bare)
+    assert [lesson.advantages[0] for lesson in lessons] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
+
+
+def test_parts_are_as_many_whatever_there_is_to_learn(policy, walks):
+    lessons = [grpo_online.Lesson(walk, [1.0]) for walk in walks]
+    spare = grpo_online.mute(walks[0], False)
+    for n, parts in ((6, 4), (2, 4), (0, 2)):
+        shared = grpo_online.share_out(lessons[:n], spare, parts)
+        assert len(shared) == parts and all(shared)
+        assert sum(lesson is not spare for part in shared for lesson in part) == n
+        assert sum(part == [spare] for part in shared) == max(0, parts - n)
+    for state_groups in (False, True):
+        asked, advantages, mask = grpo_online.collate(
+            [grpo_online.mute(walks[0], state_groups)], "cpu")
+        assert policy(*asked).shape == mask.shape and advantages.tolist() == [0.0]
+
+
+def test_plans_are_played_from_every_state_of_a_walk(world, policy):
+    args = grpo_online.parse_args(["--group-size=4"])
+    some = world.walk(policy, [("s0", world.episodes[0]), ("s1", world.episodes[1])], 4)
+    rewards = world.judge_plans(some, policy)
+    lessons, flat = grpo_online.compare_plans(some, rewards, args)
+    assert [len(r) for r in rewards] == [len(walk.turns) for walk in some]
+    for walk, per_turn in zip(some, rewards):
+        for (*_, plan), (_, answers), marks in zip(walk.answers, walk.turns, per_turn):
+            assert len(marks) == len(answers) == 4 and policy.actions(answers[0]) == plan
+            for answer, mark in zip(answers, marks):           # equal plans, equal worth
+                assert answer != answers[0] or mark == marks[0]
+    assert flat + sum(len(le.branches) // 4 for le in lessons) == sum(map(len, rewards))
+    # the walked plan's end is the next turn's place: what was played is what was walked
+    walk = max(some, key=lambda walk: len(walk.turns))
+    world.pool.submit(0, "try", episode=walk.episode, plans=[[walk.answers[0][2]]], poses=[
+        walk.states[0]["position"] + walk.states[0]["rotation"]])
+    state, = world.pool.wait(0)["states"][0]
+    assert state["position"] == pytest.approx(walk.states[walk.answers[1][0]]["position"])
+
+
+# ---------------------------------------------------------------- the loop
+
+
+def run_online(ego, init, out, *more):
+    grpo_online.main(grpo_online.parse_args(args_for(ego, init, out, *more)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def plain(ego, init, tmp_path_factory):
+    return run_online(ego, init, tmp_path_factory.mktemp("plain") / "out", "--save-every=1")
+
+
+def untimed(folder):
+    clocks = ("minutes", "walking_s")
+    return [{k: v for k, v in row.items() if k not in clocks} for row in log_of(folder)]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(init, plain):
+    log = untimed(plain)
+    assert [row["step"] for row in log] == [0, 1, 2] and "val/success" in log[0]
+    assert sum(log[1][f"end_{end}"] for end in grpo_online.ENDS) == pytest.approx(1)
+    assert log[1]["kl"] == log[1]["clip_frac"] == 0 and log[1]["tokens"] > 0
+    assert farthest(weights_of(init), weights_of(plain)) > 1e-4
+    told = [json.loads(line) for line in open(plain / "rollouts.jsonl")]
+    assert len(told) == 12 and {"episode_id", "turns", "reward", "end"} <= set(told[0])
+    assert (plain / "curves.png").stat().st_size > 1000
+    assert load_policy(str(plain)).nav["prompt"] == "dialog-1"
+
+
+def test_kill_9_and_resume_gives_the_same_next_update(ego, init, plain, tmp_path):
+    out = tmp_path / "killed"
+    command = [sys.executable, grpo_online.__file__, *args_for(ego, init, out, "--save-every=1")]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "state" / "latest").exists():
+        assert child.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not (out / "model.safetensors").exists()
+    run_online(ego, init, out, "--save-every=1")
+    assert farthest(weights_of(out), weights_of(plain)) == 0 and untimed(out) == untimed(plain)
+    assert (out / "rollouts.jsonl").read_text() == (plain / "rollouts.jsonl").read_text()
+
+
+DRIVER = """
+import sys, grpo_online
+for stage in sys.argv[2].split(","):
+    grpo_online.main(grpo_online.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/zero{stage}",
+                                                            f"--zero-stage={stage}"]))
+"""
+
+
+def test_two_ranks_of_unequal_walks_agree_with_one_at_zero_0_and_3(ego, init, tmp_path):
+    more = ["--micro-batch=2", "--updates-per-batch=2", "--lr=2e-5", "--kl-coef=0.01",
+            "--max-steps=1"]
+    run_online(ego, init, tmp_path / "alone", *more)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "driver.py"), str(tmp_path), "0,3",
+         *args_for(ego, init, "unused", *more)], timeout=150, capture_output=True, text=True,
+        env=dict(env, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    start, want = weights_of(init), weights_of(tmp_path / "alone")
+    for stage in (0, 3):
+        got = weights_of(tmp_path / f"zero{stage}")
+        assert farthest(got, want) < 1e-5, stage
+        moved = relative({k: w - start[k] for k, w in got.items()},
+                         {k: w - start[k] for k, w in want.items()})
+        assert moved < 2e-3, (stage, moved)
+        for ours, theirs in zip(untimed(tmp_path / f"zero{stage}"), untimed(tmp_path / "alone"),
+                                strict=True):
+            for key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (stage, key)
+
+
+def test_state_groups_learn_too(ego, init, tmp_path):
+    out = run_online(ego, init, tmp_path / "state", "--groups=state", "--micro-batch=1",
+                     "--max-steps=1")
+    row = untimed(out)[-1]
+    assert row["groups"] > 2 and farthest(weights_of(init), weights_of(out)) > 1e-4
+
+
+@pytest.mark.parametrize("wrong, says", [
+    (["--init=nowhere"], "--prompt dialog"), (["--group-size=1"], "siblings"),
+    (["--temperature=0"], "--temperature"), (["--reward=fame"], "--reward"),
+    (["--batch-size=2000"], "--batch-size"), (["--split=nowhere"], "nowhere"),
+])  # fmt: skip
+def test_mistakes_are_told_in_a_sentence(ego, init, tmp_path, wrong, says):
+    with pytest.raises(UserError, match=says):
+        grpo_online.main(grpo_online.parse_args(args_for(ego, init, tmp_path / "out", *wrong)))
+
+
+def test_the_agent_of_evaluate_obeys_malformed(policy):
+    class Mute:
+        nav, merged, end_token = policy.nav, policy.merged, policy.end_token
+        text, actions, encode_frames = policy.text, policy.actions, policy.encode_frames
+        def reply(self, threads, *_):
+            return [[[5, 6]]] * len(threads), [type("T", (), {
+                "kv": torch.zeros(1, 1, 1, 1), "said": [6]})] * len(threads)
+    walk = Walk({"episode_id": 1}, "go")
+    walk.frames = [np.zeros((56, 56, 3), np.uint8)]
+    assert dialog_agent(Mute())([walk]) == [[STOP]]
+    walk.frames = [np.zeros((56, 56, 3), np.uint8)]
+    assert dialog_agent(Mute(), malformed="forward")([walk]) == [[FORWARD]]
