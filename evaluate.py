@@ -53,6 +53,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -1002,10 +1003,12 @@ def prepare(args):
     truths = None if hidden else read_ground_truth(source, args.split, args.role)
     episodes = spread(every, args.limit or len(every))
     scenes = args.scenes or scenes_of(source)
-    if args.witness and (hidden or args.sim != "habitat" or args.sim_hosts):
-        raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, the "
-                        "scenes on this machine, and a split with goals")
     robot = choose_robot(args, ckpt, nav, every[0])
+    if args.witness and (hidden or args.sim != "habitat" or args.sim_hosts or robot["turn_deg"] % 1
+                         or not shutil.which(args.sim_python or sys.executable)):
+        raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, a "
+                        "--sim-python that is there, the scenes on this machine, a split with "
+                        "goals, and turns of whole degrees (habitat-lab knows no others)")
     check_episodes(episodes, truths, f"{source} ({args.split})")
     if not args.sim_hosts:  # else its server is asked, later
         check_scenes(episodes, scenes)

@@ -263,9 +263,14 @@ def verify_input(args, episodes, scenes, robot):
             truths = read_ground_truth(args.episodes, args.split, args.role)
         except UserError as error:
             problems.append(str(error))
-    facts, found = verify(episodes, truths, scenes, robot["turn_deg"],
+    turn_deg = robot["turn_deg"]
+    if truths and args.turn_deg is not None:                # it is meant: see choose_expert
+        turn_deg = walked_turn_deg(paired(episodes, truths), turn_deg)
+    facts, found = verify(episodes, truths, scenes, turn_deg,
                           None if args.limit else tuple(whole))
-    if truths and not problems + found:
+    if turn_deg != robot["turn_deg"]:
+        facts.append(f"the expert will walk anew, with turns of {robot['turn_deg']:g} degrees")
+    elif truths and not problems + found:
         frames = sum(len(walk["actions"]) for walk in plan_walks(episodes, truths, args)[0]
                      if walk["actions"])
         facts.append(f"to record: {frames:,} frames, " + (

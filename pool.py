@@ -282,7 +282,8 @@ def work(simulators, verbs, scenes_dir, idle_s=None, stall_s=None):
     """
     line = socket.socket(fileno=os.dup(0))
     os.dup2(2, 1)  # whatever a library prints goes to stderr, not into the answers
-    session, requests, sim = os.environ.pop(SESSION, None), queue.Queue(), None
+    session, sim = os.environ.pop(SESSION, None), None
+    requests = queue.Queue(2)  # a user asks one thing at a time; who does not has to wait
     seal = Seal(bytes.fromhex(session), b"server", b"client") if session else None
     who = name_of(line.getpeername()) if session else "simulator"
     waits = (idle_s, stall_s) if session else (None, None)
@@ -331,7 +332,8 @@ def confine(scenes_dir, request):
         if scene_id is not None:
             path = os.path.realpath(os.path.join(root, scene_id))
             if not path.startswith(os.path.join(root, "")):
-                raise Refused(f"scene {scene_id!r} is outside of the server's --scenes")
+                raise Refused(f"scene {scene_id!r} is outside of the server's --scenes (links are "
+                              "followed: start it with the folder that they lead to)")
 
 
 # ---------------------------------------------------------------- the door
@@ -601,7 +603,10 @@ class SimPool:
         """UserError if a server lacks one of these scenes."""
         for i in range(min(len(self.hosts), len(self.workers))):
             self.submit(i, "missing", scenes=sorted(scenes))
-            missing = self.wait(i)["missing"]
+            try:
+                missing = self.wait(i)["missing"]
+            except (SimError, SimDied) as error:
+                raise UserError(f"{name_of(self.hosts[i])}: {error}") from None
             if missing:
                 raise UserError(f"{len(missing)} scenes are missing on {name_of(self.hosts[i])}, "
                                 f"the first is {missing[0]}: start its server with the --scenes "
@@ -616,7 +621,8 @@ class SimPool:
             episode = arguments["episode"]
             arguments["episode"] = {key: episode[key] for key in keys if key in episode}
             worker.episode = episode.get("episode_id")
-        worker.verb, worker.timeout_s = verb, self.timeout_s
+        first = worker.timeout_s is None and self.start["kind"] == "habitat"  # it makes its renderer
+        worker.verb, worker.timeout_s = verb, max(self.timeout_s, START_S if first else 0)
         worker.deadline = time.monotonic() + worker.timeout_s
         if worker.reply is None:
             worker.send(dict(arguments, verb=verb))
@@ -660,6 +666,8 @@ class SimPool:
         assert busy, "nothing is under way: submit() comes before wait()"
         for key, _ in self.selector.select(max(0.0, min(busy) - time.monotonic())):
             worker = self.workers[key.data]
+            if worker.verb is not None:  # it is not silent: the rest of its answer has time, too
+                worker.deadline = time.monotonic() + worker.timeout_s
             try:
                 worker.reply = worker.receive()
             except EOFError as error:
@@ -669,7 +677,9 @@ class SimPool:
                 self.arrived.append(key.data)
         for k, worker in enumerate(self.workers):
             if worker.verb is not None and worker.reply is None:
-                if time.monotonic() > worker.deadline:
+                # it may have answered meanwhile, while its user was busy with something else
+                if time.monotonic() > worker.deadline and not select.select(
+                        [worker.line], [], [], 0)[0]:
                     worker.bury(0)
                     self.replace(k, f"gave no answer in {worker.timeout_s:g} s and was killed")
 

@@ -806,10 +806,10 @@ class HabitatSim:
             import magnum
         except ImportError as error:
             raise UserError(HABITAT_MISSING.format(python=sys.executable, error=error)) from None
-        cards = visible_gpus() if habitat_sim.cuda_enabled else 0
+        cards = visible_gpus()  # a build without CUDA renders on them, too: EGL knows the indices
         if gpu is not None and gpu >= cards:
-            raise UserError(f"GPU {gpu} was asked for, but habitat-sim can use {cards} here (CUDA "
-                            f"in its build: {habitat_sim.cuda_enabled}); leave the GPU flag out")
+            raise UserError(f"GPU {gpu} was asked for, but this machine shows {cards} to CUDA: name "
+                            "another with --sim-gpus, or leave it out")
         self.gpu = gpu if gpu is not None else (0 if cards else -1)
         self.habitat, self.magnum, self.sim, self.file = habitat_sim, magnum, None, None
         self.robot, self.scenes_dir = robot, scenes_dir
@@ -839,10 +839,15 @@ class HabitatSim:
                 amount=float(robot[amount]))) for key, (name, amount) in names.items()})
         config = habitat.Configuration(backend, [agent])
         self.file = None  # if habitat raises below, no scene is loaded
-        if self.sim is None:
-            self.sim = habitat.Simulator(config)
-        else:
-            self.sim.reconfigure(config)
+        try:
+            if self.sim is None:
+                self.sim = habitat.Simulator(config)
+            else:
+                self.sim.reconfigure(config)
+        except (AssertionError, RuntimeError) as error:
+            self.sim = None  # what a failure has left of it is not to be trusted
+            raise SimError(f"{path}: habitat-sim cannot load this scene ({str(error).strip()}); "
+                           "copy it again") from None
         self.agent, self.follower = self.sim.get_agent(0), None
         self.load_navmesh(path)
         self.file = path
@@ -850,13 +855,20 @@ class HabitatSim:
     def load_navmesh(self, path):
         """The scene's own .navmesh if it was made for a body like this one, else a new one. This is
         what habitat-sim did when R2R-CE and RxR-CE were made (R2R's robot is the default body, for
-        which the files are; RxR's is not), written out because later versions differ."""
+        which the files are; RxR's is not), written out because later versions differ. SimError if
+        a file is damaged, or missing where distances are to be those of the published mesh."""
         finder, body = self.sim.pathfinder, self.habitat.NavMeshSettings()
         body.set_defaults()
+        ordinary = body.agent_radius, body.agent_height
         body.agent_radius, body.agent_height = self.robot["radius_m"], self.robot["height_m"]
         file, self.navmesh = os.path.splitext(path)[0] + ".navmesh", "the scene's file"
+        wanted = np.allclose(ordinary, (body.agent_radius, body.agent_height), atol=1e-4)
         if os.path.exists(file):
-            finder.load_nav_mesh(file)
+            if not finder.load_nav_mesh(file):
+                raise SimError(f"{file}: habitat-sim cannot load it; copy it again")
+        elif wanted and f"{os.sep}mp3d{os.sep}" in path:
+            raise SimError(f"{file} is missing, and a new one would give other distances than the "
+                           "published: extract the whole of Matterport3D's `habitat` task")
         stored = finder.nav_mesh_settings if finder.is_loaded else None
         if stored is None or abs(stored.agent_radius - body.agent_radius) > 1e-4 or abs(
                 stored.agent_height - body.agent_height) > 1e-4:
@@ -877,6 +889,8 @@ class HabitatSim:
         state.rotation = rotation / np.linalg.norm(rotation)  # not of unit length: ValueError
         self.agent.set_state(state)
         self.collided = False
+        if self.follower is not None:
+            self.follower.reset()  # what it remembers of its last moves is not of this place
 
     def act(self, action):
         """agent.act rather than sim.step: that one would render, and asserts on STOP."""
@@ -1012,8 +1026,14 @@ def do_check(sim, scene_id):
     ready = time.perf_counter()
     views = sim.render([p + q for p, q in zip(places, turned)])
     rendered = time.perf_counter()
-    goal = next((p for p in places[1:] if 2 < sim.geodesic([p]) < math.inf), places[0])
-    metres, actions = sim.geodesic([goal]), 0
+    goal, metres, actions = places[0], 0.0, 0
+    for start, yaw in zip(places, turned):  # the first may be on top of a table
+        sim.set_pose(start, yaw)
+        goal = max((p for p in places if sim.geodesic([p]) < math.inf), default=start,
+                   key=lambda p: sim.geodesic([p]))
+        metres = sim.geodesic([goal])
+        if metres > 2:
+            break
     while actions < 500:
         action = sim.expert_action(goal)
         if action == STOP:
@@ -1178,8 +1198,7 @@ ADVICE = (
     ("windowless context|EGL", "OpenGL without a screen needs the driver's EGL: on a GPU machine "
      "the libraries of its driver (in a container NVIDIA_DRIVER_CAPABILITIES=all), on any other "
      "Mesa's (apt install libegl1 libgl1-mesa-dri), and habitat-sim's *headless* build"),
-    ("CUDA|GPU", "name another GPU with --sim-gpus (CUDA_VISIBLE_DEVICES renumbers them)"),
-    ("navmesh|NavMesh", "copy the .navmesh of the download to beside the .glb"))
+    ("CUDA|GPU", "name another GPU with --sim-gpus (CUDA_VISIBLE_DEVICES renumbers them)"))
 
 
 def check(args, scene):
@@ -1204,8 +1223,10 @@ def check(args, scene):
     if facts["mean_grey"] < 2:
         raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
     if facts.get("navmesh") == "computed":
-        print("no .navmesh for this body lies beside the scene, so one was computed; R2R's "
-              "distances are those of the downloaded files")
+        print("no .navmesh for this body lies beside the scene, so one was computed")
+    if not facts["actions"]:
+        raise UserError("no two places of this scene are 2 m apart: choose another --scene, or see "
+                        "the navmesh")
     if not facts["ended_m"] <= max(ROBOTS[args.robot]["forward_m"], 0.25):
         raise UserError(f"the expert stopped {facts['ended_m']} m from its goal: see the navmesh")
     print("ready")

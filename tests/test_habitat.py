@@ -84,7 +84,7 @@ def test_geodesics_agree(houses, ours, habitat):
     mine, theirs = np.array(pairs).T
     print(f"{len(mine)} geodesics: largest difference {abs(mine - theirs).max():.3f} m, "
           f"mean ratio {(theirs / mine).mean():.4f}")
-    assert (abs(mine - theirs) < np.maximum(0.3, 0.03 * mine)).all()
+    assert (abs(mine - theirs) < np.maximum(0.1, 0.03 * mine)).all()      # the issue allows 0.3 m
 
 
 def test_the_experts_actions_lead_to_the_same_place(houses, ours, habitat):
@@ -104,24 +104,25 @@ def test_the_experts_actions_lead_to_the_same_place(houses, ours, habitat):
 
 def test_no_way_leads_onto_the_roof(houses, habitat_python):
     """Every navigable point is on the floor, or on furniture that no path reaches."""
+    scenes = sorted({episode["scene_id"] for episode in houses[1]})
     code = f"""if True:
         import json, sys
         sys.path.insert(0, {ROOT!r})
         import sim
-        world = sim.HabitatSim(sim.ROBOTS["houses"], {str(houses[0] / "scenes")!r})
-        world.load({houses[1][0]["scene_id"]!r})
-        finder, way = world.sim.pathfinder, world.habitat.ShortestPath()
-        points = [finder.get_random_navigable_point() for _ in range(500)]
-        way.requested_start = next(p for p in points if p[1] < 0.05)
-        told = []
-        for point in points:
-            way.requested_end = point
-            told.append([float(point[1]), bool(finder.find_path(way))])
+        world, told = sim.HabitatSim(sim.ROBOTS["houses"], {str(houses[0] / "scenes")!r}), []
+        for scene in {scenes!r}:
+            world.load(scene)
+            finder, way = world.sim.pathfinder, world.habitat.ShortestPath()
+            points = [finder.get_random_navigable_point() for _ in range(200)]
+            way.requested_start = next(p for p in points if p[1] < 0.05)
+            for point in points:
+                way.requested_end = point
+                told.append([float(point[1]), bool(finder.find_path(way))])
         print(json.dumps(told))"""
     told = subprocess.run([habitat_python, "-c", code], capture_output=True, text=True, check=True)
     points = json.loads(told.stdout.splitlines()[-1])
     heights = [height for height, _ in points]
-    print(f"500 navigable points: {sum(h < 0.05 for h in heights)} on the floor, highest at "
+    print(f"{len(points)} navigable points: {sum(h < 0.05 for h in heights)} on the floor, highest at "
           f"{max(heights):.2f} m")
     assert max(heights) < 2
     assert all(height < 0.05 for height, reached in points if reached)
@@ -162,6 +163,23 @@ def test_a_false_score_is_found_out(houses, habitat_python, tmp_path):
     told = script("evaluate.py", "--episodes", houses[0], "--out", tmp_path / "a", *flags,
                   "--witness", check=False)
     assert told.returncode == 2 and f"episode {rows[2]['episode_id']}" in told.stderr
+
+
+def test_a_damaged_scene_or_navmesh_costs_its_own_episodes_only(houses, habitat_python, tmp_path):
+    root, episodes, _ = houses
+    scenes = sorted({episode["scene_id"] for episode in episodes})[:3]
+    for scene in scenes:
+        (tmp_path / scene).parent.mkdir(parents=True)
+        (tmp_path / scene).write_bytes((root / "scenes" / scene).read_bytes()[:-5000 * (
+            scene == scenes[0])])
+    (tmp_path / scenes[1]).with_suffix(".navmesh").write_bytes(bytes(100))
+    one_of = [next(e for e in episodes if e["scene_id"] == scene) for scene in scenes]
+    with sim.SimPool("habitat", ROBOT, tmp_path, 1, habitat_python) as pool:
+        for episode, problem in zip(one_of, ("copy it again", "navmesh: habitat-sim cannot", None)):
+            pool.submit(0, "reset", episode=episode)
+            _, reply = pool.wait_any()
+            assert isinstance(reply, sim.SimError) == bool(problem), reply
+            assert not problem or problem in str(reply)
 
 
 def test_make_data_records_in_habitat(houses, habitat_python, tmp_path):
