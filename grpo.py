@@ -347,6 +347,8 @@ def main(args):
         print(f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x {args.group_size} "
               f"plans, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    piece = load_batch(sources, policy.nav, prompts[:per_forward])
+    E.tell_memory(engine, reference, policy.activations(*piece, args.group_size), rank)
     log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)

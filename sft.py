@@ -192,6 +192,8 @@ def main(args):
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    piece = load_batch(data, policy.nav, order(first)[:per_forward])
+    E.tell_memory(engine, None, policy.activations(*piece), rank)
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan"))
 
     def load(step):

@@ -36,7 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 
-# TRL and transformers' processor import torchvision, whose wheels are CUDA builds: beside a CPU torch
+# TRL and transformers' processor import torchvision, whose wheels are CUDA builds: to a CPU torch
 # two operators are missing, which nobody here calls. Declaring them is enough.
 if util.find_spec("torchvision") and not torch.version.cuda:
     _library = torch.library.Library("torchvision", "DEF")
@@ -123,6 +123,7 @@ def shaped(policy, shape):
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     hidden, layers, heads, kv_heads, mlp, vocabulary, tied = QWEN2[shape]
     config = policy.model.config.to_dict()
+    config["text_config"].pop("layer_types", None)
     config["text_config"].update(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=mlp, vocab_size=vocabulary,
