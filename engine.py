@@ -194,8 +194,8 @@ def tell_memory(engine, reference, activations, rank):
     print("memory: about " + " + ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
           + f" = {need:.2f} GB of {room:.0f} GB a process has")
     if need > room:
-        print("WARNING: that does not fit. Lower --micro-batch; then --gradient-checkpointing; then "
-              "--zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
+        print("WARNING: that does not fit. Lower --micro-batch; then --gradient-checkpointing; "
+              "then --zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
 
 
 def default_dtype(args):

@@ -192,8 +192,8 @@ def mrope_positions(runs):
 
 
 def vision_flops(config, patches):
-    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention count,
-    a multiplication with its addition as two; config is transformers' Qwen2VLVisionConfig.
+    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention
+    count, a multiplication with its addition as two; config: transformers' Qwen2VLVisionConfig.
 
     One block of width 2 and a fourfold MLP has 4*4 + 2*2*8 = 48 weights, the patches 3*14*14*2, the
     merger, of 4 patches to a token, 8*8 + 8*3; attention is 2 products of 4 x 4 x 2:
@@ -251,7 +251,7 @@ class Prompt(NamedTuple):
 class Cache(NamedTuple):
     """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool.
 
-    shared: another Cache, of N / G rows: what G siblings have in common, looked at before their own.
+    shared: another Cache, of N / G rows: what G siblings have in common, before their own.
     """
     keys: list
     values: list
@@ -292,7 +292,7 @@ class Rollout(NamedTuple):
 
 
 def attend(q, k, v, mask):
-    """Attention of q (N, heads, T, D) to k, v (N, kv_heads, S, D) where mask (N, 1, T, S) is True."""
+    """q (N, heads, T, D) looks at k, v (N, kv_heads, S, D) where mask (N, 1, T, S) is True."""
     share = q.shape[1] // k.shape[1]
     if share > 1:                                               # grouped-query heads
         k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
@@ -311,7 +311,7 @@ def apart(x, n):
 
 
 def certain(node):
-    """The tokens that follow a node of a tree {token: node} without a choice, and where they end."""
+    """The tokens that follow a node of a tree {token: node} without a choice, and their end."""
     tokens = []
     while len(node) == 1:
         (token, node), = node.items()
@@ -327,7 +327,7 @@ class Policy(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.promise(nav)
         self.checkpointing = False
-        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() last asked
+        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() asked
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
             self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
 

@@ -1,4 +1,4 @@
-"""What bench/ claims beside its ratios: both sides compute the same. And the counts they are told in.
+"""What bench/ claims beside its ratios: both sides compute the same. And the units of its rows.
 
 Run it   python -m pytest tests/test_bench.py       (TRL's part: with the packages of bench/)
 """
@@ -61,7 +61,7 @@ def test_frames_may_be_given_as_features(wordy):  # noqa: F811
     ids, mask = wordy.answers([write_plan([1, 2, 3, 0, 0, 0], wordy.phrases)])
     with torch.no_grad():
         features = dict(zip(frames, wordy.encode_frames(list(frames.values()))))
-        assert torch.equal(wordy(decisions, features, ids, mask), wordy(decisions, frames, ids, mask))
+        assert torch.equal(*(wordy(decisions, seen, ids, mask) for seen in (features, frames)))
 
 
 def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):  # noqa: F811
@@ -221,7 +221,8 @@ def test_rows_become_a_table(tmp_path, capsys):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert [(r["ours"], r["ratio"], r["spread"]["ours"]) for r in rows] == [
         (2.0, 4.0, [1.0, 3.0]), (6.0, 3.0, [6.0, 6.0])]
-    assert {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", "versions"} <= rows[0].keys()
+    assert {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", "check", "spread",
+            "versions"} <= rows[0].keys()
     assert "4.00  yes   against a peer" in capsys.readouterr().out
 
 
