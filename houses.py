@@ -421,7 +421,7 @@ def write_glb(path, boxes):
         for name, grey in textures().items()
     }
     triangles = np.concatenate([[[k, k + 1, k + 2], [k, k + 2, k + 3]] for k in range(0, 24, 4)])
-    lidless = np.delete(triangles, (6, 7), axis=0)  # without +y, the fourth face: no roof to walk on
+    lidless = np.delete(triangles, (6, 7), axis=0)  # without the upper side, +y
     scene = trimesh.Scene()
     for number, box in enumerate(boxes):
         corners, uv = faces(box.lo, box.hi)

@@ -34,5 +34,5 @@ def habitat_python():
     python = os.environ.get("HABITAT_PYTHON", sys.executable)
     found = subprocess.run([python, "-c", "import habitat_sim"], capture_output=True, text=True)
     if found.returncode:
-        pytest.skip(f"needs habitat-sim, which {python} lacks: set HABITAT_PYTHON (README, Habitat)")
+        pytest.skip(f"needs habitat-sim, which {python} lacks: set HABITAT_PYTHON")
     return python
