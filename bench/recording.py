@@ -20,6 +20,7 @@ from common import ROOT, in_turn, parser, script, tell
 from PIL import Image
 
 import make_data
+from episodes import read_episodes, read_ground_truth
 from reward import STOP
 from sim import ROBOTS, HouseSim
 
@@ -33,8 +34,8 @@ def parse_args(argv=None):
 
 def collect(houses, out, limit):
     """The official way. -> frames per second, {(episode, t): frame}"""
-    episodes = make_data.read_episodes(houses, "train")[:limit]
-    truths = make_data.read_ground_truth(houses, "train")
+    episodes = read_episodes(houses, "train")[:limit]
+    truths = read_ground_truth(houses, "train")
     shutil.rmtree(out, ignore_errors=True)
     sim, seen = HouseSim(ROBOTS["houses"], os.path.join(houses, "scenes")), {}
     start = time.perf_counter()

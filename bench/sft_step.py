@@ -9,8 +9,8 @@ Both start from the same folder and get the same samples in the same batches, th
 clipping and rate, fp32 on CPUs and bf16 on GPUs. Ours is sft.py itself, its log's seconds; theirs
 is trainer.train(), the time between two steps, one row a sample, right-padded to the longest of
 its batch. The Trainer with what suits it here: processor and decoding in a worker process (ours:
-in a thread), no gradient checkpointing, sdpa attention, PyTorch's AdamW, decoded frames remembered by its
-data set as by ours.
+in a thread), no gradient checkpointing, sdpa attention, PyTorch's AdamW, decoded frames remembered
+by its data set as by ours.
 
 Checked on the way: the loss of every step. Equal losses over several updates mean equal gradients.
 """
