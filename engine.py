@@ -166,6 +166,38 @@ def memory_gb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def tell_memory(engine, reference, activations, rank):
+    """Print what a process will hold at least, in GB (1e9 bytes), and whether there is room for it.
+
+    activations: bytes (model.activation_bytes). Weights, gradients and AdamW's two moments, in bf16
+    an fp32 master copy besides, are divided among processes as the ZeRO stage says.
+    """
+    if rank:
+        return
+    stage, world = engine.zero_optimization_stage(), dist.get_world_size()
+    half = engine.bfloat16_enabled()
+    def size(p):
+        return getattr(p, "ds_numel", p.numel())              # ZeRO-3 has sharded it
+    weights = list(engine.module.parameters())
+    trained = sum(size(p) for p in weights if p.requires_grad)
+    divided = [world if stage >= least else 1 for least in (3, 2, 1)]
+    parts = {"weights": sum(map(size, weights)) * (2 if half else 4) / divided[0],
+             "gradients": trained * (2 if half else 4) / divided[1],
+             "optimizer": trained * (12 if half else 8) / divided[2]}
+    if reference is not None:
+        parts["reference"] = parts["weights"]
+    parts = {name: b / 1e9 for name, b in (parts | {"activations": activations}).items()}
+    cuda = torch.cuda.is_initialized()
+    room = (torch.cuda.get_device_properties(0).total_memory if cuda else
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world) / 1e9
+    need = sum(parts.values())
+    print("memory: about " + " + ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
+          + f" = {need:.2f} GB of {room:.0f} GB a process has")
+    if need > room:
+        print("WARNING: that does not fit. Lower --micro-batch; then --gradient-checkpointing; "
+              "then --zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
+
+
 def default_dtype(args):
     return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 

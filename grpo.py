@@ -340,8 +340,8 @@ def main(args):
     engine = E.make_engine(policy, args, micro_steps)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
-    # With one forward per update, sampling and learning run the prompts only once (not under ZeRO-3,
-    # where ranks that sample plans of unequal length may not learn meanwhile).
+    # With one forward per update, sampling and learning run the prompts only once (not under
+    # ZeRO-3, where ranks that sample plans of unequal length may not learn meanwhile).
     once = (micro_steps == 1 == args.updates_per_batch) and engine.zero_optimization_stage() < 3
     val_path = args.val_data or os.path.join(os.path.dirname(args.data[0].rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
@@ -351,6 +351,8 @@ def main(args):
         print(f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x {args.group_size} "
               f"plans, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    piece = load_batch(sources, policy.nav, prompts[:per_forward])
+    E.tell_memory(engine, reference, policy.activations(*piece, args.group_size), rank)
     log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)

@@ -386,7 +386,7 @@ def encode(frame, suffix, quality):
     if suffix == "jpg":
         Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
     else:
-        Image.fromarray(frame).save(buffer, "PNG", compress_level=1)    # twice as fast, 8% larger
+        Image.fromarray(frame).save(buffer, "PNG", compress_level=1)    # 1.8x as fast, 6% larger
     return buffer.getvalue()
 
 

@@ -217,8 +217,8 @@ def mrope_positions(runs):
 
 
 def vision_flops(config, patches):
-    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention count,
-    a multiplication with its addition as two; config is transformers' Qwen2VLVisionConfig.
+    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention
+    count, a multiplication with its addition as two; config: transformers' Qwen2VLVisionConfig.
 
     One block of width 2 and a fourfold MLP has 4*4 + 2*2*8 = 48 weights, the patches 3*14*14*2, the
     merger, of 4 patches to a token, 8*8 + 8*3; attention is 2 products of 4 x 4 x 2:
@@ -250,6 +250,21 @@ def decoder_flops(config, new, before=0):
     return config.num_hidden_layers * (2 * new * weights + 4 * h * new * (before + new / 2))
 
 
+def activation_bytes(config, tokens, patches, itemsize, checkpointing=False):
+    """What the backward pass will ask for, of decoder tokens and of vision patches, roughly.
+
+    Counted in tests/test_bench.py from what autograd really keeps: within a fifth of it.
+    """
+    text, vision = config.text_config, config.vision_config
+    token = 15 * text.hidden_size + 4 * text.intermediate_size
+    patch = 26 * vision.embed_dim
+    if checkpointing:            # each layer's input; and one layer whole, when it is recomputed
+        return itemsize * (
+            tokens * (text.num_hidden_layers * text.hidden_size + token)
+            + patches * (vision.depth * vision.embed_dim + patch))
+    return itemsize * (tokens * text.num_hidden_layers * token + patches * vision.depth * patch)
+
+
 class Prompt(NamedTuple):
     """One decision, ready to run."""
     ids: list            # L ints, images expanded to one id per feature
@@ -261,7 +276,7 @@ class Prompt(NamedTuple):
 class Cache(NamedTuple):
     """What later tokens may look at. keys[l], values[l] (N, kv_heads, P, D); valid (N, P) bool.
 
-    shared: another Cache, of N / G rows: what G siblings have in common, looked at before their own.
+    shared: another Cache, of N / G rows: what G siblings have in common, before their own.
     """
     keys: list
     values: list
@@ -308,37 +323,27 @@ class Rollout(NamedTuple):
 # ---------------------------------------------------------------- the policy
 
 
-def attend(q, k, v, mask, k_shared=None, v_shared=None):
-    """Attention of q (N, heads, T, D) to k, v (N, kv_heads, S, D), preceded by k_shared, v_shared
-    (N / G, kv_heads, P, D) that G neighbouring rows have in common -> (N, heads, T, D).
+def attend(q, k, v, mask):
+    """q (N, heads, T, D) looks at k, v (N, kv_heads, S, D) where mask (N, 1, T, S) is True."""
+    share = q.shape[1] // k.shape[1]
+    if share > 1:                                               # grouped-query heads
+        k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    mask (N, 1, T, P + S) bool. The common part is met by all queries of a group in one product, so
-    it is never copied G times, neither for the forward pass nor for the gradient.
-    """
-    n, heads, t, d = q.shape
-    if k_shared is None:
-        share = heads // k.shape[1]
-        if share > 1:                                           # grouped-query heads
-            k, v = (x.repeat_interleave(share, dim=1) for x in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    r, kv_heads, p, _ = k_shared.shape
-    q = (q * d ** -0.5).reshape(n, kv_heads, -1, d)             # (N, kv, share * T, D)
 
-    def gather(x):                                              # rows of a group, one below another
-        return x.view(r, n // r, kv_heads, -1, x.shape[-1]).transpose(1, 2).flatten(2, 3)
+def together(x, groups):
+    """Rows (N, heads, T, D) of siblings, one behind another: (groups, heads, N / groups * T, D)."""
+    return x.view(groups, -1, *x.shape[1:]).transpose(1, 2).flatten(2, 3)
 
-    def spread(x):
-        return x.view(r, kv_heads, n // r, -1, x.shape[-1]).transpose(1, 2).flatten(0, 1)
 
-    scores = torch.cat((spread(gather(q) @ k_shared.mT), q @ k.mT), dim=-1)
-    scores = scores.view(n, heads, t, -1).masked_fill(~mask, -math.inf)
-    weights = scores.float().softmax(dim=-1).to(v.dtype).view(n, kv_heads, -1, scores.shape[-1])
-    y = spread(gather(weights[..., :p].contiguous()) @ v_shared) + weights[..., p:] @ v
-    return y.view(n, heads, t, d)
+def apart(x, n):
+    """The way back from together(): -> (n, heads, T, D)."""
+    groups, heads, _, d = x.shape
+    return x.view(groups, heads, n // groups, -1, d).transpose(1, 2).flatten(0, 1)
 
 
 def certain(node):
-    """The tokens that follow a node of a tree {token: node} without a choice, and where they end."""
+    """The tokens that follow a node of a tree {token: node} without a choice, and their end."""
     tokens = []
     while len(node) == 1:
         (token, node), = node.items()
@@ -354,7 +359,7 @@ class Policy(nn.Module):
         self.model, self.tokenizer = model, tokenizer
         self.promise(nav)
         self.checkpointing = False
-        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() last asked
+        self.flops = self.tokens = 0     # computed, and learned from, since engine.work() asked
         if isinstance(self.vision.patch_embed.proj, nn.Conv3d):
             self.vision.patch_embed.proj = PatchProjection(self.vision.patch_embed.proj)
 
@@ -542,11 +547,15 @@ class Policy(nn.Module):
         if sees is None:
             sees = torch.ones(t, t, dtype=torch.bool, device=embeds.device).tril()
         shared = past.shared if past is not None else None
-        before = [] if past is None else [past.valid]
-        if shared is not None:
-            before.insert(0, shared.valid.repeat_interleave(n // len(shared.valid), dim=0))
-        mask = torch.cat([*(seen[:, None, :].expand(n, t, -1) for seen in before),
-                          sees & valid[:, None, :]], dim=-1)
+        mask = sees & valid[:, None, :]
+        if past is not None:
+            mask = torch.cat((past.valid[:, None, :].expand(n, t, -1), mask), dim=-1)
+        if shared is not None:          # siblings become one row: all see what they share, none
+            groups = len(shared.valid)  # another's own
+            mine = torch.eye(n // groups, dtype=torch.bool, device=mask.device)[:, None, :, None]
+            mask = mask.view(groups, n // groups, t, 1, -1) & mine
+            mask = torch.cat((shared.valid[:, None, :].expand(-1, n // groups * t, -1),
+                              mask.flatten(3).flatten(1, 2)), dim=-1)
         mask = mask[:, None]                                            # (N, 1, T, P + T)
         cos, sin = self._angles(positions, embeds.dtype)
 
@@ -557,7 +566,12 @@ class Policy(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if k_past is not None:
                 k, v = torch.cat((k_past, k), dim=2), torch.cat((v_past, v), dim=2)
-            y = attend(q, k, v, mask, *kv_shared)
+            if kv_shared:
+                every_k, every_v = (torch.cat((common, together(own, groups)), dim=2)
+                                    for common, own in zip(kv_shared, (k, v)))
+                y = apart(attend(together(q, groups), every_k, every_v, mask), n)
+            else:
+                y = attend(q, k, v, mask)
             x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
             return x + block.mlp(block.post_attention_layernorm(x)), k, v
 
@@ -663,6 +677,21 @@ class Policy(nn.Module):
         features = {**frames, **dict(zip(new, self.encode_frames([frames[key] for key in new])))}
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
                             [features[key] for key in d.frames]) for d in decisions]
+
+    def activations(self, decisions, frames, group_size=1):
+        """Bytes that a forward pass on these leaves behind for its backward pass, estimated."""
+        blank = {key: torch.empty(f.shape[0] // 28, f.shape[1] // 28, 0)
+                 for key, f in ((key, resize(f, self.nav)) for key, f in frames.items())}
+        if is_dialog(self.nav):
+            tokens = sum(len(self.transcript(d, [blank[key] for key in d.frames])[0][0])
+                         for d in decisions)
+        else:
+            answer = len(self._encode(write_plan([1] * self.nav["horizon"], self.phrases))) + 1
+            tokens = sum(len(p.ids) + group_size * answer for p in self.read(decisions, blank))
+        patches = sum(4 * f.shape[0] * f.shape[1] for f in blank.values())
+        trains = next(self.vision.parameters()).requires_grad
+        return activation_bytes(self.model.config, tokens, patches * trains, self.dtype.itemsize,
+                                self.checkpointing)
 
     def forward(self, decisions, frames, *rest, **named):
         """read() and logps() in one call: under ZeRO-3 the weights are only there inside it.

@@ -244,6 +244,9 @@ def main(args):
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    decisions, frames = load_batch(data, policy.nav, order(first)[:per_forward])
+    E.tell_memory(engine, None, policy.activations(
+        policy.spell(decisions) if is_dialog(policy.nav) else decisions, frames), rank)
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
 
     def load(step):

@@ -13,8 +13,8 @@ ours and peer are medians over the repetitions, spread their smallest and larges
 The policy. Speed depends on how many tokens a plan takes. Qwen2's tokenizer spells a phrase out
 (8 tokens, 54 a plan); our `tiny` has a token for each (7 a plan). The benches measure the former: a
 tiny Qwen2-VL with a tokenizer that spells as Qwen2's does, taught for a minute to write plans, as
-every policy after SFT can. `--shape 2B` and `7B` have Qwen2-VL's own sizes, and weights that know no
-more than the tiny one's.
+every policy after SFT can. `--shape 2B` and `7B` have Qwen2-VL's own sizes, and weights that know
+no more than the tiny one's.
 """
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch  # noqa: E402
 
-# TRL and transformers' processor import torchvision, whose wheels are CUDA builds: beside a CPU torch
+# TRL and transformers' processor import torchvision, whose wheels are CUDA builds: to a CPU torch
 # two operators are missing, which nobody here calls. Declaring them is enough.
 if util.find_spec("torchvision") and not torch.version.cuda:
     _library = torch.library.Library("torchvision", "DEF")
@@ -70,7 +70,7 @@ def parser(doc, **defaults):
 
 
 def script(*command):
-    """One of the project's scripts, as a user would run it: by the interpreter without the peers."""
+    """One of the project's scripts, as a user would, in the environment without the peers."""
     python = os.environ.get("BENCH_PYTHON", sys.executable)
     done = subprocess.run([python, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
@@ -112,17 +112,18 @@ def data_window(actions, t):
     return "".join(map(str, window(actions, t, 6)))
 
 
-QWEN2 = {   # hidden, layers, heads, kv heads, mlp, vocabulary, tied; both have the same vision tower
+QWEN2 = {   # hidden, layers, heads, kv heads, mlp, vocabulary, tied; both have the same tower
     "2B": (1536, 28, 12, 2, 8960, 151936, True),
     "7B": (3584, 28, 28, 4, 18944, 152064, False),
 }
 
 
 def shaped(policy, shape):
-    """The tiny policy's tokenizer under a model of Qwen2-VL's own sizes, with random weights."""
+    """The tiny policy's tokenizer, and a model of Qwen2-VL's own sizes with random weights."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     hidden, layers, heads, kv_heads, mlp, vocabulary, tied = QWEN2[shape]
     config = policy.model.config.to_dict()
+    config["text_config"].pop("layer_types", None)
     config["text_config"].update(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=mlp, vocab_size=vocabulary,
@@ -162,8 +163,8 @@ def spelling_policy(args, late, steps=500):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate, 0.1, "cosine")
         drawn = [units[k] for k in rng.integers(len(units), size=17)]
-        decision = data.decision(*drawn[0], nav)      # any plan may be asked for here: it is the
-        plans = [data.decision(*unit, nav).plan for unit in drawn[1:]]      # language that is taught
+        decision = data.decision(*drawn[0], nav)      # any plan will do: the language is taught
+        plans = [data.decision(*unit, nav).plan for unit in drawn[1:]]
         ids, mask = policy.answers([write_plan(plan, policy.phrases) for plan in plans])
         logps = policy([decision], {k: data.frame(k) for k in decision.frames}, ids, mask, 16)
         optimizer.zero_grad()

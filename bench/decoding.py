@@ -4,11 +4,11 @@ Passes through the decoder for one plan: drafted by the grammar, against token b
     python bench/decoding.py                        # the spelling policy of the benches
     python bench/decoding.py --ckpt ckpt/sft        # a checkpoint of yours
 
-Greedy, one prompt at a time. A checkpoint of `tiny` has one token for a phrase, and nothing to draft:
+Greedy, one prompt at a time. A checkpoint of `tiny` has one token for a phrase, nothing to draft:
 the row to look at is that of a policy that spells phrases out, as every Qwen2-VL does.
 
-Checked: the same random numbers give the same tokens with and without drafts, sampled at temperature
-1, eight plans for a prompt. That is one distribution, token for token.
+Checked: the same random numbers give the same tokens with and without drafts, at temperature 1,
+eight plans for a prompt. That is one distribution, token for token.
 """
 import torch
 from common import make_world, parser, spelling_policy, tell

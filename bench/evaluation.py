@@ -22,8 +22,8 @@ from common import ROOT, in_turn, parser, tell
 import evaluate
 from lsm import pick_frames
 from model import load_policy, patchify, resize, window_prompt
+from pool import SimPool
 from reward import STOP, parse_control
-from sim import SimPool
 
 
 def parse_args(argv=None):
@@ -43,8 +43,8 @@ def hf_inputs(policy, words, frames):
     small = [resize(frame, policy.nav) for frame in frames]
     sizes = [(f.shape[0] // 28, f.shape[1] // 28) for f in small]
     ids = policy.prompt(words, [torch.empty(*size, 0) for size in sizes]).ids
-    pixels = [patchify(torch.from_numpy(f)[None])[0].view(-1, 3, 1, 196).expand(-1, 3, 2, 196)
-              .reshape(-1, 1176) for f in small]
+    pixels = [patchify(torch.from_numpy(f.copy())[None])[0] for f in small]
+    pixels = [p.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176) for p in pixels]
     ids = torch.tensor([ids], device=policy.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.cat(pixels).to(policy.device, policy.dtype),
@@ -113,13 +113,12 @@ def main(args):
     rows = [side[0][1] for side in (ours, peer)]
     same = sum(rows[0][name] == rows[1][name] for name in rows[1])
     frames = policy.nav["memory"]["budget"] + 1
-    tell(args, f"evaluation, {args.sims} robots", [rate for rate, _ in ours],
-         [rate for rate, _ in peer], "one robot, HF generate, frames encoded anew", "decisions/s",
-         same == len(rows[1]), f"{same} of {len(rows[1])} episodes with the same actions and metrics"
-         f" (SR {np.mean([r['success'] for r in rows[0].values()]):.3f} and "
-         f"{np.mean([r['success'] for r in rows[1].values()]):.3f})",
-         f"{args.ckpt}, up to {frames} frames, 3 of 6 actions executed, {args.threads} thread(s)",
-         higher_is_better=True)
+    sr = [np.mean([row["success"] for row in side.values()]) for side in rows]
+    tell(args, f"evaluation, {args.sims} robots", *([r for r, _ in side] for side in (ours, peer)),
+         "one robot, HF generate, frames encoded anew", "decisions/s", same == len(rows[1]),
+         f"{same} of {len(rows[1])} episodes with the same actions and metrics (SR {sr[0]:.3f} and "
+         f"{sr[1]:.3f})", f"{args.ckpt}, up to {frames} frames, 3 of 6 actions executed, "
+         f"{args.threads} thread(s)", higher_is_better=True)
 
 
 if __name__ == "__main__":

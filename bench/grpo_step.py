@@ -6,8 +6,8 @@ One GRPO step, ours against TRL's GRPOTrainer: roll out, reward, reference, upda
 
 Both start from the same folder and get the same prompts (17 frames each), the same reward, G = 8,
 beta 0.04, AdamW, fp32 on CPUs and bf16 on GPUs. Ours is grpo.py itself, its log's seconds; theirs
-is trainer.train(), the time between two steps. TRL with what suits it here: no padding of prompts to
-a multiple, no gradient checkpointing, fused log-probs (its default), old log-probs left out (one
+is trainer.train(), the time between two steps. TRL with what suits it here: no gradient
+checkpointing (it is on by default), fused log-probs (its default), old log-probs left out (one
 update per batch), no logging of texts. Its vLLM path wants a GPU and is not measured.
 
 Checked first, in fp32, on a batch that TRL sampled: prompt ids, rewards' advantages, log-probs of

@@ -1,14 +1,14 @@
 """
-Frames a second of recording: make_data.py with two simulators, against the official collector's way.
+Recording, frames a second: make_data.py with two simulators against the official collector's way.
 
     python bench/recording.py --episodes data/houses
 
 The official collector (VLN-R1's, around VLN-CE) has one environment; at every step it renders one
-frame, writes it as a JPEG file of its own and writes the walk's action_list.json and instruction.txt
-anew. Here it does so in our simulator, on the same walks. make_data.py is timed whole, its start, its
-simulator processes, its checks and its tables included; it writes lossless PNG in zips.
+frame, writes it as a JPEG file of its own and writes the walk's action_list.json and
+instruction.txt anew. Here it does so in our simulator, on the same walks. make_data.py is timed
+whole, its start, its simulator processes, checks and tables included; it writes lossless PNG.
 
-Checked: every frame that make_data.py has recorded is the frame that the collector saw, bit for bit.
+Checked: every frame that make_data.py has recorded is the frame that the collector saw.
 """
 import json
 import os
@@ -20,6 +20,7 @@ from common import ROOT, in_turn, parser, script, tell
 from PIL import Image
 
 import make_data
+from episodes import read_episodes, read_ground_truth
 from reward import STOP
 from sim import ROBOTS, HouseSim
 
@@ -33,8 +34,8 @@ def parse_args(argv=None):
 
 def collect(houses, out, limit):
     """The official way. -> frames per second, {(episode, t): frame}"""
-    episodes = make_data.read_episodes(houses, "train")[:limit]
-    truths = make_data.read_ground_truth(houses, "train")
+    episodes = read_episodes(houses, "train")[:limit]
+    truths = read_ground_truth(houses, "train")
     shutil.rmtree(out, ignore_errors=True)
     sim, seen = HouseSim(ROBOTS["houses"], os.path.join(houses, "scenes")), {}
     start = time.perf_counter()

@@ -5,12 +5,12 @@ independent samples.
     python bench/sft_step.py --steps-per-walk 8
     python bench/sft_step.py --steps-per-walk 1
 
-Both start from the same folder and get the same samples in the same batches, the same AdamW, clipping
-and rate, fp32 on CPUs and bf16 on GPUs. Ours is sft.py itself, its log's seconds; theirs is
-trainer.train(), the time between two steps, one row a sample, right-padded to the longest of its
-batch. The Trainer with what suits it here: processor and decoding in a worker process (ours: in a
-thread), no gradient checkpointing, sdpa attention, PyTorch's AdamW, decoded frames remembered by its
-data set as by ours.
+Both start from the same folder and get the same samples in the same batches, the same AdamW,
+clipping and rate, fp32 on CPUs and bf16 on GPUs. Ours is sft.py itself, its log's seconds; theirs
+is trainer.train(), the time between two steps, one row a sample, right-padded to the longest of
+its batch. The Trainer with what suits it here: processor and decoding in a worker process (ours:
+in a thread), no gradient checkpointing, sdpa attention, PyTorch's AdamW, decoded frames remembered
+by its data set as by ours.
 
 Checked on the way: the loss of every step. Equal losses over several updates mean equal gradients.
 """
@@ -109,8 +109,8 @@ def trainer_steps(folder, ego, args, steps):
         per_device_train_batch_size=args.batch_size, learning_rate=args.lr, weight_decay=0.0,
         adam_beta1=0.9, adam_beta2=0.999, max_grad_norm=1.0, lr_scheduler_type="constant",
         optim="adamw_torch_fused" if args.device == "cuda" else "adamw_torch",
-        bf16=args.device == "cuda", use_cpu=args.device == "cpu", remove_unused_columns=False, report_to=[], save_strategy="no", logging_steps=1,
-        disable_tqdm=True, seed=0)
+        bf16=args.device == "cuda", use_cpu=args.device == "cpu", remove_unused_columns=False,
+        report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0)
     InOrder(model=load_model(folder, args.device, torch.float32), args=config,
             callbacks=[Watch()], train_dataset=samples).train()
     sizes = [len(batch) for batch in samples.batches]

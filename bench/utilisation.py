@@ -4,9 +4,9 @@ How much of the card is used: model FLOP/s and memory of sft.py and grpo.py, fro
     python bench/utilisation.py --device cuda --shape 2B --flags="--gradient-checkpointing"
     python bench/utilisation.py                              # the same flags on a CPU: a dry run
 
-The count is model.py's: what the method needs with a prompt run once for its group and a frame once
-for its batch, forward, backward, sampling and reference, no padding and nothing computed twice. An
-H200 was measured to reach 790 TFLOP/s in bf16 on a large matrix product; "peer" is that number (on a
+The count is model.py's: what the method needs with a prompt run once for its group and a frame
+once for its batch, forward, backward, sampling and reference, no padding, nothing twice. An H200
+was measured to reach 790 TFLOP/s in bf16 on a large matrix product; "peer" is that number (on a
 CPU: this machine's own product of two matrices, measured here).
 """
 import json

@@ -1,0 +1,240 @@
+"""What bench/ claims beside its ratios: both sides compute the same. And the units of its rows.
+
+Run it   python -m pytest tests/test_bench.py       (TRL's part: with the packages of bench/)
+"""
+import importlib.util
+import json
+import os
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_model import confident, make_prompt, pictures, texts, wordy  # noqa: F401 (a fixture)
+
+import engine
+import evaluate
+import grpo
+import model
+from lsm import pick_frames
+from make_data import VlnEgo
+from model import NAV, Policy, decoder_flops, load_policy, vision_flops
+from reward import write_plan
+
+torch.set_num_threads(1)
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+import common  # noqa: E402
+import decoding  # noqa: E402
+import evaluation  # noqa: E402
+import recording  # noqa: E402
+
+# ---------------------------------------------------------------- the same numbers
+
+
+def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # noqa: F811
+    """imagine() against generate() and logps() of prompts run apart: tokens, values, gradients."""
+    decisions = [SimpleNamespace(instruction=texts()[i], frames=tuple(range(2 + i)), prompt=None)
+                 for i in range(2)]
+    frames = dict(enumerate(pictures(3)))
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+
+    def gradients(logps):
+        wordy.zero_grad()
+        (logps * weight[:, :logps.shape[1]]).sum().backward()
+        return torch.cat([p.grad.flatten() for p in wordy.parameters()])
+
+    roll, logps = wordy.imagine(decisions, frames, 3, 0.8, [4, 5])
+    with torch.no_grad():
+        apart = wordy.generate(wordy.read(decisions, frames), 3, 0.8, [4, 5])
+    assert torch.equal(roll.completion_ids, apart.completion_ids)
+    again = wordy(decisions, frames, roll.completion_ids, roll.completion_mask, 3, 0.8)
+    torch.testing.assert_close(logps, again, atol=1e-6, rtol=1e-6)
+    got, want = gradients(logps), gradients(again)
+    assert (got - want).norm() / want.norm() < 1e-6
+
+
+def test_frames_may_be_given_as_features(wordy):  # noqa: F811
+    decisions = [SimpleNamespace(instruction=texts()[0], frames=(0, 1, 2), prompt=None)]
+    frames = dict(enumerate(pictures(3)))
+    ids, mask = wordy.answers([write_plan([1, 2, 3, 0, 0, 0], wordy.phrases)])
+    with torch.no_grad():
+        features = dict(zip(frames, wordy.encode_frames(list(frames.values()))))
+        assert torch.equal(*(wordy(decisions, seen, ids, mask) for seen in (features, frames)))
+
+
+def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):  # noqa: F811
+    """Of "B. Move forward ..": nothing inside the slip, and everything from the next letter on."""
+    def ids(text):
+        return wordy.tokenizer(text)["input_ids"]
+
+    slip = "B. Move forward 25 cm, A. Move forward 25 cm,"
+    forward = ids("A. Move forward 25 cm, C")
+    assert wordy.draft(ids("A")) == forward[1:-1]
+    assert wordy.draft(ids("B. Move")) == [] == wordy.draft(ids("what?"))
+    assert wordy.draft(ids(slip + " A")) == forward[1:-1]
+
+
+def test_passes_fall_and_plans_stay(wordy):  # noqa: F811
+    confident(wordy)
+    drafted, plain, same = decoding.count(wordy, [make_prompt(wordy, pictures(2))])
+    assert same and drafted[0] <= 8 < 40 < plain[0]
+
+
+def test_evaluation_decides_as_generate_does(ego, tmp_path):
+    """One walk's frames through both agents of bench/evaluation.py: the same words."""
+    data = VlnEgo(ego)
+    nav = dict(NAV, turn_deg=30, memory=dict(NAV["memory"], budget=3))
+    policy = load_policy("tiny", nav, texts=[e["instruction"] for e in data.episodes])
+    os.makedirs(tmp_path / "ckpt")
+    model.save_policy(policy, str(tmp_path / "ckpt"))
+    ours, theirs = evaluation.load_sides(SimpleNamespace(ckpt=str(tmp_path / "ckpt"), device="cpu"))
+    agents = (evaluate.policy_agent(ours, model.window_prompt), evaluation.hf_agent(ours, theirs))
+    episode = data.episodes[0]
+    told = []
+    for decide in agents:
+        walk = evaluate.Walk({"episode_id": 0}, episode["instruction"])
+        for t in range(4):
+            walk.states.append({})
+            walk.frames.append(data.frame((episode["walk_id"], t)))
+            decide([walk])
+        told.append([text for _, text, _ in walk.answers])
+    assert told[0] == told[1] and len(told[0]) == 4
+    assert len(pick_frames(3, **nav["memory"])) == 3
+
+
+def test_the_collector_sees_what_is_recorded(ego, tmp_path):
+    houses = os.path.join(ego, "..", "..", "houses")
+    _, seen = recording.collect(houses, str(tmp_path / "official"), 4)
+    data = VlnEgo(ego)
+    walks = {e["episode_id"]: e["walk_id"] for e in data.episodes}
+    assert len(seen) > 20
+    for (name, t), frame in seen.items():
+        assert np.array_equal(data.frame((walks[name], t)), frame)
+
+
+def test_grpo_and_sft_equal_trl_and_the_trainer(tmp_path):
+    """bench/grpo_step.py and sft_step.py, on a small world; needs bench/requirements.txt."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install -r bench/requirements.txt")
+    if "BENCH_PYTHON" not in os.environ:
+        pytest.skip("BENCH_PYTHON must name the interpreter that has no TRL (see bench/run.sh)")
+    import grpo_step
+    import sft_step
+    args = grpo_step.parse_args(["--world", str(tmp_path), "--prompts", "1"])
+    ego, late = common.make_world(args)
+    folder = common.spelling_policy(args, late, steps=60)
+    found = grpo_step.check(folder, late, args)
+    assert found.pop("same prompt ids") and max(found.values()) < 1e-3, found
+    args = sft_step.parse_args(["--world", str(tmp_path), "--batch-size", "8"])
+    _, ours = sft_step.our_steps(folder, ego, args, 2)
+    _, theirs, _ = sft_step.trainer_steps(folder, ego, args, 2)
+    assert ours == pytest.approx(theirs, rel=2e-3)      # they ban nothing: a little is left there
+
+
+# ---------------------------------------------------------------- the counts
+
+
+def test_flops_of_the_real_shapes_are_those_of_the_tables():
+    """2B and 7B at 1,308 tokens and 14.9 frames of 280 patches: TFLOP, worked out independently."""
+    for name, prefill, vision in (("2B", 3.6, 5.5), ("7B", 17.4, 5.6)):
+        hidden, layers, heads, kv_heads, mlp, _, _ = common.QWEN2[name]
+        text = SimpleNamespace(hidden_size=hidden, num_hidden_layers=layers, intermediate_size=mlp,
+                               num_attention_heads=heads, num_key_value_heads=kv_heads)
+        tower = SimpleNamespace(depth=32, embed_dim=1280, mlp_ratio=4, hidden_size=hidden,
+                                patch_size=14, spatial_merge_size=2)
+        assert decoder_flops(text, 1308) / 1e12 == pytest.approx(prefill, rel=0.02)
+        assert 14.9 * vision_flops(tower, 280) / 1e12 == pytest.approx(vision, rel=0.02)
+        split = decoder_flops(text, 1000) + decoder_flops(text, 308, 1000)
+        assert split == pytest.approx(decoder_flops(text, 1308))
+
+
+def test_a_policy_counts_what_it_computes(wordy):  # noqa: F811
+    """By hand: head, tail and answers; three times where it learns, once where it does not."""
+    config, frames = wordy.model.config, pictures(2)
+    decision = SimpleNamespace(instruction=texts()[0], frames=(0, 1), prompt=None)
+    ids, mask = wordy.answers([write_plan([1] * 6, wordy.phrases)])
+    prompt = make_prompt(wordy, frames, texts()[0])
+    length, answer = len(prompt.ids), int(mask.sum())
+    once = (decoder_flops(config.text_config, length + answer - 1)
+            + 2 * answer * wordy.model.lm_head.weight.numel()
+            + 2 * vision_flops(config.vision_config, 16))
+    for grad, times, tokens in ((True, 3, length + answer - 1), (False, 1, 0)):
+        wordy.flops = wordy.tokens = 0
+        with torch.set_grad_enabled(grad):
+            wordy([decision], dict(enumerate(frames)), ids, mask)
+        assert wordy.flops == pytest.approx(times * once) and wordy.tokens == tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_are_what_autograd_keeps(dtype):
+    """A model of Qwen2-VL-2B's proportions, narrower, on 280x196 pixels; with and without layers
+    that are recomputed."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    tiny = load_policy("tiny", nav=dict(NAV, turn_deg=30), texts=texts())
+    config = tiny.model.config.to_dict()
+    config["text_config"].pop("layer_types", None)
+    config["text_config"].update(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
+        intermediate_size=1494, rope_parameters={"rope_type": "default", "rope_theta": 1e6,
+                                                 "mrope_section": [8, 12, 12]})
+    config["vision_config"].update(depth=6, embed_dim=160, num_heads=2, hidden_size=256)
+    policy = Policy(Qwen2VLForConditionalGeneration._from_config(
+        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype), tiny.tokenizer, tiny.nav)
+    decision = SimpleNamespace(instruction=texts()[0], frames=tuple(range(6)), prompt=None)
+    frames = dict(enumerate(pictures(6, 196, 280)))
+    ids, mask = policy.answers([write_plan([1] * 6, policy.phrases)])
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    for policy.checkpointing in (False, True):
+        alive = []                                          # or an address would be used again
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, alive=alive: alive.append(tensor) or tensor, lambda tensor: tensor):
+            policy([decision], frames, ids, mask)
+        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in alive)}
+        real = sum(size for address, size in kept.items() if address not in own)
+        told = policy.activations([decision], frames)
+        if policy.checkpointing:                            # and a layer's worth at a time on top
+            assert real < told
+        else:
+            assert told == pytest.approx(real, rel=0.2)
+
+
+def test_the_log_tells_the_clock(ego, tmp_path):
+    import sft
+    out = tmp_path / "out"
+    sft.main(sft.parse_args(["--model", "tiny", "--data", ego, "--out", str(out), "--device", "cpu",
+                             "--batch-size", "8", "--max-steps", "2", "--val-decisions", "8"]))
+    with open(out / "log.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    assert engine.CLOCK - set(rows[1]) == {"peak_share"}          # a CPU has none
+    assert rows[1]["eta_minutes"] == 0 and 0 <= rows[1]["wait"] < rows[1]["seconds"]
+    assert rows[1]["tflops"] > 0 and rows[1]["tokens_per_second"] > 0
+
+
+# ---------------------------------------------------------------- the table
+
+
+def test_rows_become_a_table(tmp_path, capsys):
+    args = SimpleNamespace(device="cpu", shape="tiny", results=str(tmp_path / "rows"))
+    common.tell(args, "a row", [2.0, 1.0, 3.0], [8.0], "a peer", "s", True, "checked", "here")
+    common.tell(args, "rates", [6.0], [2.0], "a peer", "frames/s", True, "checked", "here",
+                higher_is_better=True)
+    common.gather(args.results, str(tmp_path / "results.json"))
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert [(r["ours"], r["ratio"], r["spread"]["ours"]) for r in rows] == [
+        (2.0, 4.0, [1.0, 3.0]), (6.0, 3.0, [6.0, 6.0])]
+    assert {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", "check", "spread",
+            "versions"} <= rows[0].keys()
+    assert "4.00  yes   against a peer" in capsys.readouterr().out
+
+
+def test_every_bench_is_run_and_parses():
+    with open(os.path.join(ROOT, "bench", "run.sh"), encoding="utf-8") as f:
+        script = f.read()
+    for name in ("grpo_step", "sft_step", "evaluation", "decoding", "recording", "utilisation"):
+        assert f"bench/{name}.py" in script
+        if name.endswith("_step") and importlib.util.find_spec("trl") is None:
+            continue
+        args = importlib.import_module(name).parse_args(["--device", "cuda", "--shape", "2B"])
+        assert args.device == "cuda" and args.repeats >= 2
+    assert grpo.parse_args([]).group_size == 8                    # the benches' G is the default
