@@ -21,10 +21,14 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
     learn     meanwhile the simulators load the next batch's scenes
 
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
-first is walked, and all are played forward in the simulator without a picture (Q: state's worth):
+first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = togo(before) - togo(after) - cost * actions + [said stop] (right ? 1 + (1 - d / r) : -w)
+    R_g  = togo(before) - togo(after) - c step * actions - [said stop] (min(d / r, 1) + w [d >= r])
     togo = geodesic distance + one step for each turn that is needed to face the way on
+
+An expert's action gains a step. With c = 1 a long plan could only lose against a short one, with 0
+only win; a half is about what a middling policy's actions gain, so that length by itself is worth
+nothing. Stopping is never a gain, but at the goal every other plan loses more.
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -116,8 +120,8 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a walk: a sum such as success+0.5*progress, "
         "of " + ", ".join(MARKS))
-    add("--action-cost", type=float, default=1.0, help="of --groups state: each action must gain "
-        "this share of a step, so that a longer plan is not a better one for its length")
+    add("--action-cost", type=float, default=0.5, help="of --groups state: c, the share of a step "
+        "that each action must gain")
     add("--stop-penalty", type=float, default=0.5, help="of --groups state: w, of a wrong stop")
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
@@ -205,8 +209,8 @@ def plan_reward(before, after, plan, robot, radius, action_cost, stop_penalty):
     worth = gained - action_cost * robot["forward_m"] * moves
     if plan and plan[-1] != STOP:
         return worth
-    d = after["distance_to_goal"]
-    return worth + (2 - d / radius if plan and d < radius else -stop_penalty)
+    d = after["distance_to_goal"] if plan else math.inf
+    return worth - min(d / radius, 1) - stop_penalty * (d >= radius)
 
 
 def early_end(walk, expert_actions, args):
