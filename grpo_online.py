@@ -23,12 +23,12 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
 first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = togo(before) - togo(after) - c step * actions - [said stop] (min(d / r, 1) + w [d >= r])
+    R_g  = togo(before) - togo(after) - c step * actions + [said stop] (d < r ? 1 - d / r : -w)
     togo = geodesic distance + one step for each turn that is needed to face the way on
 
 An expert's action gains a step. With c = 1 a long plan could only lose against a short one, with 0
 only win; a half is about what a middling policy's actions gain, so that length by itself is worth
-nothing. Stopping is never a gain, but at the goal every other plan loses more.
+nothing.
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -122,7 +122,7 @@ def parse_args(argv=None):
         "of " + ", ".join(MARKS))
     add("--action-cost", type=float, default=0.5, help="of --groups state: c, the share of a step "
         "that each action must gain")
-    add("--stop-penalty", type=float, default=0.5, help="of --groups state: w, of a wrong stop")
+    add("--stop-penalty", type=float, default=1.0, help="of --groups state: w, of a wrong stop")
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
     add("--kl-coef", type=float, default=0.0, help="beta, towards --init; 0 never loads it")
@@ -209,8 +209,8 @@ def plan_reward(before, after, plan, robot, radius, action_cost, stop_penalty):
     worth = gained - action_cost * robot["forward_m"] * moves
     if plan and plan[-1] != STOP:
         return worth
-    d = after["distance_to_goal"] if plan else math.inf
-    return worth - min(d / radius, 1) - stop_penalty * (d >= radius)
+    d = after["distance_to_goal"]
+    return worth + (1 - d / radius if plan and d < radius else -stop_penalty)
 
 
 def early_end(walk, expert_actions, args):

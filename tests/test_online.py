@@ -344,8 +344,8 @@ def test_a_plan_is_worth_what_it_gains_and_a_right_stop():
     turned = state(3, math.radians(30))
     assert worth(turned, state(3), [LEFT]) == pytest.approx(0)
     assert worth(state(3), turned, [LEFT]) == pytest.approx(-0.5)           # and has to turn back
-    assert worth(state(0.5), state(0.125), [1, STOP]) == pytest.approx(0.375 - 0.25 - 0.125)
-    assert worth(state(3), state(3), [STOP]) == worth(state(3), state(3), []) == -1.5
+    assert worth(state(0.5), state(0.25), [1, STOP]) == pytest.approx(0.25 - 0.25 + 0.75)
+    assert worth(state(3), state(3), [STOP]) == worth(state(3), state(3), []) == -0.5
 
 
 def test_advantages_of_a_hand_made_group_and_dead_groups_are_gone(walks):
