@@ -16,7 +16,8 @@ What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to t
     nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
     SDTW  sdtw               success * ndtw
 A distance that is not finite never becomes a score: the episode is "unreachable". A simulator that
-fails is an "error". Both are counted apart, and every episode asked for must have its row.
+fails is an "error". Both are counted apart, and every episode asked for must have its row. Where a
+test split hides its goals there are no scores, but --submit writes the walks for its server [1, 4].
 
 Run it
     python evaluate.py --split val_unseen                       # ckpt/grpo if there, else ckpt/sft
@@ -25,12 +26,15 @@ Run it
     python evaluate.py --split val_unseen --shuffle-instructions    # does it read?
     python evaluate.py --compare results/sft_val_unseen results/grpo_val_unseen
     torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
+    python evaluate.py --split test --ckpt ckpt/r2r --sim habitat --submit r2r_test.json
+    python evaluate.py --split test_challenge --ckpt ckpt/rxr --sim habitat --submit rxr.jsonl
 
 Reads    --ckpt  weights and nav.json, the contract to act by;  --episodes  and  --scenes
 Writes   --out   run.json         what is measured; a run with other settings is refused
                  episodes.jsonl   one line per episode as it ends, sorted once all have ended
                  results.json     means and bootstrap intervals (timing.json: how long it took)
                  pictures/        per chosen episode a sheet (.png) and a film (.gif)
+         --submit the walks of all episodes, as R2R's or RxR's leaderboard wants them
 Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The same command goes on,
          and ends with the same files, bit for bit. One reservation: timing decides with whom a
          robot is answered. That changes no plan, but rounding: two plans that are equally likely
@@ -38,6 +42,7 @@ Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The s
 
 [1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
 [2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446
+[4] ibid. vlnce_baselines/common/base_il_trainer.py (inference) and environments.py (get_info)
 """
 from __future__ import annotations
 
@@ -48,6 +53,7 @@ import json
 import math
 import os
 import random
+import subprocess
 import sys
 import textwrap
 import time
@@ -59,10 +65,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from episodes import (
+    LANGUAGES,
+    VLNCE_RADIUS_M,
+    add_episode_args,
+    check_scenes,
+    check_turn_deg,
+    dataset_of,
+    paired,
+    read_episodes,
+    read_ground_truth,
+    scenes_of,
+)
 from lsm import pick_frames
-from make_data import check_turn_deg, read_episodes, read_ground_truth
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
-from sim import ROBOTS, SimDied, SimPool
+from sim import ROBOTS, add_robot_args, robot_from_args, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -73,12 +91,15 @@ def parse_args(argv=None):
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument_group("files").add_argument
     add("--split", default="val_unseen")
+    add_episode_args(add)
     add("--ckpt", help="checkpoint folder; default: ckpt/grpo if it is there, else ckpt/sft")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
         "data set which the checkpoint names, " + EPISODES["houses"] + " for ours")
-    add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
+    add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
+    add("--submit", metavar="FILE", help="write the walks for the leaderboard: JSON in R2R's form, "
+        "JSON lines in RxR's")
     add("--compare", nargs="+", metavar="FOLDER", help="only print what results B gain over A: "
         "--compare A B; of several B, such as seeds, also what they gain together, with --out "
         "FILE.json to write it")
@@ -88,13 +109,16 @@ def parse_args(argv=None):
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
     add("--sims", type=int, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
-    add("--robot", choices=sorted(ROBOTS), help="body and camera; default: the data set's")
-    for name, value in ROBOTS["houses"].items():
-        if not isinstance(value, bool):
-            add("--" + name.replace("_", "-"), type=type(value), help="instead of the robot's")
+    add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, "
+        "and refuse a difference above 1e-4; needs --sim habitat")
+    add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
 
     add = p.add_argument_group("objective: who walks, how, and what counts").add_argument
     add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
@@ -105,8 +129,8 @@ def parse_args(argv=None):
     add("--temperature", type=float, default=0.0,
         help="0: greedy; above: sampled, from seeds that belong to episode and step")
     add("--max-steps", type=int, default=500, help="VLN-CE's; STOP is a step")
-    add("--success-m", type=float, help="radius; default: goals[].radius in the data (R2R: 3.0). "
-        "3 m (or 1 m, if it is 3) is reported beside it")
+    add("--success-m", type=float, help="radius; default: goals[].radius in the data (R2R: 3.0), "
+        "3 if it has none. 3 m (or 1 m, if it is 3) is reported beside it")
     add("--forward-steps", type=int, help="of --agent forward; default: the ground truth's mean")
     add("--blank-frames", action="store_true", help="black pictures: does the policy look?")
     add("--shuffle-instructions", action="store_true", help="another walk's words: does it read?")
@@ -291,7 +315,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
 
     def arrive(sim):
         walk = under_way[sim]
-        if not all(math.isfinite(state["distance_to_goal"]) for state in walk.states):
+        metres = [state["distance_to_goal"] for state in walk.states]   # None: no goal is known
+        if not all(d is None or math.isfinite(d) for d in metres):
             finish(sim, "unreachable")
         elif walk.actions[-1:] == [STOP]:
             finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
@@ -454,7 +479,9 @@ def load_agent(args, settings):
 def row_of(walk, reference, radius, second):
     """An ended walk -> its line of episodes.jsonl; only a scored walk carries metrics.
 
-    reference: the ground truth's locations; the metrics of the second radius end in e.g. _3m.
+    reference: the ground truth's locations, None where there is none and nothing is scored; the
+    metrics of the second radius end in e.g. _3m. poses: [x, y, z, heading] from the start on, the
+    heading in radians, as VLN-CE has it: yaw about +y, left positive, 0 along -z.
     """
     unreadable = [text for _, text, plan in walk.answers if not plan]
     row = {"episode_id": walk.episode["episode_id"],
@@ -466,8 +493,10 @@ def row_of(walk, reference, radius, second):
     row |= {"tokens": walk.tokens} if walk.answers else {}
     row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
     row["actions"] = "".join(map(str, walk.actions))
+    row["poses"] = [[round(float(v), 6) for v in (*state["position"], yaw_of(state["rotation"]))]
+                    for state in walk.states]
     row |= {"unreadable": unreadable[0][:200]} if unreadable else {}
-    if walk.end == "unreachable":
+    if walk.end == "unreachable" or reference is None:
         return row
     path = [state["position"] for state in walk.states]
     distances = [state["distance_to_goal"] for state in walk.states]
@@ -523,7 +552,7 @@ AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # the others kno
 
 def summarise(rows, radius, second, seed):
     """Rows -> the numbers of results.json."""
-    scored = [row for row in rows if row["end"] not in ("error", "unreachable")]
+    scored = [row for row in rows if "success" in row]
     beside = [f"{name}_{second:g}m" for name in AT_RADIUS]
     decisions, malformed = (sum(row[key] for row in rows) for key in ("decisions", "malformed"))
     ends = Counter(row["end"] for row in rows)
@@ -630,6 +659,8 @@ def summary(folders, out):
         except OSError as error:
             raise UserError(f"{folder} has no results.json ({error}): evaluate it first") from None
         metrics = found["metrics"]
+        if not found["scored"]:
+            raise UserError(f"{folder} has no scored episode: leave it out of the table")
         name = os.path.basename(folder.rstrip("/")).removesuffix("_" + found["split"])
         rows.append({"agent": name, "split": found["split"], "episodes": found["scored"],
                      "radius_m": found["radius_m"], "sr_ci": metrics["success"]["ci"],
@@ -654,6 +685,97 @@ def summary(folders, out):
         if stages:
             print(f"{sum(s['minutes'] for s in stages):.1f} minutes: "
                   + ", ".join(f"{s['stage']} {s['minutes']:.1f}" for s in stages))
+
+
+# ---------------------------------------------------------------- for the leaderboards
+
+
+def r2r_submission(rows):
+    """VLN-CE's challenge -> {episode_id: [{"position", "heading", "stop"} ..]}: the start, then a
+    record per action. stop is true after a STOP only; one read into garbage is not called by it.
+
+    >>> row = {"episode_id": 7, "end": "stop", "actions": "10",
+    ...        "poses": [[0, 0, 0, 9], [0, 0, -1, 9]]}
+    >>> for record in r2r_submission([row])["7"]: print(record)
+    {'position': [0, 0, 0], 'heading': 9, 'stop': False}
+    {'position': [0, 0, -1], 'heading': 9, 'stop': False}
+    {'position': [0, 0, -1], 'heading': 9, 'stop': True}
+    """
+    walks = {}
+    for row in rows:
+        records = [{"position": place, "heading": heading, "stop": False}
+                   for *place, heading in row["poses"]]
+        if row["actions"].endswith(str(STOP)):
+            records.append({**records[-1], "stop": row["end"] == "stop"})
+        walks[str(row["episode_id"])] = records
+    return walks
+
+
+def rxr_submission(episodes, rows):
+    """RxR-Habitat -> [{"instruction_id", "path"} ..] by instruction_id. A path holds the places; a
+    pose that did not move adds none, so turns and bumps leave no trace."""
+    walks = []
+    for episode, row in zip(episodes, rows):
+        path = [pose[:3] for pose in row["poses"]]
+        walks.append({"instruction_id": int(episode["instruction"]["instruction_id"]),
+                      "path": [p for t, p in enumerate(path) if t == 0 or p != path[t - 1]]})
+    return sorted(walks, key=lambda walk: walk["instruction_id"])
+
+
+def submit(path, episodes, rows):
+    """Write the leaderboard's file, RxR's if the episodes are. UserError unless all have walked."""
+    lost = [row["episode_id"] for row in rows if not row.get("poses")]
+    if lost:
+        raise UserError(f"{path} was not written: {len(lost)} of {len(rows)} episodes have no walk "
+                        f"on record, the first is {lost[0]}; walk again with another --out")
+    rxr = dataset_of(episodes[0]) == "rxr"
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        write_json(path, rxr_submission(episodes, rows) if rxr else r2r_submission(rows), lines=rxr)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another --submit") from None
+    spoken = {episode["instruction"].get("language") for episode in episodes}
+    print(f"{path}: the walks of {len(rows):,} episodes for the leaderboard" + (
+        f", in {', '.join(sorted(spoken))}; it takes all of {', '.join(LANGUAGES)} in one file"
+        if rxr and spoken != set(LANGUAGES) else ""))
+
+
+# ---------------------------------------------------------------- the witness
+
+WITNESSED = ("distance_to_goal", "success", "spl")
+
+
+def testify(rows, episodes, settings, scenes, python):
+    """habitat-lab's verdict on every scored walk (witness.py) -> {"walks", "habitat_lab",
+    "habitat_sim", "largest_difference": {metric: value}}. UserError if a walk is missing in it, or
+    a metric differs from ours by more than 1e-4."""
+    walks = [(row, episode) for row, episode in zip(rows, episodes) if "success" in row]
+    job = {"robot": settings["robot"], "scenes_dir": os.path.abspath(scenes),
+           "radius_m": settings["radius_m"]}
+    keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
+    # an answer taken for stop is not the robot's own: habitat-lab must not hear it
+    lines = [job] + [{"episode": {key: episode[key] for key in keys}, "actions": [
+        int(a) for a in row["actions"] if a != str(STOP) or row["end"] == "stop"]}
+        for row, episode in walks]
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "witness.py")
+    done = subprocess.run([python or sys.executable, here], capture_output=True, text=True,
+                          input="".join(json.dumps(line) + "\n" for line in lines))
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    theirs = {line["episode_id"]: line for line in told[1:]}
+    if done.returncode or len(theirs) < len(walks):
+        raise UserError(f"the witness ended with {done.returncode} after {len(theirs)} of "
+                        f"{len(walks)} walks; it needs habitat-lab ({python or sys.executable} -m "
+                        f"pip install habitat-lab). Its last words: {done.stderr[-600:].strip()}")
+    worst = dict.fromkeys(WITNESSED, 0.0)
+    for row, _ in walks:
+        for name in WITNESSED:
+            ours, habitats = row[name], theirs[str(row["episode_id"])][name]
+            if not abs(ours - habitats) <= 1e-4:
+                raise UserError(f"episode {row['episode_id']}: {name} is {ours} by our count and "
+                                f"{habitats} by habitat-lab's; neither is a result until one of "
+                                "them is explained")
+            worst[name] = max(worst[name], abs(ours - habitats))
+    return {"walks": len(walks), **told[0], "largest_difference": worst}
 
 
 # ---------------------------------------------------------------- pictures
@@ -682,8 +804,9 @@ def planned_path(state, plan, robot):
 def draw_map(walk, reference, robot, radius, upto, size):
     """The house from above, size x size pixels around the walk: blue walked, green the ground
     truth and the goal's radius, orange dashed the plan that was last written up to pose `upto`."""
-    positions, goal = [state["position"] for state in walk.states], walk.episode["goals"][0]
-    x, _, z = np.array([*positions, *reference, goal["position"]]).T
+    positions = [state["position"] for state in walk.states]
+    goals = [goal["position"] for goal in walk.episode["goals"][:1]]        # none in a test split
+    x, _, z = np.array([*positions, *(reference or ()), *goals]).T
     side = max(np.ptp(x), np.ptp(z)) + 3                                        # metres
     left, top = (x.min() + x.max() - side) / 2, (z.min() + z.max() - side) / 2
     image, (x0, z0, x1, z1) = Image.fromarray(np.array(walk.map["image"])), walk.map["bounds"]
@@ -700,15 +823,16 @@ def draw_map(walk, reference, robot, radius, upto, size):
         (x, y), = pixels([point])
         draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, 2)
 
-    draw.line(pixels(reference), GREEN, 5)
+    draw.line(pixels(reference or positions[:1] * 2), GREEN, 5)
     draw.line(pixels(positions[:upto + 1]), BLUE, 3)
     plans = [(t, plan) for t, _, plan in walk.answers if t <= upto and FORWARD in plan]
     for t, plan in plans[-1:]:
         ahead = np.array(pixels(planned_path(walk.states[t], plan, robot)))
         for a, b in zip(ahead, ahead[1:]):
             draw.line([*a, *(a + 0.6 * (b - a))], ORANGE, 3)
-    circle(goal["position"], radius * size / side, GREEN)
-    circle(goal["position"], 4, GREEN, GREEN)
+    for goal in goals:
+        circle(goal, radius * size / side, GREEN)
+        circle(goal, 4, GREEN, GREEN)
     circle(positions[0], 5, BLUE, WHITE)
     circle(positions[upto], 4, BLUE, BLUE)
     return image
@@ -783,39 +907,36 @@ def choose_ckpt(args):
 
 
 def choose_robot(args, ckpt, nav, episode):
-    """Body and camera: flags, else the checkpoint's data set, else what the episodes look like.
+    """Body and camera: what the checkpoint learned in; else --robot, or the episodes' data set.
 
-    UserError if it is not the body that the checkpoint learned in.
+    UserError if a flag contradicts the checkpoint.
     """
-    looks = "houses" if episode["scene_id"].startswith("houses/") else \
-        "rxr" if "language" in episode["instruction"] else "r2r"
-    name = args.robot or (nav["dataset"] if nav and nav["dataset"] in ROBOTS else looks)
-    changed = {key: vars(args)[key] for key in ROBOTS[name] if vars(args).get(key) is not None}
-    robot = {**ROBOTS[name], **changed}
-    for key in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m") if nav else ():
-        if abs(nav[key] - robot[key]) > 1e-6:
-            raise UserError(f"{ckpt} was trained with {key} = {nav[key]:g} and the robot {name!r} "
-                            f"has {robot[key]:g}: take another --robot or --ckpt, or, if the data "
-                            f"allow it, --{key.replace('_', '-')} {nav[key]:g}")
-    return robot
+    name = args.robot or (nav["dataset"] if nav and nav["dataset"] in ROBOTS
+                          else dataset_of(episode))
+    robot = robot_from_args(args, ROBOTS[name])
+    taught = {key: nav[key] for key in robot if nav and nav.get(key) is not None}
+    for key, value in taught.items():
+        stated = args.robot or vars(args)[key] is not None
+        if stated and abs(value - robot[key]) > 1e-6:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{ckpt} was trained with {key} = {value} and the robot {name!r} has "
+                            f"{robot[key]}: leave --robot and {flag} out, since a checkpoint brings"
+                            " its own, or take another --ckpt")
+    return {**robot, **taught}
 
 
-def check_episodes(episodes, truths, source, robot, scenes):
-    """What walks and metrics need must be there before anything walks: else UserError."""
+def check_episodes(episodes, truths, source):
+    """What the metrics need must be there before anything walks, or none of it: else UserError.
+
+    truths: None where the split has no goals.
+    """
     names = [str(episode["episode_id"]) for episode in episodes]
-    if not names or len(set(names)) < len(names):
-        raise UserError(f"{source} has no episodes, or one episode_id twice: repair the file")
+    if len(set(names)) < len(names):
+        raise UserError(f"{source} has one episode_id twice: repair the file")
     for name, episode in zip(names, episodes):
-        if not episode.get("goals") or name not in truths:
+        if truths is not None and (not episode["goals"] or name not in truths):
             raise UserError(f"episode {name} of {source} has no goal or no ground truth to measure "
-                            "by (only its server scores R2R's test split): choose another --split, "
-                            "or copy the _gt.json.gz of the same release")
-        path = os.path.join(scenes, episode["scene_id"])
-        if not os.path.exists(path):
-            raise UserError(f"episode {name} of {source} is in {path}, which is missing: give the "
-                            "folder that scene_id starts from with --scenes")
-    check_turn_deg([{"episode": episode, **truths[name]} for name, episode in zip(names, episodes)],
-                   robot["turn_deg"])
+                            "by: copy the _gt.json.gz of the same release")
 
 
 def spread(items, n):
@@ -876,27 +997,44 @@ def prepare(args):
     """Read the flags' files and refuse what does not belong together -> settings, and the rest."""
     ckpt, nav = choose_ckpt(args)
     source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
-    every, truths = read_episodes(source, args.split), read_ground_truth(source, args.split)
+    every = read_episodes(source, args.split, args.role, args.languages)
+    hidden = not any(episode["goals"] for episode in every)     # only the split's server can score
+    truths = None if hidden else read_ground_truth(source, args.split, args.role)
     episodes = spread(every, args.limit or len(every))
-    scenes = args.scenes or (os.path.join(source, "scenes") if args.sim == "house"
-                             else "data/scene_datasets")
+    scenes = args.scenes or scenes_of(source)
+    if args.witness and (hidden or args.sim != "habitat" or args.sim_hosts):
+        raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, the "
+                        "scenes on this machine, and a split with goals")
     robot = choose_robot(args, ckpt, nav, every[0])
-    check_episodes(episodes, truths, f"{source} ({args.split})", robot, scenes)
-    radii = {goal.get("radius") for episode in every for goal in episode["goals"]}
-    if not args.success_m and (len(radii) > 1 or None in radii):
+    check_episodes(episodes, truths, f"{source} ({args.split})")
+    if not args.sim_hosts:  # else its server is asked, later
+        check_scenes(episodes, scenes)
+    if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
+        check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
+    if args.submit and args.limit:
+        raise UserError("--submit needs every episode of the split: leave --limit out")
+    if args.agent == "oracle" and hidden:
+        raise UserError(f"{source} ({args.split}) hides its goals, so there is no expert to walk "
+                        "there: choose another --agent or --split")
+    radii = {goal.get("radius") or VLNCE_RADIUS_M for episode in every for goal in episode["goals"]}
+    if not args.success_m and len(radii) > 1:
         raise UserError("the goals of the data have no common radius: give --success-m")
-    radius = args.success_m or radii.pop()
+    radius = args.success_m or (radii.pop() if radii else VLNCE_RADIUS_M)
     words = other_words(every, args.seed) if args.shuffle_instructions else {
         str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}
-    mean = np.mean([truths[str(e["episode_id"])]["actions"].count(FORWARD) for e in episodes])
-    data = json.dumps([episodes, [truths[str(e["episode_id"])]["locations"] for e in episodes]])
-    flags = ("split", "agent", "sim", "execute", "malformed", "temperature", "max_steps", "limit",
-             "blank_frames", "shuffle_instructions", "seed")
+    walked = paired(episodes, truths or {})
+    forwards = [walk["actions"].count(FORWARD) for walk in walked]
+    forward_steps = args.forward_steps or (round(np.mean(forwards)) if forwards else None)
+    if args.agent == "forward" and forward_steps is None:
+        raise UserError("--agent forward needs --forward-steps where there is no ground truth")
+    data = json.dumps([episodes, [walk["locations"] for walk in walked]])
+    flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
+             "max_steps", "limit", "blank_frames", "shuffle_instructions", "seed")
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
                 "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0,
-                "forward_steps": args.forward_steps or round(mean)}
+                "forward_steps": forward_steps}
     return settings, episodes, truths, words, scenes
 
 
@@ -932,15 +1070,20 @@ def main(args):
         walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
-        gpus = [int(os.environ["LOCAL_RANK"])] if "LOCAL_RANK" in os.environ else None
         look = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
+        gpus = args.sim_gpus
+        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ:
+            gpus = [int(os.environ["LOCAL_RANK"])]
         with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
-                                              args.sim_timeout, gpus) as pool, \
+                                              args.sim_timeout, gpus, args.sim_hosts,
+                                              args.sim_key) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            if args.sim_hosts:
+                pool.require({episode["scene_id"] for episode in episodes})
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       look, tally):
-                reference = truths[walk.name]["locations"]
+                reference = truths and truths[walk.name]["locations"]
                 row = row_of(walk, reference, radius, second)
                 draw_walk(walk, row, reference, robot, radius, os.path.join(out, "pictures"))
                 file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -948,8 +1091,8 @@ def main(args):
                 os.fsync(file.fileno())
                 tally.update(walks=1, steps=row["steps"], scored="success" in row,
                              success=row.get("success", 0))
-                rate = tally["success"] / max(tally["scored"], 1)
-                bar.set_postfix(SR=f"{rate:.2f}", refresh=False)
+                if tally["scored"]:
+                    bar.set_postfix(SR=f"{tally['success'] / tally['scored']:.2f}", refresh=False)
                 bar.update()
         seconds = time.perf_counter() - start
         write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
@@ -968,9 +1111,18 @@ def main(args):
     rows = [rows[name] for name in names]
     versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
     results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
+    if args.witness:
+        results["witness"] = testify(rows, episodes, settings, scenes, args.sim_python)
     write_json(os.path.join(out, "episodes.jsonl"), rows, lines=True)
     write_json(os.path.join(out, "results.json"), results)
     print(table(results))
+    if args.witness:
+        found = results["witness"]
+        worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]
+        print(f"  habitat-lab {found['habitat_lab']} walked {found['walks']} of them too; largest "
+              f"differences: {', '.join(worst)}")
+    if args.submit and not results["errors"]:
+        submit(args.submit, episodes, rows)
     if results["errors"]:
         first = next(row for row in rows if row["end"] == "error")
         sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "

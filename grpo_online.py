@@ -23,12 +23,11 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
 first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = togo(before) - togo(after) - c step * actions + [said stop] (d < r ? 1 - d / r : -w)
+    R_g  = togo(before) - togo(after) - c * actions + [said stop] (d < r ? 1 - d / r : -w)
     togo = geodesic distance + one step for each turn that is needed to face the way on
 
-An expert's action gains a step. With c = 1 a long plan could only lose against a short one, with 0
-only win; a half is about what a middling policy's actions gain, so that length by itself is worth
-nothing.
+c is what an action more gains in this batch, within groups: a plan's length by itself is then worth
+nothing. (With a fixed c the policy soon writes the longest or the shortest plans only.)
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -65,6 +64,16 @@ import numpy as np
 import torch
 
 import engine as E
+from episodes import (
+    VLNCE_RADIUS_M,
+    add_episode_args,
+    check_scenes,
+    read_episodes,
+    read_ground_truth,
+    scenes_of,
+    turned,
+    yaw_deg,
+)
 from evaluate import (
     EPISODES,
     Walk,
@@ -78,10 +87,11 @@ from evaluate import (
     walk_episodes,
 )
 from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_reference, masked_mean
-from make_data import Dialog, drive, read_episodes, read_ground_truth, turned, yaw_deg
+from make_data import Dialog, drive
 from model import is_dialog, load_policy, save_policy
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import STOP, UserError, run
-from sim import ROBOTS, SimDied, SimError, SimPool
+from sim import SimError, add_robot_args
 
 
 def parse_args(argv=None):
@@ -92,7 +102,8 @@ def parse_args(argv=None):
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
         "data set which the checkpoint names")
     add("--split", default="train")
-    add("--scenes", help="what scene_id is below; default: <episodes>/scenes in houses, else "
+    add_episode_args(add)
+    add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
     add("--out", default="ckpt/online")
     add("--draw", nargs="+", metavar="RUN", help="only draw the learning curves of these run "
@@ -100,11 +111,15 @@ def parse_args(argv=None):
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
     add("--sims", type=int, default=8, help="robots walking at once per process, a simulator each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
-    add("--robot", choices=sorted(ROBOTS), help="body and camera; default: the data set's")
     add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
+    add_robot_args(add, "the checkpoint's")
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
@@ -120,8 +135,6 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a walk: a sum such as success+0.5*progress, "
         "of " + ", ".join(MARKS))
-    add("--action-cost", type=float, default=0.5, help="of --groups state: c, the share of a step "
-        "that each action must gain")
     add("--stop-penalty", type=float, default=1.0, help="of --groups state: w, of a wrong stop")
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
@@ -198,19 +211,29 @@ def to_go(state, robot):
     return state["distance_to_goal"] + robot["forward_m"] * angle
 
 
-def plan_reward(before, after, plan, robot, radius, action_cost, stop_penalty):
-    """What a plan is worth at a state: metres gained, less its cost, and whether its stop is right.
+def plan_reward(before, after, plan, robot, radius, stop_penalty):
+    """What a plan is worth at a state: metres gained, and whether its stop is right.
 
     plan: action ids, [] if malformed (as bad as a wrong stop); before, after: what "try" says of
     where it starts and of where it leads.
     """
-    moves = sum(action != STOP for action in plan)
     gained = to_go(before, robot) - to_go(after, robot)
-    worth = gained - action_cost * robot["forward_m"] * moves
     if plan and plan[-1] != STOP:
-        return worth
+        return gained
     d = after["distance_to_goal"]
-    return worth + (1 - d / radius if plan and d < radius else -stop_penalty)
+    return gained + (1 - d / radius if plan and d < radius else -stop_penalty)
+
+
+def price_of(groups):
+    """What one action more gains within groups: the slope of the least squares line through
+    [(actions, reward), ..] of each group, all shifted to their group's mean; 0 if none differ.
+
+    >>> price_of([[(1, 2.0), (3, 3.0)], [(2, 7.0), (4, 8.0)], [(5, 1.0)]])
+    0.5
+    """
+    shifted = [np.array(group) - np.mean(group, axis=0) for group in groups if group]
+    n, worth = np.concatenate(shifted or [np.zeros((1, 2))]).T
+    return float(n @ worth / (n @ n)) if n.any() else 0.0
 
 
 def early_end(walk, expert_actions, args):
@@ -236,22 +259,27 @@ class World:
 
     def __init__(self, args, policy, split):
         source = args.episodes or EPISODES.get(policy.nav["dataset"], EPISODES["houses"])
-        self.episodes = read_episodes(source, split)
-        self.truths = read_ground_truth(source, split)
-        self.scenes = args.scenes or (os.path.join(source, "scenes") if args.sim == "house"
-                                      else "data/scene_datasets")
+        self.episodes = read_episodes(source, split, args.role, args.languages)
+        self.truths = read_ground_truth(source, split, args.role)
+        self.scenes = args.scenes or scenes_of(source)
         self.robot = choose_robot(args, args.init, policy.nav, self.episodes[0])
-        check_episodes(self.episodes, self.truths, f"{source} ({split})", self.robot, self.scenes)
-        radii = {goal.get("radius") for e in self.episodes for goal in e["goals"]}
-        if not args.success_m and (len(radii) > 1 or None in radii):
+        check_episodes(self.episodes, self.truths, f"{source} ({split})")
+        if not args.sim_hosts:
+            check_scenes(self.episodes, self.scenes)
+        radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}
+        if not args.success_m and len(radii) > 1:
             raise UserError("the goals of the data have no common radius: give --success-m")
         self.radius, self.args, self.source = args.success_m or radii.pop(), args, source
         self.cpu_s = [0.0] * args.sims                     # of each simulator, as it told us last
 
     def open(self):
-        gpus = [int(os.environ["LOCAL_RANK"])] if self.args.sim == "habitat" else None
-        self.pool = SimPool(self.args.sim, self.robot, self.scenes, self.args.sims,
-                            self.args.sim_python, self.args.sim_timeout, gpus)
+        args, gpus = self.args, self.args.sim_gpus
+        if not gpus and not args.sim_hosts and args.device == "cuda" and args.sim == "habitat":
+            gpus = [int(os.environ["LOCAL_RANK"])]
+        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims, args.sim_python,
+                            args.sim_timeout, gpus, args.sim_hosts, args.sim_key)
+        if args.sim_hosts:
+            self.pool.require({episode["scene_id"] for episode in self.episodes})
         return self.pool
 
     def truth(self, episode):
@@ -306,12 +334,15 @@ class World:
             found[walk.name] = []
             for some, those, states in zip(plans, tried, reply["states"]):
                 after = dict(zip(those, states))
-                found[walk.name].append([plan_reward(
+                found[walk.name].append([(plan, plan_reward(
                     after[()], after[tuple(a for a in plan if a != STOP)], plan, self.robot,
-                    self.radius, args.action_cost, args.stop_penalty) for plan in some])
+                    self.radius, args.stop_penalty)) for plan in some])
 
         drive(self.pool, args.sims, (job(walk) for walk in walks if walk.turns))
-        return [found.get(walk.name, []) for walk in walks]
+        price = price_of([[(len(plan), worth) for plan, worth in group if plan and STOP not in plan]
+                          for turns in found.values() for group in turns])
+        return [[[worth - price * sum(action != STOP for action in plan) for plan, worth in group]
+                 for group in found.get(walk.name, [])] for walk in walks]
 
 
 def dialog_of(walk):

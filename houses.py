@@ -38,9 +38,9 @@ Expect   half a minute on two idle cores; at the end counts, the mix of actions,
 The scene [2]. One mesh per axis-aligned box, named "role|name|number". Habitat takes a bare .glb
 for a Matterport scan, which is z-up, so world (x, y, z) is stored as (x, -z, y); and it draws
 without lights, so light is part of the vertex colours: pixel = COLOR_0 * texture / 255, where a
-texture is grey and repeats every metre. The flat roof above the ceilings (2.6 m) and the tops of
-furniture are all that a navigation mesh could take for other storeys; they are too high to step on
-and nothing starts there.
+texture is grey and repeats every metre. Two liberties are taken for its navigation mesh: a ceiling
+has no upper side, or the roof would be a storey to walk on (the top of a wide wardrobe or table
+still is one, but no step leads there); and a floor is 19.9 cm thick (see FLOOR_M).
 
 [1] Krantz et al. 2020, VLN-CE, https://arxiv.org/abs/2004.02857
 [2] habitat-sim, StageAttributesManager.cpp: default up +z, front +y, for .glb without a config
@@ -155,6 +155,10 @@ ROOM_KINDS = {
 }
 
 HEIGHT, SLAB = 2.5, 0.08  # metres: a room's height; a wall's own half of the wall between two rooms
+# habitat's navigation mesh counts heights in cells of 0.2 m from the lowest point, rounded up: one
+# cell, less a hair, puts it 1 mm above the floor. With 0.1 m it would float 10 cm above, the camera
+# with it, once the robot has taken a step.
+FLOOR_M = 0.199
 DOOR_WIDTH, DOOR_HEIGHT = 1.2, 2.1
 PASSAGE = 0.75  # metres between things, so that a body of 0.36 m passes and can stand in front
 STAND_OFF = 0.5  # metres from a thing to the goal in front of it
@@ -329,7 +333,7 @@ def shell(rng, rooms, doors):
     for number, room in enumerate(rooms):
         (x0, z0), (x1, z1) = room.lo.tolist(), room.hi.tolist()
         floor = FLOORS[rng.integers(len(FLOORS))], str(rng.choice(["tiles", "planks"]))
-        boxes.append(Box("floor", room.name, [x0, -0.1, z0], [x1, 0.0, z1], *floor))
+        boxes.append(Box("floor", room.name, [x0, -FLOOR_M, z0], [x1, 0.0, z1], *floor))
         high = [x0, HEIGHT, z0], [x1, HEIGHT + 0.1, z1]
         boxes.append(Box("ceiling", room.name, *high, CEILING, "cloth"))
         for axis, end in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -417,6 +421,7 @@ def write_glb(path, boxes):
         for name, grey in textures().items()
     }
     triangles = np.concatenate([[[k, k + 1, k + 2], [k, k + 2, k + 3]] for k in range(0, 24, 4)])
+    lidless = np.delete(triangles, (6, 7), axis=0)  # without the upper side, +y
     scene = trimesh.Scene()
     for number, box in enumerate(boxes):
         corners, uv = faces(box.lo, box.hi)
@@ -426,7 +431,8 @@ def write_glb(path, boxes):
         visual = trimesh.visual.TextureVisuals(uv * (1, -1) + (0, 1), materials[box.texture])
         visual.vertex_attributes["color"] = colour.repeat(4, axis=0)  # or COLOR_0 is dropped
         stored = corners[:, [0, 2, 1]] * (1, -1, 1)
-        mesh = trimesh.Trimesh(stored, triangles, visual=visual, process=False)
+        drawn = lidless if box.role == "ceiling" else triangles
+        mesh = trimesh.Trimesh(stored, drawn, visual=visual, process=False)
         name = f"{box.role}|{box.name}|{number}"
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     write_file(path, trimesh.exchange.gltf.export_glb(scene, include_normals=False))

@@ -2,8 +2,8 @@
 VLN-Ego: let the expert walk, and write down what it saw.
 
 Input is what R2R-VLN-CE and RxR-VLN-CE publish, and houses.py imitates: episodes (an instruction, a
-start, a goal) and ground truth (the expert's actions). A simulator replays the actions; what comes
-out is all that imitation needs: the frames, the actions, the words.
+start, a goal) and ground truth (the expert's actions); episodes.py reads them. A simulator replays
+the actions; what comes out is all that imitation needs: the frames, the actions, the words.
 
     time      t = 0        t = 1        t = 2              t = T-1
     frame     v_0          v_1          v_2        ..      v_T-1         the view BEFORE action t
@@ -16,16 +16,19 @@ frames and gives them the right labels.)
 
 Three things differ from the released collection, all to make the data checkable:
   * A walk is stored once. R2R has three instructions to a trajectory, so episodes point at walks.
-  * It checks itself. The turn angle is asserted, on the ground truth before and on the poses
-    after; a replayed walk must follow the ground truth's positions and end at the goal, or it is
-    kept out and counted by reason. More than 1% kept out is an error: the set-up is wrong then.
+  * It checks itself. --verify looks over the input before hours are spent. The turn angle is
+    asserted, on the ground truth before and on the poses after; a replayed walk must follow the
+    ground truth's positions and end at the goal, or it is kept out and counted by reason. How far
+    each strayed (drift, at most and at its end) is on record. More than 1% kept out is an error:
+    the set-up is wrong then.
   * --noise adds copies in which the expert is now and then pushed off its way and has to recover,
     labelled with what it would do from each very state (DAgger's idea, without a policy).
 
 Run it
     python make_data.py --episodes data/houses --split train --out data/vln_ego [--noise 0.1]
-    python make_data.py --sim habitat --robot r2r --sim-python ~/habitat/bin/python --sims 8 \
-        --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed --scenes data/scene_datasets
+    python make_data.py --verify --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed --split train
+    python make_data.py --sim habitat --sim-python ~/habitat/bin/python --sims 8 --out data/r2r \
+        --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed [--turn-deg 30]
     python make_data.py --robot r2r --import-walk rgb_images_r2r_train --out data/released
     python make_data.py --out data/vln_ego --split train --export-sharegpt data/sharegpt
 
@@ -43,7 +46,6 @@ Expect   the action mix of R2R: forward 64%, left 17.5%, right 16.7%, stop 1.7%.
 from __future__ import annotations
 
 import argparse
-import gzip
 import io
 import json
 import math
@@ -60,6 +62,24 @@ import numpy as np
 from PIL import Image
 
 import lsm
+from episodes import (
+    VLNCE_RADIUS_M,
+    add_episode_args,
+    check_scenes,
+    check_turn_deg,
+    dataset_of,
+    hides_goals,
+    location_steps,
+    paired,
+    read_episodes,
+    read_ground_truth,
+    scenes_of,
+    turned,
+    verify,
+    walked_turn_deg,
+    yaw_deg,
+)
+from pool import SimDied, SimPool, addresses, gpu_list
 from reward import (
     FORWARD,
     LEFT,
@@ -72,9 +92,10 @@ from reward import (
     run,
     write_plan,
 )
-from sim import ROBOTS, SimDied, SimPool
+from sim import ROBOTS, add_robot_args, robot_from_args
 
 VERSION = 1  # of the layout above
+FRAME_BYTES = 54e3  # a 640x480 JPEG of quality 90: mean over the released walk's 65 frames
 CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~15 decisions
 
 
@@ -84,23 +105,27 @@ def parse_args(argv=None):
     add = p.add_argument_group("files").add_argument
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
     add("--split", default="train")
+    add_episode_args(add)
     add("--out", default="data/vln_ego", help="the split becomes a folder in here")
-    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes for houses")
+    add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
+        "there, else data/scene_datasets")
+    add("--verify", action="store_true", help="only look whether the input is all there and fits")
     add("--import-walk", metavar="FOLDER", help="import released walks at or below FOLDER instead")
     add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
 
     add = p.add_argument_group("data").add_argument
     add("--limit", type=int, help="only the first N episodes")
-    add("--expert", choices=("replay", "walk"), default="replay",
-        help="replay the ground truth's actions, or walk the simulator's expert anew")
+    add("--expert", choices=("replay", "walk"), help="replay the ground truth's actions, or walk "
+        "the simulator's expert anew; default: replay, but walk where --turn-deg is not its angle")
     add("--waypoints", choices=("goal", "reference"), help="what a walking expert heads for; "
-        "default: goal, and for rxr the reference path, whose bends its words describe")
+        "default: goal, but where it stands in for the ground truth, and for rxr, whose words "
+        "describe the bends, the reference path")
     add("--noise", type=float, default=0.0, help="chance per step of a push; above 0 adds copies")
     add("--noise-copies", type=int, default=1, help="noisy copies per walk, if --noise is above 0")
     add("--horizon", type=int, default=6, help="actions per label of noisy copies; the paper's 6")
     add("--max-steps", type=int, default=500, help="the expert gives up here; VLN-CE's 500")
     add("--success-m", type=float, help="a walk must end nearer to the goal than this; default: "
-        "goals[].radius in the data (houses 1, R2R 3)")
+        "goals[].radius in the data (houses 1, R2R 3), 3 if it has none")
     add("--max-drift", type=float, default=0.25,
         help="metres between replay and ground truth; ours: a step. The same simulator has none")
     add("--objects", action="store_true", help="also write what each frame shows (houses only)")
@@ -112,11 +137,12 @@ def parse_args(argv=None):
 
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
-    add("--robot", choices=sorted(ROBOTS), default="houses", help="camera, turn angle, body")
-    for name, value in ROBOTS["houses"].items():
-        if not isinstance(value, bool):
-            add("--" + name.replace("_", "-"), type=type(value), help="instead of the robot's")
+    add_robot_args(add, "that of the episodes' data set")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
+        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
 
     add = p.add_argument_group("machine").add_argument
     add("--sims", type=int, default=2, help="simulator processes; the files do not depend on it")
@@ -125,70 +151,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# ---------------------------------------------------------------- reading episodes
-
-
-def read_json_gz(folder, names, what):
-    """The first of `names` below folder (or folder, if that is a file) -> (its path, its data)."""
-    paths = [folder] if os.path.isfile(folder) else [os.path.join(folder, n) for n in names]
-    path = next((p for p in paths if os.path.isfile(p)), None)
-    if path is None:
-        raise UserError(f"no {what} found: looked for {', '.join(paths)}; point --episodes at the "
-                        "folder that holds them (houses.py makes one)")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as f:
-            return path, json.load(f)  # RxR's timed_instruction holds NaN; json.load takes it
-    except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or not gzip ({error}); copy it again") from None
-    except ValueError as error:  # bad JSON, bad UTF-8
-        raise UserError(f"{path} is not JSON inside ({error}); copy it again") from None
-
-
-def read_episodes(path, split):
-    """R2R_VLNCE_v1-3 or RxR_VLNCE_v0 episodes, ours included -> list of dicts, as in the file.
-
-    Ids stay what they are (R2R int, RxR str). The one change: white space of instructions is made
-    single, since 10,811 of R2R's 10,819 end in a blank. Test splits have no goals.
-    """
-    path, data = read_json_gz(path, [
-        f"{split}/{split}.json.gz", f"{split}.json.gz", f"{split}/{split}_guide.json.gz",
-        f"{split}_guide.json.gz"], f"episodes of split {split!r}")
-    episodes = data.get("episodes") if isinstance(data, dict) else None
-    if not isinstance(episodes, list):
-        raise UserError(f"{path} has no list 'episodes'; is it an R2R_VLNCE or RxR_VLNCE file?")
-    sizes = {"episode_id": None, "scene_id": None, "start_position": 3, "start_rotation": 4,
-             "instruction": None, **({} if split.startswith("test") else {"goals": None})}
-    for i, episode in enumerate(episodes):
-        name = f"{path}: episode {episode.get('episode_id', f'number {i}')}"
-        for field, size in sizes.items():
-            value = episode.get(field)
-            if value is None or value == [] or (size and len(value) != size):
-                raise UserError(f"{name} has no good {field!r} ({value!r}); repair or remove it")
-        text = episode["instruction"].get("instruction_text")
-        if not text or not text.strip():
-            raise UserError(f"{name} has no 'instruction_text'; repair or remove it")
-        episode["instruction"]["instruction_text"] = " ".join(text.split())
-        episode.setdefault("trajectory_id", episode["episode_id"])
-    return episodes
-
-
-def read_ground_truth(path, split):
-    """-> {str(episode_id): {"actions": [.., 0], "locations": [[x, y, z]..], "forward_steps": n}}.
-
-    locations: the start and the place after every forward move, so forward_steps + 1 of them.
-    """
-    path, truths = read_json_gz(path, [
-        f"{split}/{split}_gt.json.gz", f"{split}_gt.json.gz", f"{split}/{split}_guide_gt.json.gz",
-        f"{split}_guide_gt.json.gz"], f"ground truth of split {split!r}")
-    for key, truth in truths.items():
-        actions, locations = truth.get("actions") or [], truth.get("locations") or []
-        if actions[-1:] != [STOP] or not set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}:
-            raise UserError(f"{path}: 'actions' of {key} must be 1, 2, 3 and one 0 at the end; "
-                            "repair or remove it")
-        if not locations or any(len(place) != 3 for place in locations):
-            raise UserError(f"{path}: 'locations' of {key} must be a list of [x, y, z]; repair or "
-                            "remove it")
-    return truths
+# ---------------------------------------------------------------- labels
 
 
 def window(actions, t, n):
@@ -229,71 +192,11 @@ def merge_walk(actions, learned, rng, horizon=3, merge=3, chance=0.7, vary=False
 # ---------------------------------------------------------------- checking what is recorded
 
 
-def yaw_deg(rotation):
-    """Heading of a quaternion (x, y, z, w) about +y in degrees: left is positive, 0 looks along -z.
-
-    >>> round(yaw_deg([0, 0.5, 0, 0.75 ** 0.5]), 6)
-    60.0
-    """
-    return math.degrees(2 * math.atan2(rotation[1], rotation[3]))
-
-
-def turned(before, after):
-    """Degrees from one heading to another, the short way round, in [-180, 180).
-
-    >>> turned(170, -170)
-    20
-    """
-    return (after - before + 180) % 360 - 180
-
-
-def heading_fit(rotation, actions, locations, turn_deg):
-    """If every turn is turn_deg, do forward moves go where the robot faces? -> (fitting, moves).
-
-    Within 5 degrees. Moves of less than 0.1 m over ground (walls, stairs) have no direction and are
-    left out. On R2R's val_seen 98.5% fit at 15 degrees and 6% at 30.
-
-    >>> heading_fit([0, 0, 0, 1], [2, 1, 0], [[0, 0, 0], [-0.25, 0, 0]], turn_deg=90)
-    (1, 1)
-    """
-    heading, fitting, moves, places = yaw_deg(rotation), 0, 0, zip(locations, locations[1:])
-    for action in actions:
-        heading += {LEFT: turn_deg, RIGHT: -turn_deg}.get(action, 0)
-        if action == FORWARD:
-            (x0, _, z0), (x1, _, z1) = next(places)
-            if math.hypot(x1 - x0, z1 - z0) > 0.1:
-                went = math.degrees(math.atan2(x0 - x1, z0 - z1))
-                fitting += abs(turned(heading, went)) < 5
-                moves += 1
-    return fitting, moves
-
-
-def check_turn_deg(walks, turn_deg):
-    """Assert the robot's turn angle on the ground truth, before an hour is spent on replaying it.
-
-    walks: [{"episode", "actions", "locations"}]. Sliding along walls costs the right angle a few
-    percent, a wrong one fits a few percent: 80% divides them.
-    """
-    walks = [w for w in walks if w["actions"]
-             and len(w["locations"]) == w["actions"].count(FORWARD) + 1][:200]
-
-    def share(deg):
-        fits = [heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"], deg)
-                for w in walks]
-        return sum(f for f, _ in fits) / max(1, sum(n for _, n in fits))
-    if walks and share(turn_deg) < 0.8:
-        best = max((10, 15, 22.5, 30, 45, 90), key=share)
-        raise UserError(
-            f"the robot turns {turn_deg:g} degrees, but the ground truth was walked with turns of "
-            f"{best:g} ({share(best):.0%} of its moves fit that, {share(turn_deg):.0%} fit "
-            f"{turn_deg:g}); use --turn-deg {best:g} or the --robot of these episodes")
-
-
 def check_walk(walk, reply, robot, radius, max_drift):
     """Is this recording what the ground truth says? -> (reason to keep it out, detail, drift).
 
-    reason is None for a good walk; drift is the largest distance (metres) between the replayed
-    positions and the ground truth's, None where the expert walked anew.
+    reason is None for a good walk. drift: metres between the replayed positions and the ground
+    truth's, {"drift_m": the largest, "end_drift_m": the last}; {} where the expert walked anew.
     """
     actions, poses = reply["actions"], np.asarray(reply["poses"], dtype=float)  # (T,), (T, 7)
     assert len(reply["frames"]) == len(poses) == len(actions), "one frame and one pose per action"
@@ -303,27 +206,77 @@ def check_walk(walk, reply, robot, radius, max_drift):
             raise UserError(f"walk {walk['walk_id']}: action {actions[t]} at step {t} turned the "
                             f"simulator by {angle:.1f} degrees (left is positive), but the robot's "
                             f"turn_deg is {robot['turn_deg']:g}; check --robot and --turn-deg")
-    drift = None
+    drift = {}
     if walk["actions"]:
-        places = poses[[0] + [t + 1 for t, a in enumerate(actions) if a == FORWARD], :3]
         truth = np.asarray(walk["locations"], dtype=float)      # (forward moves + 1, 3)
-        if len(places) != len(truth):
+        steps = location_steps(actions, len(truth))
+        if steps is None:
             return ("the ground truth contradicts itself",
-                    f"{len(truth)} locations for {len(places) - 1} forward moves", None)
-        drift = float(np.linalg.norm(places - truth, axis=1).max())
+                    f"{len(truth)} locations for {actions.count(FORWARD)} forward moves", {})
+        apart = np.linalg.norm(poses[steps, :3] - truth, axis=1)
+        if not np.isfinite(apart).all():
+            return "the ground truth contradicts itself", "a location is not finite", {}
+        drift = {"drift_m": round(float(apart.max()), 4), "end_drift_m": round(float(apart[-1]), 4)}
     distance = reply["distance_to_goal"]
-    if actions[-1] != STOP:
-        return "the expert did not stop", f"not in {len(actions)} steps", drift
     if distance is None or not math.isfinite(distance):
         return "the goal cannot be reached", f"its distance is {distance}", drift
     if distance >= radius:
         return f"ended {radius:g} m or more from the goal", f"{distance:.2f} m", drift
-    if drift is not None and drift > max_drift:
-        return "left the ground truth's way", f"by {drift:.2f} m", drift
+    if drift and drift["drift_m"] > max_drift:
+        return "left the ground truth's way", f"by {drift['drift_m']:.2f} m", drift
     return None, "", drift
 
 
 # ---------------------------------------------------------------- what to record
+
+
+def choose_expert(args, episodes, robot):
+    """Settle args.expert and args.waypoints -> the ground truth to replay, {} if the expert walks.
+
+    R2R turned 15 degrees, and 71% of its turns are a single one: that cannot be replayed by 30. A
+    --turn-deg that the ground truth does not fit makes the expert walk the same way in its turns,
+    along the reference path. (Without the flag such a misfit is a wrong --robot, and refused.)
+    """
+    truths = {} if args.expert == "walk" else read_ground_truth(args.episodes, args.split,
+                                                                args.role)
+    walked, anew = walked_turn_deg(paired(episodes, truths), robot["turn_deg"]), False
+    if args.expert is None:
+        anew = args.turn_deg is not None and walked != robot["turn_deg"]
+        args.expert = "walk" if anew else "replay"
+    if anew:
+        print(f"the ground truth turned {walked:g} degrees: the expert walks anew, with turns of "
+              f"{robot['turn_deg']:g}")
+    elif args.expert == "replay":
+        check_turn_deg(paired(episodes, truths), robot["turn_deg"])
+    args.waypoints = args.waypoints or ("reference" if anew or args.robot == "rxr" else "goal")
+    return truths
+
+
+def verify_input(args, episodes, scenes, robot):
+    """--verify: tell the facts and the problems, and end as an error if there is a problem."""
+    whole = [args.robot, args.split, args.role or "guide", args.languages and tuple(args.languages)]
+    if args.robot != "rxr":
+        whole[2:] = None, None
+    truths, problems = None, []
+    if not hides_goals(args.split) and args.expert != "walk":
+        try:
+            truths = read_ground_truth(args.episodes, args.split, args.role)
+        except UserError as error:
+            problems.append(str(error))
+    facts, found = verify(episodes, truths, scenes, robot["turn_deg"],
+                          None if args.limit else tuple(whole))
+    if truths and not problems + found:
+        frames = sum(len(walk["actions"]) for walk in plan_walks(episodes, truths, args)[0]
+                     if walk["actions"])
+        facts.append(f"to record: {frames:,} frames, " + (
+            f"some {frames * FRAME_BYTES / 1e9:.1f} GB as JPEG of quality 90; " if args.robot !=
+            "houses" else "") + "hours: frames / 3600 / what `sim.py --check` says / --sims")
+    print("\n".join([f"{args.episodes}, split {args.split}, robot {args.robot}:", *(
+        f"  {fact}" for fact in facts), *(f"! {problem}" for problem in problems + found)]))
+    if problems + found:
+        raise UserError("; ".join(p.split("\n")[0] for p in problems + found) +
+                        ": mend that before recording")
+    print("all there")
 
 
 def plan_walks(episodes, truths, args):
@@ -334,9 +287,9 @@ def plan_walks(episodes, truths, args):
     """
     walks, rows, found, ways = [], [], {}, Counter()
     copies = range(1 + (args.noise_copies if args.noise > 0 else 0))
-    via = args.waypoints or ("reference" if args.robot == "rxr" else "goal")
+    via_reference = args.waypoints == "reference"
     for episode in episodes:
-        truth = truths.get(str(episode["episode_id"])) if args.expert == "replay" else {}
+        truth = truths.get(str(episode["episode_id"])) if args.expert != "walk" else {}
         if truth is None:
             raise UserError(f"episode {episode['episode_id']} has no ground truth; check that both "
                             "files are of one release, or use --expert walk")
@@ -357,13 +310,14 @@ def plan_walks(episodes, truths, args):
                 "episode": {k: v for k, v in episode.items() if k != "instruction"},
                 "actions": None if copy else actions,           # None: the expert walks anew
                 "locations": None if copy else truth.get("locations"),
-                "waypoints": episode["reference_path"][1:] if via == "reference" else None,
+                "waypoints": episode["reference_path"][1:] if via_reference else None,
                 "noise": args.noise if copy else 0.0,
                 "seed": zlib.crc32(f"{args.seed}/{walk_id}".encode()),
             } for copy, walk_id in enumerate(found[key])]
-        rows += [{"episode_id": episode["episode_id"], "walk_id": walk_id,
-                  "instruction": episode["instruction"]["instruction_text"], "split": args.split}
-                 for walk_id in found[key]]
+        words = episode["instruction"]
+        spoken = {"language": words["language"]} if "language" in words else {}
+        rows += [{"episode_id": episode["episode_id"], "walk_id": walk_id, "split": args.split,
+                  "instruction": words["instruction_text"], **spoken} for walk_id in found[key]]
     return walks, rows
 
 
@@ -396,8 +350,8 @@ class Shard:
             self.zip.writestr(entry, data)
         self.rows.append({**row, "shard": self.name})
 
-    def skip(self, walk_id, reason, detail):
-        self.rows.append({"walk_id": walk_id, "skipped": reason, "detail": detail})
+    def skip(self, walk_id, reason, detail, drift=()):
+        self.rows.append({"walk_id": walk_id, "skipped": reason, "detail": detail, **dict(drift)})
 
     def commit(self):
         self.zip.close()
@@ -449,17 +403,16 @@ def record_shard(name, walks, args, robot, out, threads):
             shard.skip(walk["walk_id"], "the simulator died on it" if isinstance(reply, SimDied)
                        else "the simulator refused it", str(reply))
             continue
-        radius = args.success_m or walk["episode"]["goals"][0].get("radius", 3.0)
+        radius = args.success_m or walk["episode"]["goals"][0].get("radius") or VLNCE_RADIUS_M
         reason, detail, drift = check_walk(walk, reply, robot, radius, args.max_drift)
         if reason:
-            shard.skip(walk["walk_id"], reason, detail)
+            shard.skip(walk["walk_id"], reason, detail, drift)
             continue
         row = {"walk_id": walk["walk_id"], "scene_id": walk["episode"]["scene_id"],
                "trajectory_id": walk["episode"]["trajectory_id"],
                "actions": [int(a) for a in reply["actions"]],
                "poses": np.asarray(reply["poses"], dtype=float).round(6).tolist(),
-               "distance_to_goal": round(reply["distance_to_goal"], 4)}
-        row |= {} if drift is None else {"drift_m": round(drift, 4)}
+               "distance_to_goal": round(reply["distance_to_goal"], 4), **drift}
         row |= {"labels": list(reply["labels"])} if walk["noise"] else {}
         row |= {"objects": reply["objects"]} if args.objects else {}
         shard.add(row, threads.map(lambda f: encode(f, args.image_format, args.jpeg_quality),
@@ -773,6 +726,15 @@ def open_folder(out, settings):
                         "recording.json); give another --out, or delete that folder")
 
 
+def quantiles(values):
+    """
+    >>> quantiles([0.0, 0.0, 1.0]), quantiles([])
+    ({'p50': 0.0, 'p90': 0.8, 'p99': 0.98, 'max': 1.0}, None)
+    """
+    return {name: round(float(np.percentile(values, q)), 4) for name, q in (
+        ("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))} if values else None
+
+
 def finish(out, order, shards, episodes, meta):
     """Put the shards' rows together in the episodes' order, write meta.json last, and tell."""
     rows = {}
@@ -785,20 +747,23 @@ def finish(out, order, shards, episodes, meta):
     frames, skipped = count.total(), Counter(row["skipped"] for row in lost)
     mix = {"forward": count[FORWARD], "left": count[LEFT], "right": count[RIGHT],
            "stop": count[STOP]}
-    drift = max((walk["drift_m"] for walk in walks if "drift_m" in walk), default=None)
+    drift = {key: quantiles([row[key] for row in rows.values() if key in row])
+             for key in ("drift_m", "end_drift_m")}             # those kept out included
     write_lines(f"{out}/walks.jsonl", walks)
     write_lines(f"{out}/episodes.jsonl", episodes)
     write_text(f"{out}/meta.json", json.dumps({
         "version": VERSION, "generator": f"make_data.py {VERSION}", **meta,
         "episodes": len(episodes), "walks": len(walks), "frames": frames, "actions": mix,
-        "max_drift_m": drift, "skipped": dict(sorted(skipped.items()))}, indent=1) + "\n")
+        **drift, "skipped": dict(sorted(skipped.items()))}, indent=1) + "\n")
 
     size = sum(os.path.getsize(f"{out}/frames/{name}.zip") for name in shards)
     print(f"{out}: {len(episodes):,} episodes over {len(walks):,} walks, {frames:,} frames, "
           f"{size / 1e6:,.1f} MB in {len(shards)} zips")
     print("actions: " + ", ".join(f"{k} {n / max(frames, 1):.1%}" for k, n in mix.items()))
-    if drift is not None:
-        print(f"replayed positions: at most {drift:.3f} m from the ground truth's")
+    for key, where in (("drift_m", "on the way"), ("end_drift_m", "at the end")):
+        if drift[key]:
+            print(f"drift from the ground truth {where}: at most {drift[key]['max']:.3f} m; " +
+                  ", ".join(f"{k} {drift[key][k]:.3f}" for k in ("p50", "p90", "p99")))
     print(f"skipped: {len(lost)} of {len(order):,} walks" +
           "".join(f"; {reason}: {n}" for reason, n in sorted(skipped.items())))
     if len(lost) > 0.01 * len(order):
@@ -810,15 +775,12 @@ def finish(out, order, shards, episodes, meta):
 
 def main(args):
     out = f"{args.out}/{args.split}"
-    robot = ROBOTS[args.robot]
-    given = {k: getattr(args, k, None) for k in robot}
-    robot = {**robot, **{k: v for k, v in given.items() if v is not None}}
 
     # 1. another format out of a recording that is there
     if args.export_sharegpt:
         from model import NAV
-        data, keys = VlnEgo(out), ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
-        nav = {**NAV, **{k: data.meta["robot"][k] for k in keys}, "horizon": args.horizon,
+        data = VlnEgo(out)
+        nav = {**NAV, **data.meta["robot"], "horizon": args.horizon,
                "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
         n = export_sharegpt(data, args.export_sharegpt, nav)
         print(f"{args.export_sharegpt}/vln_ego.json: {n:,} records of {len(data):,} episodes")
@@ -827,27 +789,27 @@ def main(args):
     # 2. what there is to do, and whether the flags fit it
     if not 0 <= args.noise < 1 or min(args.noise_copies, args.sims, args.horizon) < 1:
         raise UserError("--noise is below 1; --noise-copies, --sims and --horizon are 1 or more")
-    args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
     if args.import_walk:
-        if args.robot == "houses":
+        if args.robot in (None, "houses"):
             raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")
         walks, rows = released_walks(args.import_walk, args.split)
-        args.image_format, flags = "jpg", ("split", "shard_walks")
+        robot, flags = robot_from_args(args, ROBOTS[args.robot]), ("split", "shard_walks")
+        args.image_format = "jpg"
     else:
-        episodes = read_episodes(args.episodes, args.split)[:args.limit]
-        truths = read_ground_truth(args.episodes, args.split) if args.expert == "replay" else {}
+        episodes = read_episodes(args.episodes, args.split, args.role, args.languages)[:args.limit]
+        args.robot = args.robot or dataset_of(episodes[0])
+        robot = robot_from_args(args, ROBOTS[args.robot])
+        scenes = args.scenes or scenes_of(args.episodes)
+        if args.verify:
+            return verify_input(args, episodes, scenes, robot)
+        truths = choose_expert(args, episodes, robot)
         walks, rows = plan_walks(episodes, truths, args)
-        check_turn_deg(walks, robot["turn_deg"])
-        scenes = args.scenes or (f"{args.episodes}/scenes" if args.sim == "house"
-                                 else "data/scene_datasets")
-        missing = [scene for scene in sorted({e["scene_id"] for e in episodes})
-                   if not os.path.isfile(os.path.join(scenes, scene))]
-        if missing:
-            raise UserError(f"{len(missing)} scenes are missing below {scenes}, the first is "
-                            f"{missing[0]}; give the folder that holds them: --scenes")
-        flags = ("split", "sim", "expert", "noise", "noise_copies", "horizon", "max_steps", "seed",
-                 "success_m", "max_drift", "image_format", "jpeg_quality", "objects",
-                 "shard_walks")
+        if not args.sim_hosts:  # else its server is asked, later
+            check_scenes(episodes, scenes)
+        args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
+        flags = ("split", "role", "languages", "sim", "expert", "waypoints", "noise",
+                 "noise_copies", "horizon", "max_steps", "seed", "success_m", "max_drift",
+                 "image_format", "jpeg_quality", "objects", "shard_walks")
     shards = make_shards(walks, args.shard_walks)
     settings = {k: getattr(args, k) for k in flags}
     settings["input_crc32"] = zlib.crc32(json.dumps(
@@ -865,7 +827,10 @@ def main(args):
     elif todo:
         sims = min(args.sims, len(todo))
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
-                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout) as pool:
+                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout,
+                        args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
+            if args.sim_hosts:
+                pool.require({walk["episode"]["scene_id"] for walk in walks})
             drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
                                for name in todo))
 

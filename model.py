@@ -55,11 +55,13 @@ HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qw
 
 # ---------------------------------------------------------------- the contract and the prompt
 
-# What a checkpoint promises to whoever runs it. 65,536 pixels is the paper's image budget [2]; the
-# memory's numbers are not public: lsm.py says why these.
+# What a checkpoint promises to whoever runs it: its robot (a row of sim.ROBOTS, here R2R's; null
+# where the data did not tell) and how it is asked. 65,536 pixels is the paper's image budget [2];
+# the memory's numbers are not public: lsm.py says why these.
 NAV = {
     "version": 1, "dataset": "", "prompt": "window-1", "horizon": 6,
     "turn_deg": 15, "forward_m": 0.25, "hfov_deg": 90, "camera_height_m": 1.25,
+    "radius_m": 0.1, "height_m": 1.5, "sliding": True, "width": 640, "height": 480,
     "min_pixels": 56 * 56, "max_pixels": 65536,
     "memory": {"name": "lsm", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4},
 }

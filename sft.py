@@ -47,6 +47,7 @@ import lsm
 from make_data import ShareGpt, VlnEgo
 from model import CONTRACTS, NAV, is_dialog, load_policy, save_policy
 from reward import UserError, parse_plan, run, write_plan
+from sim import ROBOTS
 
 
 def parse_args(argv=None):
@@ -200,8 +201,8 @@ def setup(args, world, device):
                max_pixels=args.max_pixels)
     if contract is NAV:
         nav["memory"] = lsm.memory_from_args(args)
-    nav.update({k: robot[k] for k in ("turn_deg", "forward_m", "hfov_deg", "camera_height_m")
-                if k in robot})
+    nav.update({k: robot.get(k) for k in ROBOTS["r2r"]          # a JSON does not tell its camera
+                if k in robot or k not in ("turn_deg", "forward_m")})
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now

@@ -1,5 +1,5 @@
 """
-The simulators: one small interface, two worlds behind it, and a pool of processes to run them in.
+The simulators: one small interface, and two worlds behind it.
 
 The agent is a camera on a stick. It stands on the floor, looks ahead, and can do three things:
 step forward, turn left, turn right. Everything the project asks of a world is in a few verbs:
@@ -17,48 +17,55 @@ HouseSim    the embedded world, numpy only. It reads the boxes of a house back f
             become rectangles which a point may not enter. Shortest paths bend only at corners of
             those rectangles, so geodesics are exact: a visibility graph, built once per house.
 HabitatSim  habitat-sim 0.3.x behind the same verbs (Matterport3D, or the very same houses).
-SimPool     each simulator lives in a process of its own, and may live in another Python
-            (habitat-sim usually does). They talk over pipes: a JSON header and raw array bytes,
-            nothing is ever unpickled. A dead or hung simulator is noticed, named and restarted.
+
+Who wants to walk does not call them: pool.py runs each in a process of its own (habitat-sim needs
+another Python, usually), which is this file as a command.
 
 Conventions (all of them habitat's): metres; y is up; a rotation is a quaternion x,y,z,w; the
 identity looks along -z; yaw is counter-clockwise seen from above, so turning LEFT adds to it.
 
-Run it   python sim.py --check --scenes-dir data/houses/scenes            # is this machine ready?
-         python sim.py --check --kind habitat --scenes-dir data/scene_datasets --sim-python PATH
-Reads    SCENES_DIR/<episode["scene_id"]>, written by houses.py or downloaded (Matterport3D)
+Run it   python sim.py --check --scenes data/houses/scenes                # is this machine ready?
+         python sim.py --check --sim habitat --scenes data/scene_datasets --sim-python PATH
+         python sim.py --serve HOST:PORT --sim-key FILE --scenes ..      # for another machine
+Reads    SCENES/<episode["scene_id"]>, written by houses.py or downloaded (Matterport3D)
 Expect   on one 2.5 GHz core, a 70-box house: 3500 frames/s at 56x56, 1100 at 112x112, 370 at 224;
          a geodesic in 0.08 ms, an action of the expert in 0.3 ms, a house loaded in 10 ms.
 Imports  numpy and pillow, in Python 3.9 syntax: another interpreter has to load this file
 """
 import argparse
+import contextlib
 import functools
 import io
 import json
 import math
 import os
 import platform
-import queue
-import selectors
-import signal
-import struct
-import subprocess
+import re
 import sys
-import threading
+import tempfile
 import time
-import traceback
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image
+try:
+    import numpy as np
+    from PIL import Image
+except ImportError as missing:  # --sim-python may name any Python
+    sys.exit(f"{sys.executable}: {missing}; a simulator needs numpy and pillow there")
 
+from pool import SimDied, SimError, SimPool, address, addresses, gpu_list, read_key, serve, work
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError, run
 
 # ---------------------------------------------------------------- robots
 
-# One row per data set. houses: ours. r2r: VLN-CE's habitat_extensions/config/vlnce_task.yaml, and
-# habitat-lab's defaults (AGENT radius 0.1, height 1.5, camera 1.25, sliding on) where it is silent;
-# 640x480 is what VLN-R1's released R2R walk has. rxr: VLN-CE's rxr_vlnce_english_task.yaml.
+# One row per data set. Where each value of Habitat's two is from:
+#   r2r  VLN-CE habitat_extensions/config/vlnce_task.yaml: TURN_ANGLE 15, FORWARD_STEP_SIZE 0.25,
+#        HFOV 90, ALLOW_SLIDING True. It names no body: habitat-lab 0.1.7 habitat/config/default.py
+#        holds: AGENT_0 HEIGHT 1.5, RADIUS 0.1, camera POSITION [0, 1.25, 0]. 640x480 is that file's
+#        frame and the released VLN-R1 walk's; VLN-CE's own agents saw 224x224.
+#   rxr  VLN-CE habitat_extensions/config/rxr_vlnce_english_task.yaml: TURN_ANGLE 30, HFOV 79,
+#        camera POSITION [0, 0.88, 0], HEIGHT 0.88, RADIUS 0.18, ALLOW_SLIDING False, 640x480; the
+#        step of 0.25 is again default.py's, and the challenge's rule (VLN-CE's README).
+#   houses  ours: R2R's camera, RxR's turns and girth, small pictures.
 ROBOTS = {
     "houses": dict(turn_deg=30, forward_m=0.25, hfov_deg=90, camera_height_m=1.25, radius_m=0.18,
                    height_m=1.5, sliding=True, width=56, height=56),
@@ -68,14 +75,35 @@ ROBOTS = {
                 height_m=0.88, sliding=False, width=640, height=480),
 }
 # supersample (optional key, default 1): render so many times larger and average (HouseSim only)
+ROBOT_HELP = {
+    "turn_deg": "of one turn", "forward_m": "of one step", "hfov_deg": "across the picture",
+    "camera_height_m": "above the floor", "radius_m": "of the body", "height_m": "of the body",
+    "sliding": "along walls", "width": "of a frame, pixels", "height": "of a frame, pixels"}
 
 
-class SimError(Exception):
-    """The episode or its scene is at fault; the message names the file. The simulator lives on."""
+def add_robot_args(add, default):
+    """--robot, which names a row of ROBOTS, and a flag for each value of the row."""
+    add("--robot", choices=sorted(ROBOTS), help=f"body and camera; default: {default}")
+    for key, value in ROBOTS["houses"].items():
+        kind = {"action": argparse.BooleanOptionalAction} if isinstance(value, bool) else {
+            "type": int if key in ("width", "height") else float}
+        add("--" + key.replace("_", "-"), **kind, help=f"{ROBOT_HELP[key]}; instead of the robot's")
 
 
-class SimDied(Exception):
-    """The simulator's process is at fault: it died or hung. The message names it and its work."""
+def robot_from_args(args, row):
+    """The row with what the flags say instead.
+
+    >>> args = argparse.Namespace(turn_deg=15, sliding=None)
+    >>> robot_from_args(args, {"turn_deg": 30, "sliding": True})
+    {'turn_deg': 15, 'sliding': True}
+    """
+    robot = {key: value if vars(args)[key] is None else vars(args)[key]
+             for key, value in row.items()}
+    wrong = [key for key, value in robot.items() if key != "sliding" and not value > 0]
+    if wrong or not robot["turn_deg"] <= 180:
+        flag = (wrong or ["turn_deg"])[0].replace("_", "-")
+        raise UserError(f"--{flag} must be above 0, and a turn at most 180 degrees")
+    return robot
 
 
 # ---------------------------------------------------------------- poses
@@ -553,7 +581,7 @@ class HouseSim:
         try:
             modified = os.stat(path).st_mtime_ns
         except OSError:
-            raise SimError(f"{path}: no such scene; make it with houses.py, or see --scenes-dir"
+            raise SimError(f"{path}: no such scene; make it with houses.py, or see --scenes"
                            ) from None
         self.scene = load_scene(path, modified)
         self.nav = build_nav(path, modified, self.robot["radius_m"])
@@ -771,6 +799,8 @@ class HabitatSim:
     """
 
     def __init__(self, robot, scenes_dir, gpu=None):
+        for log in ("MAGNUM_LOG", "HABITAT_SIM_LOG"):  # a hundred lines per simulator otherwise
+            os.environ.setdefault(log, "quiet")
         try:
             import habitat_sim
             import magnum
@@ -790,7 +820,7 @@ class HabitatSim:
         if path == self.file:
             return
         if not os.path.exists(path):
-            raise SimError(f"{path}: no such scene; see --scenes-dir, and README on Matterport3D")
+            raise SimError(f"{path}: no such scene; see --scenes, and README on Matterport3D")
         habitat, robot = self.habitat, self.robot
         backend = habitat.SimulatorConfiguration()
         backend.scene_id, backend.gpu_device_id = path, self.gpu
@@ -824,13 +854,14 @@ class HabitatSim:
         finder, body = self.sim.pathfinder, self.habitat.NavMeshSettings()
         body.set_defaults()
         body.agent_radius, body.agent_height = self.robot["radius_m"], self.robot["height_m"]
-        file = os.path.splitext(path)[0] + ".navmesh"
+        file, self.navmesh = os.path.splitext(path)[0] + ".navmesh", "the scene's file"
         if os.path.exists(file):
             finder.load_nav_mesh(file)
         stored = finder.nav_mesh_settings if finder.is_loaded else None
         if stored is None or abs(stored.agent_radius - body.agent_radius) > 1e-4 or abs(
                 stored.agent_height - body.agent_height) > 1e-4:
             self.sim.recompute_navmesh(finder, body)
+            self.navmesh = "computed"
         if not finder.is_loaded:  # the agent would walk through walls, with only a warning
             raise SimError(f"{path}: it has no navmesh, and none could be computed")
 
@@ -923,7 +954,7 @@ class HabitatSim:
         finder = self.sim.pathfinder
         return {"habitat_sim": self.habitat.__version__, "gpu_device": self.sim.gpu_device,
                 "cuda_build": self.habitat.cuda_enabled,
-                "navmesh_m2": round(float(finder.navigable_area), 1)}
+                "navmesh": self.navmesh, "navmesh_m2": round(float(finder.navigable_area), 1)}
 
 
 # ---------------------------------------------------------------- what a worker can be asked
@@ -1093,286 +1124,10 @@ VERBS = {
     "path": lambda sim, goal: {"points": sim.path(goal)},
     "topdown": lambda sim: dict(zip(("image", "bounds"), sim.topdown())),
     "objects": lambda sim: {"objects": sim.objects()},
+    "missing": lambda sim, scenes: {"missing": [
+        s for s in scenes if not os.path.isfile(os.path.join(sim.scenes_dir, s))]},
 }
 SIMULATORS = {"house": HouseSim, "habitat": HabitatSim}
-
-
-# ---------------------------------------------------------------- messages and workers
-
-SIZES = struct.Struct("<IQ")  # bytes of JSON, bytes of arrays after it
-START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
-
-
-def encode(message):
-    """A dict whose top-level values may be arrays -> bytes."""
-    arrays = {k: np.ascontiguousarray(v) for k, v in message.items() if isinstance(v, np.ndarray)}
-    header = {k: v for k, v in message.items() if k not in arrays}
-    header["arrays"] = [[k, a.dtype.str, a.shape] for k, a in arrays.items()]
-    text = json.dumps(header).encode()
-    body = [a.tobytes() for a in arrays.values()]
-    return b"".join([SIZES.pack(len(text), sum(map(len, body))), text, *body])
-
-
-def decode(data):
-    """The first message in some bytes and how many it took, or (None, 0) if it is not complete.
-
-    >>> decode(encode({"verb": "step", "frames": np.zeros((1, 2))}))[0]
-    {'verb': 'step', 'frames': array([[0., 0.]])}
-    """
-    if len(data) < SIZES.size:
-        return None, 0
-    head, body = SIZES.unpack_from(data)
-    end = SIZES.size + head + body
-    if len(data) < end:
-        return None, 0
-    message, at = json.loads(bytes(data[SIZES.size:SIZES.size + head])), SIZES.size + head
-    for key, dtype, shape in message.pop("arrays"):
-        count = math.prod(shape)
-        message[key] = np.frombuffer(data, dtype, count, at).reshape(shape).copy()
-        at += message[key].nbytes
-    return message, end
-
-
-def work():
-    """The worker's whole life: answer requests from stdin on stdout, until stdin closes."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, not into the answers
-    requests = queue.Queue()
-
-    def listen():  # in a thread of its own: a closed stdin ends the worker even while it is busy
-        data = bytearray()
-        while True:
-            chunk = os.read(0, 1 << 16)
-            if not chunk:
-                os._exit(0)
-            data += chunk
-            message, used = decode(data)
-            while used:
-                requests.put(message)
-                del data[:used]
-                message, used = decode(data)
-
-    threading.Thread(target=listen, daemon=True).start()
-    sim = None
-    while True:
-        request = requests.get()
-        verb = request.pop("verb")
-        try:
-            if verb == "start":
-                sim, answer = SIMULATORS[request.pop("kind")](**request), {}
-            else:
-                answer = VERBS[verb](sim, **request)
-        except (SimError, UserError) as error:
-            answer = {"error": type(error).__name__, "text": str(error)}
-        except Exception:
-            answer = {"error": "bug", "text": traceback.format_exc()}
-        try:
-            answers.write(encode(answer))
-            answers.flush()
-        except BrokenPipeError:
-            os._exit(0)
-
-
-class Worker:
-    """The parent's view of one worker process."""
-
-    def __init__(self, process):
-        self.process, self.data = process, bytearray()
-        self.verb = self.episode = self.timeout_s = self.deadline = None  # what it is busy with
-        self.reply = None  # a dict or a SimDied, once there is one
-
-    def send(self, message):
-        try:
-            self.process.stdin.write(encode(message))
-        except OSError:
-            pass  # it is dead, and receive() will tell
-
-    def receive(self):
-        """Read once. -> a message, or None if it is not complete yet; EOFError if it is dead."""
-        chunk = os.read(self.process.stdout.fileno(), 1 << 20)
-        if not chunk:
-            raise EOFError
-        self.data += chunk
-        message, used = decode(self.data)
-        del self.data[:used]
-        return message
-
-    def bury(self):
-        """Make sure that it is dead. -> how it died"""
-        try:
-            code = self.process.wait(1)  # it closed its pipe, so it is about to end by itself
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.stdout.close()
-
-
-class SimPool:
-    """`sims` simulators, each a process of its own, each asked one thing at a time.
-
-        with SimPool("house", ROBOTS["houses"], "data/houses/scenes", sims=2) as pool:
-            pool.submit(0, "reset", episode=episode)      # returns at once
-            pool.submit(1, "reset", episode=another)
-            i, reply = pool.wait_any()                    # whoever is first
-
-    wait raises SimError if the episode is at fault, SimDied if the process was lost (it has been
-    started anew by then, but the episode is gone: reset it); wait_any returns these instead, so
-    that the caller knows whose they are. Any other error inside a simulator is a bug: both raise
-    RuntimeError with the worker's traceback. sim_python: the interpreter to run the workers in.
-    gpus: CUDA indices to spread the simulators over (habitat only).
-    """
-
-    def __init__(self, kind, robot, scenes_dir, sims=2, sim_python=None, timeout_s=120, gpus=None):
-        self.python, self.timeout_s, self.gpus = sim_python or sys.executable, timeout_s, gpus
-        self.start = {"verb": "start", "kind": kind, "robot": robot,
-                      "scenes_dir": os.path.abspath(scenes_dir)}
-        self.workers, self.arrived = [], []  # arrived: whose answer is here, oldest first
-        self.selector = selectors.DefaultSelector()
-        try:
-            for i in range(sims):
-                self.workers.append(self.launch(i))
-            for i in range(sims):
-                self.greet(i)
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.close()
-
-    def launch(self, i):
-        """Start worker i's process and tell it what to be, without waiting for it."""
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        try:
-            process = subprocess.Popen(
-                [self.python, os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, bufsize=0, env=dict(os.environ, **threads),
-                start_new_session=True)  # Ctrl-C is for us; a worker ends when its stdin closes
-        except OSError as error:
-            raise UserError(f"--sim-python {self.python}: {error.strerror}") from None
-        worker = Worker(process)
-        self.selector.register(process.stdout, selectors.EVENT_READ, i)
-        worker.send(dict(self.start, gpu=self.gpus[i % len(self.gpus)] if self.gpus else None))
-        return worker
-
-    def greet(self, i):
-        """Wait until worker i has started. UserError if it cannot."""
-        worker, reply, deadline = self.workers[i], None, time.monotonic() + START_S
-        with selectors.DefaultSelector() as only:
-            only.register(worker.process.stdout, selectors.EVENT_READ)
-            while reply is None:
-                if not only.select(deadline - time.monotonic()):
-                    raise UserError(f"simulator {i} ({self.python}) did not start in {START_S} s")
-                try:
-                    reply = worker.receive()
-                except EOFError:
-                    raise UserError(
-                        f"simulator {i} ({self.python} sim.py --worker) {worker.bury()} while "
-                        "starting; what it printed is above, and `python sim.py --check` tells more"
-                    ) from None
-        if "error" in reply:
-            raise UserError(reply["text"])
-
-    def submit(self, i, verb, **arguments):
-        """Ask worker i for something, without waiting for the answer."""
-        worker = self.workers[i]
-        assert worker.verb is None, f"simulator {i} is still busy with {worker.verb!r}: wait for it"
-        if "episode" in arguments:  # send what a simulator reads, not a book of instructions
-            keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
-            episode = arguments["episode"]
-            arguments["episode"] = {key: episode[key] for key in keys if key in episode}
-            worker.episode = episode.get("episode_id")
-        worker.verb, worker.timeout_s = verb, self.timeout_s
-        worker.deadline = time.monotonic() + worker.timeout_s
-        if worker.reply is None:
-            worker.send(dict(arguments, verb=verb))
-        else:
-            self.arrived.append(i)  # it was lost while idle, and so was its state: say so now
-
-    def wait(self, i):
-        """The answer of worker i, a dict. Raises SimError, SimDied."""
-        while i not in self.arrived:
-            self.collect(i)
-        self.arrived.remove(i)
-        reply = self.take(i)
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
-    def wait_any(self):
-        """(i, answer) of whichever worker has answered first; a SimError or SimDied is returned."""
-        while not self.arrived:
-            self.collect()
-        i = self.arrived.pop(0)
-        reply = self.take(i)
-        if isinstance(reply, RuntimeError):
-            raise reply
-        return i, reply
-
-    def take(self, i):
-        worker = self.workers[i]
-        reply, worker.reply = worker.reply, None
-        verb, worker.verb = worker.verb, None
-        if not isinstance(reply, dict) or "error" not in reply:
-            return reply
-        if reply["error"] == "bug":
-            return RuntimeError(f"simulator {i}, {verb!r}: {reply['text']}")
-        return SimError(reply["text"])
-
-    def collect(self, i=None):
-        """Wait for news (of worker i, or of any), and bury and replace who died or hung."""
-        busy = [w.deadline for k, w in enumerate(self.workers)
-                if w.verb is not None and i in (None, k)]
-        assert busy, "nothing is under way: submit() comes before wait()"
-        for key, _ in self.selector.select(max(0.0, min(busy) - time.monotonic())):
-            worker = self.workers[key.data]
-            try:
-                worker.reply = worker.receive()
-            except EOFError:
-                self.replace(key.data, worker.bury())
-                continue
-            if worker.reply is not None:
-                self.arrived.append(key.data)
-        for k, worker in enumerate(self.workers):
-            if worker.verb is not None and worker.reply is None:
-                if time.monotonic() > worker.deadline:
-                    worker.process.kill()
-                    worker.bury()
-                    self.replace(k, f"gave no answer in {worker.timeout_s:g} s and was killed")
-
-    def replace(self, i, how):
-        """A new process for a lost one, and the SimDied that its caller will get."""
-        lost = self.workers[i]
-        work = "while idle" if lost.verb is None else (
-            f"during {lost.verb!r}, episode {lost.episode}")
-        pid = lost.process.pid
-        error = SimDied(f"simulator {i} (process {pid}) {how} {work}; it was started anew")
-        self.selector.unregister(lost.process.stdout)
-        lost.close()
-        self.workers[i] = self.launch(i)
-        self.greet(i)
-        self.workers[i].verb, self.workers[i].reply = lost.verb, error
-        if lost.verb is not None:
-            self.arrived.append(i)
-
-    def close(self):
-        """End all workers: their stdin closes, which they obey even while busy."""
-        for worker in self.workers:
-            worker.close()
-        for worker in self.workers:
-            try:
-                worker.process.wait(5)
-            except subprocess.TimeoutExpired:
-                worker.bury()
-        self.workers = []
-        self.selector.close()
 
 
 # ---------------------------------------------------------------- is this machine ready?
@@ -1382,39 +1137,94 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = p.add_argument_group("files").add_argument
-    add("--scenes-dir", default="data/houses/scenes", help="what scene ids are relative to")
-    add("--scene", help="scene id for --check; default: the first .glb below --scenes-dir")
-    add = p.add_argument_group("simulator").add_argument
+    add("--scenes", default="data/houses/scenes", help="folder that scene_id starts from")
+    add("--scene", help="scene id for --check; default: the first .glb below --scenes")
+    add = p.add_argument_group("what to do").add_argument
     add("--check", action="store_true", help="load a scene, render, walk, and say what was found")
-    add("--worker", action="store_true", help="serve a SimPool on stdin and stdout; not for people")
-    add("--kind", choices=sorted(SIMULATORS), default="house", help="which simulator")
+    add("--serve", type=address, metavar="HOST:PORT",
+        help="simulators for another machine; a PORT alone is this machine's only (127.0.0.1)")
+    add("--worker", action="store_true", help="answer a SimPool on stdin; not for people")
+    add = p.add_argument_group("simulator").add_argument
+    add("--sim", choices=sorted(SIMULATORS), default="house", help="which simulator, for --check")
     add("--robot", choices=sorted(ROBOTS), default="houses", help="whose body and camera")
-    add("--sim-python", help="interpreter to run it in; default: this one")
-    add("--gpu", type=int, help="CUDA index for habitat; default: 0 in a CUDA build, else none")
+    add("--sim-python", metavar="PATH", help="interpreter to run it in; default: this one")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="CUDA indices for habitat; default: 0 in "
+        "a CUDA build, else none")
+    add("--sim-hosts", type=addresses, metavar="HOST:PORT", help="check simulators served there")
+    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
+    add = p.add_argument_group("machine").add_argument
+    add("--sims", type=int, default=8, help="--serve: simulators at once, for all who come")
+    add("--idle-timeout", type=float, default=3600, help="--serve: seconds between two requests")
+    add("--stall-timeout", type=float, default=10,
+        help="--serve: seconds for a handshake, and for the rest of a request that has begun")
     return p.parse_args(argv)
 
 
 def main(args):
     if args.worker:
-        return work()
+        return work(SIMULATORS, VERBS, args.scenes, args.idle_timeout, args.stall_timeout)
+    if args.serve:
+        return serve(args.serve, read_key(args.sim_key), args.sims, args.scenes, args.sim_python,
+                     args.idle_timeout, args.stall_timeout)
     if not args.check:
         raise UserError("nothing to do; --check looks whether the simulator works on this machine")
-    scene = args.scene or first_scene(args.scenes_dir)
-    gpus = None if args.gpu is None else [args.gpu]
-    with SimPool(args.kind, ROBOTS[args.robot], args.scenes_dir, 1, args.sim_python,
-                 timeout_s=START_S, gpus=gpus) as pool:
-        pool.submit(0, "check", scene_id=scene)
+    if args.sim_hosts and not args.scene:
+        raise UserError("the scenes are on the other machine: name one of them with --scene")
+    check(args, args.scene or first_scene(args.scenes))
+
+
+# What habitat-sim says on stderr, usually while it takes the whole process down, and what helps
+ADVICE = (
+    ("windowless context|EGL", "OpenGL without a screen needs the driver's EGL: on a GPU machine "
+     "the libraries of its driver (in a container NVIDIA_DRIVER_CAPABILITIES=all), on any other "
+     "Mesa's (apt install libegl1 libgl1-mesa-dri), and habitat-sim's *headless* build"),
+    ("CUDA|GPU", "name another GPU with --sim-gpus (CUDA_VISIBLE_DEVICES renumbers them)"),
+    ("navmesh|NavMesh", "copy the .navmesh of the download to beside the .glb"))
+
+
+def check(args, scene):
+    """--check: let one simulator load, look and walk, and print what it found. UserError if
+    something is wrong, with what to do about it."""
+    os.environ.setdefault("MAGNUM_LOG", "default")  # it names the OpenGL device
+    with overhearing() as said:
         try:
-            facts = pool.wait(0)
-        except (SimError, SimDied) as error:
-            raise UserError(str(error)) from None
-    for key, value in facts.items():
+            with SimPool(args.sim, ROBOTS[args.robot], args.scenes, 1, args.sim_python, 300,
+                         args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
+                pool.submit(0, "check", scene_id=scene)
+                facts, wrong = pool.wait(0), None
+        except (SimError, SimDied, UserError) as error:
+            facts, wrong = None, str(error)
+    if wrong:
+        print(*said[0].splitlines()[-20:], sep="\n", file=sys.stderr)
+        helps = [text for pattern, text in ADVICE if re.search(pattern, said[0])][:1]
+        raise UserError(". What may help: ".join([wrong.rstrip("."), *helps]))
+    device = re.search("Renderer: (.*)", said[0])
+    for key, value in {**facts, **({"gl_device": device[1]} if device else {})}.items():
         print(f"{key:>16}  {value}")
     if facts["mean_grey"] < 2:
-        raise UserError("the pictures are black: see README, headless EGL")
+        raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
+    if facts.get("navmesh") == "computed":
+        print("no .navmesh for this body lies beside the scene, so one was computed; R2R's "
+              "distances are those of the downloaded files")
     if not facts["ended_m"] <= max(ROBOTS[args.robot]["forward_m"], 0.25):
         raise UserError(f"the expert stopped {facts['ended_m']} m from its goal: see the navmesh")
     print("ready")
+
+
+@contextlib.contextmanager
+def overhearing():
+    """-> a list that will hold what this process and its children have said on stderr."""
+    said, stderr = [], os.dup(2)
+    with tempfile.TemporaryFile("w+", errors="replace") as file:
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 2)
+        try:
+            yield said
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            said.append(file.read())
 
 
 def first_scene(scenes_dir):
@@ -1424,7 +1234,7 @@ def first_scene(scenes_dir):
         scenes = sorted(name for name in files if name.endswith(".glb"))
         if scenes:
             return os.path.relpath(os.path.join(folder, scenes[0]), scenes_dir)
-    raise UserError(f"--scenes-dir {scenes_dir}: no .glb in there; `python houses.py` makes some")
+    raise UserError(f"--scenes {scenes_dir}: no .glb in there; `python houses.py` makes some")
 
 
 if __name__ == "__main__":

@@ -26,3 +26,13 @@ def ego(tmp_path_factory):
            "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 1)
     script("make_data.py", "--episodes", root / "houses", "--out", root / "ego", "--sims", 1)
     return str(root / "ego" / "train")
+
+
+@pytest.fixture(scope="session")
+def habitat_python():
+    """An interpreter that has habitat-sim: $HABITAT_PYTHON, or this one."""
+    python = os.environ.get("HABITAT_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", "import habitat_sim"], capture_output=True, text=True)
+    if found.returncode:
+        pytest.skip(f"needs habitat-sim, which {python} lacks: set HABITAT_PYTHON")
+    return python

@@ -76,7 +76,7 @@ def test_a_goal_that_cannot_be_reached(houses, tmp_path):
 
 def test_a_checkpoint_of_another_turn_angle(houses, checkpoint, tmp_path):
     refused("evaluate.py", "--ckpt", checkpoint, "--episodes", houses, "--out", tmp_path / "y",
-            "--device", "cpu", words=["turn_deg", "15", "30"])
+            "--device", "cpu", "--turn-deg", 30, words=["turn_deg", "15", "30"])
 
 
 @pytest.mark.parametrize("spoil", ["truncate", "remove"])

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,7 +53,7 @@ class FakePool:
     """
 
     def __init__(self, kind, robot, scenes_dir, sims=2, sim_python=None, timeout_s=120,
-                 gpus=None, seed=0):
+                 gpus=None, hosts=None, key_file=None, seed=0):
         self.dice, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
         self.place = {}
 
@@ -116,11 +117,12 @@ class FakePool:
 
     def state(self, i):
         x, y, z, turns = self.place[i]
-        gx, _, gz = self.episode[i]["goals"][0]["position"]
         yaw, info = turns * math.pi / 6, self.episode[i]["info"]
+        metres = [math.hypot(g["position"][0] - x, g["position"][2] - z)
+                  for g in self.episode[i]["goals"]]
         return {"position": [x, y, z], "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)],
                 "collided": False,
-                "distance_to_goal": info.get("distance", math.hypot(gx - x, gz - z))}
+                "distance_to_goal": info.get("distance", metres[0] if metres else None)}
 
 
 def fake_episode(name, goal=(0, 0, -2), **info):
@@ -499,6 +501,156 @@ def test_error_rows_fail_the_run_and_are_tried_again(monkeypatch, tmp_path):
     assert contents(tmp_path / "well") == contents(tmp_path / "out")
 
 
+# ---------------------------------------------------------------- test splits, leaderboards
+
+
+def write_test_split(folder, split, n=5, rxr=False):
+    """Episodes with hidden goals, no ground truth: R2R's test, RxR's test_challenge."""
+    episodes = []
+    for i in range(n):
+        episode = {**fake_episode(str(i) if rxr else i), "scene_id": "mp3d/h/h.glb"}
+        del episode["goals"]
+        if rxr:
+            episode["goals"] = None
+            episode["instruction"] |= {
+                "instruction_id": str(70 - i), "timed_instruction": [{"start_time": math.nan}],
+                "language": ("en-US", "en-IN", "hi-IN", "te-IN")[i % 4]}
+        episodes.append(episode)
+    os.makedirs(folder / split)
+    name = f"{split}_guide" if rxr else split
+    with gzip.open(folder / split / f"{name}.json.gz", "wt") as file:
+        json.dump({"episodes": episodes}, file)
+    os.makedirs(folder / "scenes" / "mp3d" / "h")
+    (folder / "scenes" / "mp3d" / "h" / "h.glb").touch()
+    return ["--split", split, "--episodes", str(folder), "--scenes", str(folder / "scenes")]
+
+
+def submitted(monkeypatch, where, out, *flags, plan=(LEFT, LEFT, FORWARD, RIGHT, STOP)):
+    """Every robot walks `plan` -> what evaluate.py returned."""
+    monkeypatch.setattr(evaluate, "SimPool", FakePool)
+    monkeypatch.setattr(evaluate, "load_agent", lambda args, settings: (
+        lambda walks: [list(plan) for _ in walks]))
+    return evaluate.main(evaluate.parse_args([*where, "--agent", "random", "--out", str(out),
+                                              *flags]))
+
+
+def vlnce_heading(rotation):
+    """VLN-CE's, derived anew: where the camera's -z goes under the inverse rotation, as an angle in
+    the plane of (-z, x)."""
+    x, y, z, w = rotation
+    q, (vx, vy, vz) = np.array([-x, -y, -z]), (0.0, 0.0, -1.0)           # the inverse, and -z
+    v = np.array([vx, vy, vz])
+    turned = v + 2 * w * np.cross(q, v) + 2 * np.cross(q, np.cross(q, v))
+    return math.atan2(turned[0], -turned[2])
+
+
+def test_heading_is_vln_ces():
+    for yaw in np.linspace(-3.1, 3.1, 63):
+        for sign in (1, -1):                                # q and -q are one rotation
+            rotation = [0.0, sign * math.sin(yaw / 2), 0.0, sign * math.cos(yaw / 2)]
+            assert evaluate.yaw_of(rotation) == pytest.approx(vlnce_heading(rotation), abs=1e-12)
+    assert vlnce_heading([0, 0.5, 0, math.sqrt(0.75)]) == pytest.approx(math.pi / 3)  # left: +
+
+
+# Every walk of these tests, by hand: two turns of 30 degrees to the left, a step, one back, stop.
+STEP = [-0.25 * math.sin(math.pi / 3), 0.0, -0.125]
+BY_HAND = [([0, 0, 0], 0, False), ([0, 0, 0], math.pi / 6, False), ([0, 0, 0], math.pi / 3, False),
+           (STEP, math.pi / 3, False), (STEP, math.pi / 6, False), (STEP, math.pi / 6, True)]
+
+
+def test_the_r2r_leaderboard_file(monkeypatch, tmp_path, capsys):
+    where = write_test_split(tmp_path / "r2r", "test")
+    found = submitted(monkeypatch, where, tmp_path / "out", "--turn-deg", "30", "--pictures", "1",
+                      "--submit", str(tmp_path / "x/r2r.json"))
+    assert found["scored"] == 0 and found["episodes"] == 5 and found["ends"] == {"stop": 5}
+    assert all(value == {"mean": None, "ci": None} for value in found["metrics"].values())
+    told = capsys.readouterr().out
+    assert "0 of 5 episodes scored" in told and "nan" not in told and "SR" not in told
+    assert os.path.exists(tmp_path / "out/pictures/0.png")
+    with pytest.raises(UserError, match="no scored episode"):
+        evaluate.summary([str(tmp_path / "out")], None)
+
+    walks = json.loads((tmp_path / "x/r2r.json").read_text())
+    assert set(walks) == {"0", "1", "2", "3", "4"} and isinstance(walks, dict)
+    for records in walks.values():                          # the schema, written out
+        assert isinstance(records, list)
+        for record in records:
+            assert set(record) == {"position", "heading", "stop"}
+            assert len(record["position"]) == 3 and isinstance(record["stop"], bool)
+            assert all(math.isfinite(v) for v in (*record["position"], record["heading"]))
+        assert len(records) == len(BY_HAND)
+        for record, (place, heading, stop) in zip(records, BY_HAND):
+            assert record["position"] == pytest.approx(place, abs=1e-6)
+            assert record["heading"] == pytest.approx(heading, abs=1e-6) and record["stop"] is stop
+
+
+def test_a_walk_that_never_stops_says_so(monkeypatch, tmp_path):
+    where = write_test_split(tmp_path / "r2r", "test")
+    submitted(monkeypatch, where, tmp_path / "out", "--submit", str(tmp_path / "r2r.json"),
+              "--turn-deg", "30", "--max-steps", "4", plan=[FORWARD])
+    for records in json.loads((tmp_path / "r2r.json").read_text()).values():
+        assert len(records) == 5 and not any(record["stop"] for record in records)
+
+
+def test_the_rxr_leaderboard_file(monkeypatch, tmp_path, capsys):
+    where = write_test_split(tmp_path / "rxr", "test_challenge", rxr=True)
+    submitted(monkeypatch, where, tmp_path / "out", "--submit", str(tmp_path / "rxr.jsonl"))
+    assert "5 episodes for the leaderboard\n" in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "rxr.jsonl").read_text().splitlines()]
+    assert [line["instruction_id"] for line in lines] == [66, 67, 68, 69, 70], "ints, in order"
+    for line in lines:                                      # the schema, written out
+        assert set(line) == {"instruction_id", "path"}
+        assert np.allclose(line["path"], [[0, 0, 0], STEP], atol=1e-6), "turns add no place"
+    submitted(monkeypatch, where, tmp_path / "en", "--submit", str(tmp_path / "en.jsonl"),
+              "--languages", "en-US,en-IN")
+    assert "in en-IN, en-US; it takes all of" in capsys.readouterr().out
+    assert len((tmp_path / "en.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_submission_is_whole_or_not_written(monkeypatch, tmp_path):
+    where = write_test_split(tmp_path / "r2r", "test")
+    file = tmp_path / "r2r.json"
+    flags = ("--turn-deg", "30", "--submit", str(file))
+    with pytest.raises(UserError, match="every episode of the split: leave --limit out"):
+        submitted(monkeypatch, where, tmp_path / "out", *flags, "--limit", "2")
+    broken = FakePool.reset
+    monkeypatch.setattr(FakePool, "reset", lambda self, i, episode, frame=True:
+                        SimError("h.glb is broken") if episode["episode_id"] == 1
+                        else broken(self, i, episode, frame))
+    with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
+        submitted(monkeypatch, where, tmp_path / "out", *flags)
+    assert not file.exists()
+    with pytest.raises(UserError, match="not written: 1 of 2 .* no walk on record, the first is 8"):
+        evaluate.submit(str(file), [fake_episode(7), fake_episode(8)], [
+            {"episode_id": 7, "poses": [[0, 0, 0, 0]]}, {"episode_id": 8, "end": "error"}])
+    for agent, sentence in (("oracle", "hides its goals"), ("forward", "needs --forward-steps")):
+        with pytest.raises(UserError, match=sentence):
+            submitted(monkeypatch, where, tmp_path / "other", "--turn-deg", "30", "--agent", agent)
+
+
+def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_path):
+    """meta.json -> nav.json -> the simulator: frame size, body and sliding included."""
+    import sft  # brings torch: not on top
+    shutil.copytree(ego, tmp_path / "train")
+    meta = json.loads((tmp_path / "train/meta.json").read_text())
+    meta["robot"] |= {"width": 112, "height": 84, "sliding": False, "radius_m": 0.15}
+    (tmp_path / "train/meta.json").write_text(json.dumps(meta))
+    args = sft.parse_args(["--model", "tiny", "--data", str(tmp_path / "train")])
+    nav = sft.setup(args, 1, "cpu")[1].nav
+    episode = fake_episode(0)
+    assert evaluate.choose_robot(evaluate.parse_args([]), "x", nav, episode) == meta["robot"]
+    with pytest.raises(UserError, match="radius_m = 0.15 and the robot 'houses' has 0.18"):
+        evaluate.choose_robot(evaluate.parse_args(["--robot", "houses"]), "x", nav, episode)
+    with pytest.raises(UserError, match="width = 112 and .* has 56: leave --robot and --width out"):
+        evaluate.choose_robot(evaluate.parse_args(["--width", "56"]), "x", nav, episode)
+    same = evaluate.parse_args(["--width", "112", "--no-sliding"])
+    assert evaluate.choose_robot(same, "x", nav, episode) == meta["robot"]
+    # an older contract has no frame size: the data set's, or what a flag says
+    old = {key: value for key, value in nav.items() if key not in ("width", "height", "sliding")}
+    found = evaluate.choose_robot(evaluate.parse_args(["--width", "64"]), "x", old, episode)
+    assert (found["width"], found["height"], found["sliding"]) == (64, 56, True)
+
+
 CHILD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import evaluate, test_evaluate
@@ -621,12 +773,17 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
     policy = ("--agent", "policy", "--ckpt")
     refused("no readable nav.json", *policy, str(tmp_path))
     refused("trained with turn_deg = 15 and the robot 'houses' has 30", *policy,
-            checkpoint(tmp_path / "c15", turn_deg=15))
-    refused("camera_height_m = 0.88", *policy, checkpoint(tmp_path / "rxr", camera_height_m=0.88))
+            checkpoint(tmp_path / "c15", turn_deg=15), "--robot", "houses")
+    refused("camera_height_m = 0.88 .* leave --robot and --camera-height-m out", *policy,
+            checkpoint(tmp_path / "high", camera_height_m=0.88), "--camera-height-m", "1.25")
+    refused("sliding = False and the robot 'houses' has True", *policy,
+            checkpoint(tmp_path / "dry", sliding=False), "--sliding")
+    refused("robot turns 15 degrees, but the ground truth was walked with turns of 30", *policy,
+            checkpoint(tmp_path / "r2r", dataset="r2r", turn_deg=15))     # of another data set
     refused("--execute 7 does not fit", "--execute", "7", *policy, checkpoint(tmp_path / "good"))
     refused("robot turns 15 degrees, but the ground truth was walked with turns of 30",
             "--robot", "r2r")
-    refused("which is missing: give the folder", "--scenes", str(tmp_path))
+    refused("1 scenes are missing below .* give the folder", "--scenes", str(tmp_path))
     refused("no goal or no ground truth", episodes=write_plane(
         tmp_path / "d2", **{"1": {"episode_id": 77}}))
     refused("no common radius", episodes=write_plane(

@@ -13,7 +13,8 @@ from scipy.ndimage import map_coordinates
 
 import lsm
 import make_data
-from make_data import ShareGpt, VlnEgo, read_episodes, read_ground_truth, window
+from episodes import check_turn_deg, heading_fit, read_episodes, read_ground_truth
+from make_data import ShareGpt, VlnEgo, window
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -84,13 +85,13 @@ def test_the_ground_truth_turns_15_degrees(val_seen):
     walks = [{"episode": e, **truths[str(e["episode_id"])]} for e in episodes]
 
     def share(deg):
-        fits = [make_data.heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"],
-                                      deg) for w in walks]
+        fits = [heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"], deg)
+                for w in walks]
         return sum(f for f, _ in fits) / sum(n for _, n in fits)
     assert share(15) > 0.98 and share(30) < 0.10
-    make_data.check_turn_deg(walks, 15)
+    check_turn_deg(walks, 15)
     with pytest.raises(UserError, match="turns 30 degrees.* --turn-deg 15 or the --robot"):
-        make_data.check_turn_deg(walks, 30)
+        check_turn_deg(walks, 30)
 
 
 # ---------------------------------------------------------------- what the pictures say

@@ -2,6 +2,7 @@
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
 
+import pool as pool_module
 import sim
 from reward import FORWARD, LEFT, RIGHT, STOP, UserError
 
@@ -497,38 +499,40 @@ def test_a_simulator_that_dies_while_another_is_awaited_is_reported_to_its_own_u
     assert i == 0 and isinstance(error, sim.SimDied)
 
 
-WORKER = "import sim; {}; sim.work()"
+def worker_that(does, scenes):
+    """A worker with one more verb, in a process that runs `does` first."""
+    ours, theirs = socket.socketpair()
+    code = f"import sim; {does}; sim.work(sim.SIMULATORS, sim.VERBS, {str(scenes)!r})"
+    with theirs:
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(sim.__file__),
+                                   stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
+    worker = pool_module.Worker(ours, "process", process)
+    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "gpu": None})
+    return worker
 
 
 def test_what_libraries_print_does_not_reach_the_answers(scenes):
     chatty = "import os; sim.VERBS['chat'] = lambda s: os.system('echo hello') or print('hi') or {}"
-    worker = sim.Worker(subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(chatty)], cwd=os.path.dirname(sim.__file__), bufsize=0,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL))
-    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "scenes_dir": scenes})
+    worker = worker_that(chatty, scenes)
     worker.send({"verb": "chat"})
     answers = []
     while len(answers) < 2:
         message = worker.receive()
         answers += [] if message is None else [message]
-    assert answers == [{}, {}]
-    worker.close()
+    assert answers == [{"pid": worker.process.pid}, {}]
+    worker.line.close()
     assert worker.process.wait(10) == 0
 
 
 def test_a_worker_ends_with_its_parent_even_while_it_is_busy(scenes):
     busy = "import time; sim.VERBS['sleep'] = lambda s: time.sleep(600)"
-    worker = sim.Worker(subprocess.Popen(
-        [sys.executable, "-c", WORKER.format(busy)], cwd=os.path.dirname(sim.__file__), bufsize=0,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "scenes_dir": scenes})
+    worker = worker_that(busy, scenes)
     while worker.receive() is None:
         pass
     worker.send({"verb": "sleep"})
     time.sleep(0.2)
-    worker.process.stdin.close()
+    worker.line.close()
     assert worker.process.wait(10) == 0
-    worker.process.stdout.close()
 
 
 def test_messages_survive_being_cut_anywhere():
@@ -536,13 +540,13 @@ def test_messages_survive_being_cut_anywhere():
     sent = [{"verb": "x", "far": math.inf, "n": k, "frames": rng.integers(0, 255, (k, 3, 2, 3),
                                                                      dtype=np.uint8),
              "empty": np.zeros((0, 4))} for k in range(4)]
-    stream, data, got = b"".join(map(sim.encode, sent)), bytearray(), []
+    stream, data, got = b"".join(map(pool_module.encode, sent)), bytearray(), []
     while stream:
         cut = int(rng.integers(1, 40))
         data += stream[:cut]
         stream = stream[cut:]
         while True:
-            message, used = sim.decode(data)
+            message, used = pool_module.decode(data)
             del data[:used]
             if message is None:
                 break
@@ -562,11 +566,11 @@ def command(*flags):
 
 
 def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_path):
-    done = command("--check", "--scenes-dir", scenes)
+    done = command("--check", "--scenes", scenes)
     assert done.returncode == 0 and done.stdout.rstrip().endswith("ready"), done.stderr
-    done = command("--check", "--scenes-dir", str(tmp_path))
+    done = command("--check", "--scenes", str(tmp_path))
     assert done.returncode == 2 and "houses.py" in done.stderr
-    done = command("--check", "--scenes-dir", scenes, "--sim-python", "/no/such/python")
+    done = command("--check", "--scenes", scenes, "--sim-python", "/no/such/python")
     assert done.returncode == 2 and "--sim-python /no/such/python" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -579,24 +583,3 @@ def test_without_habitat_the_conda_line_is_given(scenes):
             sim.SimPool("habitat", ROBOT, scenes, sims=1)
     else:
         pytest.skip("habitat_sim is here, so it cannot be missed")
-
-
-def test_habitat_walks_the_same_house(scenes):
-    pytest.importorskip("habitat_sim", reason="needs habitat-sim (README, setting up Habitat)")
-    robot = dict(ROBOT, width=112, height=112)
-    ours, theirs = sim.HouseSim(robot, scenes), sim.HabitatSim(robot, scenes)
-    rng = np.random.default_rng(7)
-    for simulator in (ours, theirs):
-        simulator.reset(EPISODE)
-    for _ in range(10):
-        pose = random_pose(ours, rng)
-        for simulator in (ours, theirs):
-            simulator.set_pose(pose[:3], pose[3:])
-        assert abs(ours.observe().astype(int) - theirs.observe()).mean() < 4
-        goal = ours.somewhere(rng)
-        exact = ours.geodesic([goal])
-        assert abs(theirs.geodesic([goal]) - exact) < max(0.03 * exact, 0.3)
-    walks = [sim.record(simulator, EPISODE) for simulator in (ours, theirs)]
-    assert all(walk["distance_to_goal"] < 0.25 for walk in walks)
-    replay = sim.record(theirs, EPISODE, actions=walks[0]["actions"])
-    assert math.dist(replay["poses"][-1][:3], walks[0]["poses"][-1][:3]) < 0.25
