@@ -21,10 +21,13 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
     learn     meanwhile the simulators load the next batch's scenes
 
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
-first is walked, and all are played forward in the simulator without a picture (Q: state's worth):
+first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = togo(before) - togo(after) - cost * actions + [said stop] (right ? 1 + (1 - d / r) : -w)
+    R_g  = togo(before) - togo(after) - c * actions + [said stop] (d < r ? 1 - d / r : -w)
     togo = geodesic distance + one step for each turn that is needed to face the way on
+
+c is what an action more gains in this batch, within groups: a plan's length by itself is then worth
+nothing. (With a fixed c the policy soon writes the longest or the shortest plans only.)
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -116,8 +119,8 @@ def parse_args(argv=None):
     add("--sims", type=int, default=8, help="robots walking at once per process, a simulator each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
-    add_robot_args(add, "the checkpoint's")
     add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
+    add_robot_args(add, "the checkpoint's")
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
@@ -133,9 +136,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a walk: a sum such as success+0.5*progress, "
         "of " + ", ".join(MARKS))
-    add("--action-cost", type=float, default=1.0, help="of --groups state: each action must gain "
-        "this share of a step, so that a longer plan is not a better one for its length")
-    add("--stop-penalty", type=float, default=0.5, help="of --groups state: w, of a wrong stop")
+    add("--stop-penalty", type=float, default=1.0, help="of --groups state: w, of a wrong stop")
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
     add("--kl-coef", type=float, default=0.0, help="beta, towards --init; 0 never loads it")
@@ -211,19 +212,29 @@ def to_go(state, robot):
     return state["distance_to_goal"] + robot["forward_m"] * angle
 
 
-def plan_reward(before, after, plan, robot, radius, action_cost, stop_penalty):
-    """What a plan is worth at a state: metres gained, less its cost, and whether its stop is right.
+def plan_reward(before, after, plan, robot, radius, stop_penalty):
+    """What a plan is worth at a state: metres gained, and whether its stop is right.
 
     plan: action ids, [] if malformed (as bad as a wrong stop); before, after: what "try" says of
     where it starts and of where it leads.
     """
-    moves = sum(action != STOP for action in plan)
     gained = to_go(before, robot) - to_go(after, robot)
-    worth = gained - action_cost * robot["forward_m"] * moves
     if plan and plan[-1] != STOP:
-        return worth
+        return gained
     d = after["distance_to_goal"]
-    return worth + (2 - d / radius if plan and d < radius else -stop_penalty)
+    return gained + (1 - d / radius if plan and d < radius else -stop_penalty)
+
+
+def price_of(groups):
+    """What one action more gains within groups: the slope of the least squares line through
+    [(actions, reward), ..] of each group, all shifted to their group's mean; 0 if none differ.
+
+    >>> price_of([[(1, 2.0), (3, 3.0)], [(2, 7.0), (4, 8.0)], [(5, 1.0)]])
+    0.5
+    """
+    shifted = [np.array(group) - np.mean(group, axis=0) for group in groups if group]
+    n, worth = np.concatenate(shifted or [np.zeros((1, 2))]).T
+    return float(n @ worth / (n @ n)) if n.any() else 0.0
 
 
 def early_end(walk, expert_actions, args):
@@ -323,12 +334,15 @@ class World:
             found[walk.name] = []
             for some, those, states in zip(plans, tried, reply["states"]):
                 after = dict(zip(those, states))
-                found[walk.name].append([plan_reward(
+                found[walk.name].append([(plan, plan_reward(
                     after[()], after[tuple(a for a in plan if a != STOP)], plan, self.robot,
-                    self.radius, args.action_cost, args.stop_penalty) for plan in some])
+                    self.radius, args.stop_penalty)) for plan in some])
 
         drive(self.pool, args.sims, (job(walk) for walk in walks if walk.turns))
-        return [found.get(walk.name, []) for walk in walks]
+        price = price_of([[(len(plan), worth) for plan, worth in group if plan and STOP not in plan]
+                          for turns in found.values() for group in turns])
+        return [[[worth - price * sum(action != STOP for action in plan) for plan, worth in group]
+                 for group in found.get(walk.name, [])] for walk in walks]
 
 
 def dialog_of(walk):

@@ -338,13 +338,13 @@ def test_a_plan_is_worth_what_it_gains_and_a_right_stop():
         return {"distance_to_goal": d, "position": [0, 0, d], "next": [0, 0, 0],
                 "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)]}
     def worth(before, after, plan):
-        return grpo_online.plan_reward(before, after, plan, robot, 1.0, 1.0, 0.5)
-    assert worth(state(3), state(2.5), [1, 1]) == pytest.approx(0)          # as the expert would
-    assert worth(state(3), state(3), [1, 1]) == pytest.approx(-0.5)         # ran into a wall
+        return grpo_online.plan_reward(before, after, plan, robot, 1.0, 0.5)
+    assert worth(state(3), state(2.5), [1, 1]) == pytest.approx(0.5)        # as the expert would
+    assert worth(state(3), state(3), [1, 1]) == pytest.approx(0)            # ran into a wall
     turned = state(3, math.radians(30))
-    assert worth(turned, state(3), [LEFT]) == pytest.approx(0)
-    assert worth(state(3), turned, [LEFT]) == pytest.approx(-0.5)           # and has to turn back
-    assert worth(state(1.25), state(0.75), [1, 1, STOP]) == pytest.approx(1.25)
+    assert worth(turned, state(3), [LEFT]) == pytest.approx(0.25)
+    assert worth(state(3), turned, [LEFT]) == pytest.approx(-0.25)          # and has to turn back
+    assert worth(state(0.5), state(0.25), [1, STOP]) == pytest.approx(0.25 + 0.75)
     assert worth(state(3), state(3), [STOP]) == worth(state(3), state(3), []) == -0.5
 
 
