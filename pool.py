@@ -621,7 +621,7 @@ class SimPool:
             episode = arguments["episode"]
             arguments["episode"] = {key: episode[key] for key in keys if key in episode}
             worker.episode = episode.get("episode_id")
-        first = worker.timeout_s is None and self.start["kind"] == "habitat"  # it makes its renderer
+        first = worker.timeout_s is None and self.start["kind"] == "habitat"  # makes a renderer
         worker.verb, worker.timeout_s = verb, max(self.timeout_s, START_S if first else 0)
         worker.deadline = time.monotonic() + worker.timeout_s
         if worker.reply is None:

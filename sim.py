@@ -808,8 +808,8 @@ class HabitatSim:
             raise UserError(HABITAT_MISSING.format(python=sys.executable, error=error)) from None
         cards = visible_gpus()  # a build without CUDA renders on them, too: EGL knows the indices
         if gpu is not None and gpu >= cards:
-            raise UserError(f"GPU {gpu} was asked for, but this machine shows {cards} to CUDA: name "
-                            "another with --sim-gpus, or leave it out")
+            raise UserError(f"GPU {gpu} was asked for, but this machine shows {cards} to CUDA: "
+                            "name another with --sim-gpus, or leave it out")
         self.gpu = gpu if gpu is not None else (0 if cards else -1)
         self.habitat, self.magnum, self.sim, self.file = habitat_sim, magnum, None, None
         self.robot, self.scenes_dir = robot, scenes_dir

@@ -122,8 +122,8 @@ def test_no_way_leads_onto_the_roof(houses, habitat_python):
     told = subprocess.run([habitat_python, "-c", code], capture_output=True, text=True, check=True)
     points = json.loads(told.stdout.splitlines()[-1])
     heights = [height for height, _ in points]
-    print(f"{len(points)} navigable points: {sum(h < 0.05 for h in heights)} on the floor, highest at "
-          f"{max(heights):.2f} m")
+    print(f"{len(points)} navigable points: {sum(h < 0.05 for h in heights)} on the floor, the "
+          f"highest at {max(heights):.2f} m")
     assert max(heights) < 2
     assert all(height < 0.05 for height, reached in points if reached)
 
