@@ -798,7 +798,7 @@ class Policy(nn.Module):
             token = list(node)[last]
             more, node = certain(node[token])
             tokens += [token, *more]
-        return tokens[:max(most, 0)]
+        return tokens[:most]
 
     def _grammar(self):
         plans = [[]]
