@@ -558,10 +558,14 @@ class Policy(nn.Module):
                               mask.flatten(3).flatten(1, 2)), dim=-1)
         mask = mask[:, None]                                            # (N, 1, T, P + T)
         cos, sin = self._angles(positions, embeds.dtype)
+        real = valid.flatten().nonzero().squeeze(1)     # padding is there for attention only
+
+        def padded(x):
+            return x.new_zeros(n * t, x.shape[-1]).index_copy(0, real, x).view(n, t, -1)
 
         def layer(block, x, k_past, v_past, *kv_shared):
             attn, y = block.self_attn, block.input_layernorm(x)
-            q, k, v = (proj(y).view(n, t, -1, self.head_dim).transpose(1, 2)
+            q, k, v = (padded(proj(y)).view(n, t, -1, self.head_dim).transpose(1, 2)
                        for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             if k_past is not None:
@@ -572,10 +576,10 @@ class Policy(nn.Module):
                 y = apart(attend(together(q, groups), every_k, every_v, mask), n)
             else:
                 y = attend(q, k, v, mask)
-            x = x + attn.o_proj(y.transpose(1, 2).flatten(2))
+            x = x + attn.o_proj(y.transpose(1, 2).flatten(2).flatten(0, 1)[real])
             return x + block.mlp(block.post_attention_layernorm(x)), k, v
 
-        x, keys, values = embeds, [], []
+        x, keys, values = embeds.flatten(0, 1)[real], [], []                            # (X, H)
         for i, block in enumerate(self.lm.layers):
             k, v = (past.keys[i], past.values[i]) if past is not None else (None, None)
             common = (shared.keys[i], shared.values[i]) if shared is not None else ()
@@ -583,7 +587,7 @@ class Policy(nn.Module):
             keys.append(k)
             values.append(v)
         seen = valid if past is None else torch.cat((past.valid, valid), dim=1)
-        return self.lm.norm(x), Cache(keys, values, seen, shared)
+        return padded(self.lm.norm(x)), Cache(keys, values, seen, shared)
 
     def _angles(self, positions, dtype):
         """cos, sin (N, 1, T, D) of M-RoPE: frequency bands take turns at time, height, width."""
@@ -848,24 +852,33 @@ class Policy(nn.Module):
         return torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True
                                   ).squeeze(-1).tolist()
 
-    def draft(self, answer):
+    def draft(self, answer, guess=8):
         """The tokens that must follow `answer` (list of ids) if it is to become a plan; often none.
 
         The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
         stops (of a dialog: 1 to `horizon` merged ones, a stop the last), tokenized once into a
-        tree: where the tree does not fork, the next token is certain.
-        An answer that has left the tree is taken up again where it looks like the second action of
-        a plan. It is no plan any more, but it will go on in phrases, and without a draft this one
-        row would keep its whole batch waiting, token by token.
+        tree: where the tree does not fork, the next token is certain. At a fork it is guessed that the last action is repeated, for up to `guess` tokens: a robot
+        mostly goes on doing what it did, and a wrong guess costs little. An answer that has left
+        the tree is taken up again where it looks like the second action of a plan. It is no plan
+        any more, but it will go on in phrases, and without a draft this one row would keep its
+        whole batch waiting, token by token.
         """
         if self._trie is None:
             self._trie = self._grammar()
             ends = [certain(first)[1] for first in self._trie.values()]
             self._second = next((node for node in ends if node), {})        # behind a first action
-        node = self._trie
+        node, last = self._trie, None            # last: which branch was taken at the last fork
         for token in answer:
-            node = node.get(token) or self._second.get(token) or {}
-        return certain(node)[0]
+            before, node = node, node.get(token) or self._second.get(token) or {}
+            if len(before) > 1 and token in before:
+                last = list(before).index(token)
+        tokens, node = certain(node)
+        most = len(tokens) + guess
+        while last is not None and len(node) > last and len(tokens) < most:
+            token = list(node)[last]
+            more, node = certain(node[token])
+            tokens += [token, *more]
+        return tokens[:most]
 
     def _grammar(self):
         plans, texts = [[]], []

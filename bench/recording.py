@@ -26,8 +26,8 @@ from sim import ROBOTS, HouseSim
 
 
 def parse_args(argv=None):
-    p = parser(__doc__)
-    p.add_argument("--limit", type=int, default=400, help="walks")
+    p = parser(__doc__, repeats=2)
+    p.add_argument("--limit", type=int, default=1000, help="walks")
     p.add_argument("--episodes", default=os.path.join(ROOT, "data", "houses"))
     return p.parse_args(argv)
 

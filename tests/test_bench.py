@@ -70,10 +70,14 @@ def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):  # noqa: F811
         return wordy.tokenizer(text)["input_ids"]
 
     slip = "B. Move forward 25 cm, A. Move forward 25 cm,"
-    forward = ids("A. Move forward 25 cm, C")
-    assert wordy.draft(ids("A")) == forward[1:-1]
+    forward = ids("A. Move forward 25 cm, A. Move forward 25 cm, A")
+    certain = ids("A. Move forward 25 cm,")[1:]
+    assert wordy.draft(ids("A"), guess=0) == certain
+    assert wordy.draft(ids("A")) == forward[1:1 + len(certain) + 8]        # forward again, perhaps
     assert wordy.draft(ids("B. Move")) == [] == wordy.draft(ids("what?"))
-    assert wordy.draft(ids(slip + " A")) == forward[1:-1]
+    assert wordy.draft(ids(slip + " A"), guess=0) == certain
+    stops = ids("D. Stop, D. Stop, D. Stop, D. Stop, D. Stop, D. Stop")
+    assert wordy.draft(ids("D")) == stops[1:] + [wordy.end_token]
 
 
 def test_passes_fall_and_plans_stay(wordy):  # noqa: F811
