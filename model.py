@@ -857,11 +857,11 @@ class Policy(nn.Module):
 
         The grammar is the set of all plans of `horizon` actions in which nothing follows a stop but
         stops (of a dialog: 1 to `horizon` merged ones, a stop the last), tokenized once into a
-        tree: where the tree does not fork, the next token is certain. At a fork it is guessed that the last action is repeated, for up to `guess` tokens: a robot
-        mostly goes on doing what it did, and a wrong guess costs little. An answer that has left
-        the tree is taken up again where it looks like the second action of a plan. It is no plan
-        any more, but it will go on in phrases, and without a draft this one row would keep its
-        whole batch waiting, token by token.
+        tree: where the tree does not fork, the next token is certain. At a fork it is guessed that
+        the last action is repeated, for up to `guess` tokens: a robot mostly goes on doing what it
+        did, and a wrong guess costs little. An answer that has left the tree is taken up again
+        where it looks like the second action of a plan. It is no plan any more, but it will go on
+        in phrases, and without a draft this one row would keep its whole batch waiting.
         """
         if self._trie is None:
             self._trie = self._grammar()
