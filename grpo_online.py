@@ -553,6 +553,29 @@ def validate(val, policy, n, rank, ranks):
     return {f"val/{key}": value / max(sums[0], 1) for key, value in zip(MARKS, sums[1:])}
 
 
+def learn(engine, reference, parts, lessons, tokens, ranks, args):
+    """The updates of one batch -> loss, kl, clip_frac, entropy: this rank's parts of the means over
+    all `tokens`. parts: from collate, of which only as many as there are lessons count."""
+    with torch.no_grad():
+        ref_logps = [reference(*asked, args.temperature) if reference else None
+                     for asked, _, _ in parts]
+    old_logps, sums = [], np.zeros(4)
+    for update in range(args.updates_per_batch if tokens else 0):
+        for i, (asked, advantages, mask) in enumerate(parts):
+            logps = engine(*asked, args.temperature)
+            if update == 0:                      # no weight has moved since these were sampled
+                old_logps.append(logps.detach())
+            loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages, mask,
+                                    args.clip_low, args.kl_coef, args.clip_high)
+            votes = mask.sum(dim=1) * (lessons > i) / tokens                  # one token, one vote
+            loss = (loss * votes).sum()
+            engine.backward(loss * ranks * len(parts))             # DeepSpeed averages over both
+            engine.step()
+            sums += [loss.item(), *((x * votes).sum().item() for x in (
+                stats["kl"], stats["clip_frac"], -masked_mean(logps, mask)))]
+    return sums / args.updates_per_batch
+
+
 def main(args):
     if args.draw:
         return draw_runs(args.draw, args.out)
@@ -620,23 +643,7 @@ def main(args):
             tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)
 
             # 3. learn
-            with torch.no_grad():
-                ref_logps = [reference(*asked, args.temperature) if reference else None
-                             for asked, _, _ in parts]
-            old_logps, sums = [], np.zeros(4)
-            for update in range(args.updates_per_batch if tokens else 0):
-                for i, (asked, advantages, mask) in enumerate(parts):
-                    logps = engine(*asked, args.temperature)
-                    if update == 0:              # no weight has moved since these were sampled
-                        old_logps.append(logps.detach())
-                    loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages, mask,
-                                            args.clip_low, args.kl_coef, args.clip_high)
-                    votes = mask.sum(dim=1) * (len(lessons) > i) / tokens     # one token, one vote
-                    loss = (loss * votes).sum()
-                    engine.backward(loss * ranks * micro_steps)    # DeepSpeed averages over both
-                    engine.step()
-                    sums += [loss.item(), *((x * votes).sum().item() for x in (
-                        stats["kl"], stats["clip_frac"], -masked_mean(logps, mask)))]
+            sums = learn(engine, reference, parts, len(lessons), tokens, ranks, args)
 
             # 4. tell, check, keep
             done, count = step + 1, per_rank * ranks
@@ -644,8 +651,7 @@ def main(args):
             groups = sum(map(len, rewards)) if state_groups else len(episodes)
             clock = time.process_time() + sum(world.cpu_s)
             shares = summary(walks, marks, worth)
-            others = dict(zip(("loss", "kl", "clip_frac", "entropy"),
-                              sums / args.updates_per_batch)) | {
+            others = dict(zip(("loss", "kl", "clip_frac", "entropy"), sums)) | {
                 "frac_reward_zero_std": flat, "groups": groups, "rerolled": tally["rerolled"],
                 "deaths": tally["deaths"], "minutes": clock / 60, "walking_s": walking / ranks}
             totals = E.total([*shares.values(), *others.values()], device)
