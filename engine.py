@@ -88,6 +88,8 @@ def add_machine_args(parser):
         help="default: bfloat16 with fp32 master weights on GPUs, float32 on CPUs")
     add("--deepspeed-config", default=os.path.join(os.path.dirname(__file__), "ds_config.json"))
     add("--zero-stage", type=int, choices=range(4), help="overrides the config file's stage")
+    add("--micro-tokens", type=int, default=0, help="tokens per forward of a process, about; an "
+        "update takes as many forwards as its batch needs. 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
     add("--threads", type=int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
@@ -194,16 +196,65 @@ def tell_memory(engine, reference, activations, rank):
     print("memory: about " + " + ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
           + f" = {need:.2f} GB of {room:.0f} GB a process has")
     if need > room:
-        print("WARNING: that does not fit. Lower --micro-batch; then --gradient-checkpointing; "
+        print("WARNING: that does not fit. Lower --micro-tokens; then --gradient-checkpointing; "
               "then --zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
+
+
+def share_out(sizes, budget, least=1):
+    """Items of these sizes (tokens) -> index lists of about equal sums: as few as keep every sum
+    within the budget, but `least`. An item above the budget stands alone; a list may be empty.
+
+    The largest item first, each to the list that has least so far.
+    >>> share_out([5, 9, 4, 3], 10), share_out([5, 9, 4, 3], 21), share_out([30, 1], 10)
+    ([[1], [0], [2, 3]], [[0, 1, 2, 3]], [[0], [1]])
+    >>> share_out([5, 9], 10, least=3)
+    [[1], [0], []]
+    """
+    for n in range(least, max(least, len(sizes)) + 1):
+        parts, sums = [[] for _ in range(n)], [0] * n
+        for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+            lightest = sums.index(min(sums))
+            parts[lightest].append(i)
+            sums[lightest] += sizes[i]
+        if max(sums) <= budget:
+            break
+    return [sorted(part) for part in parts]
+
+
+def forwards(items, size_of, budget, device):
+    """The items of each forward of an update, [[item, ..], ..]; budget 0: of the only one.
+
+    As many on every rank: under ZeRO a forward is a collective, and the others would wait. A rank
+    with fewer items than another has forwards gets empty lists.
+    """
+    if budget == 0:
+        return [list(items)]
+    sizes = [size_of(item) for item in items]
+    most = torch.tensor(len(share_out(sizes, budget)), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return [[items[i] for i in part] for part in share_out(sizes, budget, least=int(most))]
+
+
+def together(batches):
+    """[(decisions, frames), ..] -> (all decisions, all frames, every one once)."""
+    return ([d for decisions, _ in batches for d in decisions],
+            {key: frame for _, frames in batches for key, frame in frames.items()})
+
+
+def accumulate(engine, parts):
+    """Yield the parts of an update in turn; DeepSpeed steps after the last. Their losses must be
+    shares of one sum: nothing divides them by the number of parts."""
+    for i, part in enumerate(parts):
+        engine.set_gradient_accumulation_boundary(i == len(parts) - 1)
+        yield part
 
 
 def default_dtype(args):
     return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 
-def make_engine(policy, args, micro_steps):
-    """DeepSpeed around the trainable weights; micro_steps backward passes make one update."""
+def make_engine(policy, args):
+    """DeepSpeed around the trainable weights; accumulate() says when it steps."""
     import deepspeed
     with open(args.deepspeed_config) as f:
         config = json.load(f)
@@ -213,14 +264,14 @@ def make_engine(policy, args, micro_steps):
         # DeepSpeed's bf16 without ZeRO takes an optimizer step on zeros at its start (Adam's bias
         # correction is off by one ever after); stage 1 does not.
         config["zero_optimization"]["stage"] = max(1, config["zero_optimization"]["stage"])
-    config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=micro_steps,
+    config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
                   gradient_clipping=args.max_grad_norm,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
     weights = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2),
-                                  fused=args.device == "cuda")
+                                  fused=True)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
 
@@ -262,7 +313,7 @@ def consolidated(engine):
 
 # Flags that may change when a run is resumed: they touch no weight.
 FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every", "threads",
-        "local_rank", "out", "device", "val_data", "deepspeed_config", "micro_batch",
+        "local_rank", "out", "device", "val_data", "deepspeed_config", "micro_tokens",
         "sims", "sim_python", "sim_timeout", "sim_gpus", "sim_hosts", "sim_key", "retries",
         "rollouts_every", "val_episodes",
         "gradient_checkpointing", "zero_stage", "dtype"}          # the last two: see made_by

@@ -72,7 +72,6 @@ def parse_args(argv=None):
         help="advantages in standard deviations of their group, as the paper has them")
     add("--drop-flat-groups", action="store_true", help="leave groups out whose rewards all agree")
     add("--batch-size", type=int, default=8, help="prompts per batch, over all processes")
-    add("--micro-batch", type=int, default=0, help="prompts per forward; 0: all of a process's")
     add("--updates-per-batch", type=int, default=1, help="1 is strictly on-policy")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
@@ -325,11 +324,8 @@ def main(args):
     sources, policy = setup(args, device)
     E.open_run(args, rank)
 
-    per_forward = args.micro_batch or max(1, args.batch_size // world)
-    if args.batch_size % (world * per_forward):
-        raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
-                        f"--micro-batch {per_forward}; change one of them")
-    micro_steps = args.batch_size // world // per_forward
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes")
     prompts = draw_prompts(sources, args.prompts, args.seed)
     if len(prompts) < args.batch_size:
         raise UserError(f"--data and --prompts give {len(prompts)} prompts and a batch takes "
@@ -337,12 +333,9 @@ def main(args):
     steps = args.max_steps or max(1, round(args.epochs * (len(prompts) // args.batch_size)))
 
     weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
-    engine = E.make_engine(policy, args, micro_steps)
+    engine = E.make_engine(policy, args)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
-    # With one forward per update, sampling and learning run the prompts only once (not under
-    # ZeRO-3, where ranks that sample plans of unequal length may not learn meanwhile).
-    once = (micro_steps == 1 == args.updates_per_batch) and engine.zero_optimization_stage() < 3
     val_path = args.val_data or os.path.join(os.path.dirname(args.data[0].rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
            else None)
@@ -351,19 +344,23 @@ def main(args):
         print(f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x {args.group_size} "
               f"plans, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
-    piece = load_batch(sources, policy.nav, prompts[:per_forward])
-    E.tell_memory(engine, reference, policy.activations(*piece, args.group_size), rank)
+
+    def load(step):
+        units = batch_of(prompts, step, args.batch_size, args.seed)[rank::world]
+        return [load_batch(sources, policy.nav, [unit]) for unit in units]
+    def forwards(units, seeds):
+        """Prompts -> what each forward is given, [(decisions, frames, seeds), ..]"""
+        return [(*E.together([unit for unit, _ in some]), [seed for _, seed in some])
+                for some in E.forwards(list(zip(units, seeds)), lambda item: sum(policy.sizes(
+                    *item[0], args.group_size)), args.micro_tokens, device)]
+    decisions, frames, _ = forwards(load(first), range(args.batch_size))[0]
+    E.tell_memory(engine, reference, policy.activations(decisions, frames, args.group_size), rank)
     log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)
     if val_units and first == 0:                               # where the SFT policy stands
         with E.gathered(engine):
             log(0, **validate(policy, val, val_units, rank, world, args))
-
-    def load(step):
-        units = batch_of(prompts, step, args.batch_size, args.seed)[rank::world]
-        return [load_batch(sources, policy.nav, units[i:i + per_forward])
-                for i in range(0, len(units), per_forward)]
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
@@ -371,21 +368,28 @@ def main(args):
 
         # 1. imagine: G plans per prompt, from the policy as it stands
         seeds = sampling_seeds(args.seed, step, args.batch_size)[rank::world]
+        batch = forwards(batch, seeds)
+        # With one forward per update, sampling and learning run the prompts only once (not under
+        # ZeRO-3, where ranks that sample plans of unequal length may not learn meanwhile).
+        once = (len(batch) == 1 == args.updates_per_batch
+                and engine.zero_optimization_stage() < 3)
         if args.freeze_vision:                   # one pass through the tower serves both models
             with E.gathered(engine), torch.no_grad():
-                batch = [(decisions, dict(zip(frames, policy.encode_frames(list(frames.values())))))
-                         for decisions, frames in batch]
+                batch = [(decisions, dict(zip(frames, policy.encode_frames(list(frames.values())))),
+                          seeds) for decisions, frames, seeds in batch]
         if once:
-            roll, drawn_logps = policy.imagine(*batch[0], args.group_size, args.temperature, seeds)
+            decisions, frames, seeds = batch[0]
+            roll, drawn_logps = policy.imagine(decisions, frames, args.group_size,
+                                               args.temperature, seeds)
             rolls = [roll]
         else:
             with E.gathered(engine), torch.no_grad():
                 rolls = [policy.generate(policy.read(decisions, frames), args.group_size,
-                                         args.temperature, seeds[i * per_forward:][:per_forward])
-                         for i, (decisions, frames) in enumerate(batch)]
+                                         args.temperature, seeds)
+                         for decisions, frames, seeds in batch]
 
         # 2. judge: text in, one number per plan out; neither model nor gradient is involved
-        decisions = [d for some, _ in batch for d in some]
+        decisions = [d for some, _, _ in batch for d in some]
         texts = [text for roll in rolls for text in roll.texts]
         marks = judge(texts, decisions, policy, args)
         rewards = torch.tensor([m["reward"] for m in marks], device=device)            # (N,)
@@ -398,24 +402,24 @@ def main(args):
         all_votes, = E.total([votes.sum().item()], device)
 
         # 3. remember what the SFT model thinks of these plans
-        calls = [(*part, roll.completion_ids, roll.completion_mask, args.group_size,
+        calls = [(*part[:2], roll.completion_ids, roll.completion_mask, args.group_size,
                   args.temperature) for part, roll in zip(batch, rolls)]
         with torch.no_grad():
             ref_logps = [reference(*call) if reference else None for call in calls]
 
         # 4. learn
-        per_call = per_forward * args.group_size
+        ends = np.cumsum([0] + [len(roll.texts) for roll in rolls])
         old_logps, sums = [], np.zeros(4)
         for update in range(args.updates_per_batch):
-            for i, (call, roll) in enumerate(zip(calls, rolls)):
-                rows, mask = slice(i * per_call, (i + 1) * per_call), roll.completion_mask
+            for i, (call, roll) in enumerate(E.accumulate(engine, list(zip(calls, rolls)))):
+                rows, mask = slice(ends[i], ends[i + 1]), roll.completion_mask
                 logps = drawn_logps if once else engine(*call)
                 if update == 0:                  # no weight has moved since these were sampled
                     old_logps.append(logps.detach())
                 loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages[rows], mask,
                                         args.clip_eps, args.kl_coef)
                 loss = (loss * votes[rows]).sum() / max(all_votes, 1)
-                engine.backward(loss * world * micro_steps)    # DeepSpeed averages over both
+                engine.backward(loss * world)                  # DeepSpeed averages over ranks
                 engine.step()
                 sums += [x.sum().item() for x in (loss, stats["kl"], stats["clip_frac"],
                                                   -masked_mean(logps, mask))]

@@ -23,11 +23,13 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
 first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = togo(before) - togo(after) - c * actions + [said stop] (d < r ? 1 - d / r : -w)
-    togo = geodesic distance + one step for each turn that is needed to face the way on
+    R_g  = to_go(before) - to_go(after) + 1[said stop within r] - price . (motions, tokens, stops)
+    to_go = the way's metres, and as many for each turn on it as the robot walks meanwhile
 
-c is what an action more gains in this batch, within groups: a plan's length by itself is then worth
-nothing. (With a fixed c the policy soon writes the longest or the shortest plans only.)
+price is the least squares fit of the rewards to the plans' forms within the batch's groups. So to
+move much or little, to talk long or short, and to stop, are worth nothing by themselves; it counts
+where each is done. (Without it one of them wins soon: a policy that writes the longest plans or the
+shortest, never stops or always. What a stop is worth depends on what would have come after.)
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -52,6 +54,7 @@ counted one by one (it counts merged ones, up to 120), and --patience.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -136,14 +139,12 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a walk: a sum such as success+0.5*progress, "
         "of " + ", ".join(MARKS))
-    add("--stop-penalty", type=float, default=1.0, help="of --groups state: w, of a wrong stop")
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
     add("--kl-coef", type=float, default=0.0, help="beta, towards --init; 0 never loads it")
     add("--divide-by-spread", action=argparse.BooleanOptionalAction, default=True,
         help="advantages in standard deviations of their group")
     add("--batch-size", type=int, default=8, help="episodes per batch, over all processes")
-    add("--micro-batch", type=int, default=0, help="walks per forward; 0: all of a process's")
     add("--updates-per-batch", type=int, default=1, help="1 is strictly on-policy")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
@@ -197,44 +198,53 @@ def read_reward(text):
 
 
 def to_go(state, robot):
-    """Metres to the goal, and a step for each turn that is needed to face the way there.
+    """Actions an expert would need from here: metres over steps, and every turn on the way.
 
-    3 m away and a quarter to the left of the way on, with turns of 30 degrees: 3 + 3 * 0.25.
+    3 m to go, first to the left, then after a metre to the left again, with turns of 30 degrees:
+    12 steps, and twice three turns.
     >>> state = {"distance_to_goal": 3.0, "position": [0, 0, 0], "rotation": [0, 0, 0, 1]}
     >>> robot = {"turn_deg": 30, "forward_m": 0.25}
-    >>> to_go(dict(state, next=[1, 0, 0]), robot), to_go(dict(state, next=[0, 0, -1]), robot)
-    (3.75, 3.0)
+    >>> to_go(dict(state, way=[[0, 0, 0], [-1, 0, 0], [-1, 0, 2]]), robot)
+    18.0
     """
-    (x, _, z), (next_x, _, next_z) = state["position"], state["next"]
-    there = math.hypot(next_x - x, next_z - z) < robot["forward_m"]
-    way = math.degrees(math.atan2(x - next_x, z - next_z))
-    angle = 0 if there else round(abs(turned(yaw_deg(state["rotation"]), way)) / robot["turn_deg"])
-    return state["distance_to_goal"] + robot["forward_m"] * angle
+    yaw, turns = yaw_deg(state["rotation"]), 0.0
+    for (x, _, z), (next_x, _, next_z) in itertools.pairwise(state["way"]):
+        if math.hypot(next_x - x, next_z - z) < robot["forward_m"] / 2:
+            continue                                       # no need to face what is underfoot
+        way = math.degrees(math.atan2(x - next_x, z - next_z))
+        turns, yaw = turns + abs(turned(yaw, way)) / robot["turn_deg"], way
+    return state["distance_to_goal"] / robot["forward_m"] + round(turns, 9)
 
 
-def plan_reward(before, after, plan, robot, radius, stop_penalty):
-    """What a plan is worth at a state: metres gained, and whether its stop is right.
+def plan_reward(before, after, plan, robot, radius):
+    """What a plan is worth at a state: the expert's actions that it saves, in metres, and 1 for a
+    stop that is right.
 
-    plan: action ids, [] if malformed (as bad as a wrong stop); before, after: what "try" says of
-    where it starts and of where it leads.
+    plan: action ids, [] if malformed (which costs 1); before, after: what "try" says of where it
+    starts and of where it leads.
     """
-    gained = to_go(before, robot) - to_go(after, robot)
-    if plan and plan[-1] != STOP:
-        return gained
-    d = after["distance_to_goal"]
-    return gained + (1 - d / radius if plan and d < radius else -stop_penalty)
+    if not plan:
+        return -1.0
+    right = plan[-1] == STOP and after["distance_to_goal"] < radius
+    return (to_go(before, robot) - to_go(after, robot)) * robot["forward_m"] + right
 
 
-def price_of(groups):
-    """What one action more gains within groups: the slope of the least squares line through
-    [(actions, reward), ..] of each group, all shifted to their group's mean; 0 if none differ.
+def form_of(plan, answer):
+    """What a plan is like, wherever it is said: its motions, its tokens, and whether it stops."""
+    return [sum(action != STOP for action in plan), len(answer), STOP in plan]
 
-    >>> price_of([[(1, 2.0), (3, 3.0)], [(2, 7.0), (4, 8.0)], [(5, 1.0)]])
-    0.5
+
+def normal_equations(groups):
+    """[(forms (G, F), rewards (G,)), ..] -> M (F, F), v (F,): the least squares fit of rewards to
+    forms, both less their group's mean, solves M @ price = v. Sums over groups, hence over ranks.
+
+    Here a motion more earns 0.5 (and one answer in two groups does a little better than that):
+    >>> M, v = normal_equations([([[1], [2], [3]], [0.5, 1.25, 1.5]), ([[2], [4]], [1.0, 2.0])])
+    >>> M, v, np.linalg.solve(M, v)
+    (array([[4.]]), array([2.]), array([0.5]))
     """
-    shifted = [np.array(group) - np.mean(group, axis=0) for group in groups if group]
-    n, worth = np.concatenate(shifted or [np.zeros((1, 2))]).T
-    return float(n @ worth / (n @ n)) if n.any() else 0.0
+    shifted = [(form - np.mean(form, axis=0), some - np.mean(some)) for form, some in groups]
+    return sum(form.T @ form for form, _ in shifted), sum(form.T @ some for form, some in shifted)
 
 
 def early_end(walk, expert_actions, args):
@@ -334,15 +344,25 @@ class World:
             found[walk.name] = []
             for some, those, states in zip(plans, tried, reply["states"]):
                 after = dict(zip(those, states))
-                found[walk.name].append([(plan, plan_reward(
+                found[walk.name].append([plan_reward(
                     after[()], after[tuple(a for a in plan if a != STOP)], plan, self.robot,
-                    self.radius, args.stop_penalty)) for plan in some])
+                    self.radius) for plan in some])
 
         drive(self.pool, args.sims, (job(walk) for walk in walks if walk.turns))
-        price = price_of([[(len(plan), worth) for plan, worth in group if plan and STOP not in plan]
-                          for turns in found.values() for group in turns])
-        return [[[worth - price * sum(action != STOP for action in plan) for plan, worth in group]
-                 for group in found.get(walk.name, [])] for walk in walks]
+        return [found.get(walk.name, []) for walk in walks]
+
+
+def beyond_form(walks, rewards, policy):
+    """Rewards (turns, G) per walk -> the same, less what the form of a plan earns by itself in this
+    batch, on all ranks together."""
+    forms = [[np.array([form_of(policy.actions(answer), answer) for answer in answers], float)
+              for (_, answers), _ in zip(walk.turns, some)] for walk, some in zip(walks, rewards)]
+    M, v = normal_equations([(np.zeros((1, 3)), [0.0])] + [
+        pair for both in zip(forms, rewards) for pair in zip(*both)])
+    sums = np.reshape(E.total([*M.flat, *v], policy.device), (4, 3))
+    price = np.linalg.lstsq(sums[:3], sums[3], rcond=None)[0]
+    return [[(np.array(some) - form @ price).round(9).tolist() for form, some in zip(*both)]
+            for both in zip(forms, rewards)]
 
 
 def dialog_of(walk):
@@ -364,6 +384,11 @@ class Lesson:
         answers = [sum(self.dialog.answers, [])] if branches is None else [
             ids for _, ids in branches]
         self.advantages, self.lengths = advantages, [len(ids) for ids in answers]
+
+    def size(self, policy):
+        """Tokens of its row."""
+        return sum(policy.sizes([self.dialog], self.frames)) + sum(
+            len(ids) for _, ids in self.branches or ())
 
 
 def compare_walks(walks, rewards, args):
@@ -398,16 +423,8 @@ def compare_plans(walks, rewards, args):
     return lessons, flat
 
 
-def share_out(lessons, spare, parts):
-    """Lessons -> `parts` lists of about equal length; a part without one gets `spare`, whose
-    advantages are 0. Every rank makes as many forwards, whatever its walks were like: under ZeRO
-    each is a collective, and the others would wait."""
-    lessons = sorted(lessons, key=lambda lesson: -sum(map(len, lesson.dialog.answers)))
-    return [lessons[i::parts] or [spare] for i in range(parts)]
-
-
 def mute(walk, state_groups):
-    """A lesson that teaches nothing, of the walk's first turn."""
+    """A lesson that teaches nothing, of the walk's first turn: for a forward that has no other."""
     dialog, frames = dialog_of(walk)
     lesson = Lesson(walk, [0.0], [(0, dialog.answers[0])] if state_groups else None)
     lesson.dialog = dialog._replace(frames=dialog.frames[:1], answers=dialog.answers[:1])
@@ -537,7 +554,7 @@ def rollout(world, policy, episodes, step, args, tally):
             break
     walks, marks = sum(groups, []), sum(marks, [])
     if state_groups:
-        return walks, marks, world.judge_plans(walks, policy)
+        return walks, marks, beyond_form(walks, world.judge_plans(walks, policy), policy)
     return walks, marks, [sum(w * m[key] for key, w in weights.items()) for m in marks]
 
 
@@ -553,23 +570,23 @@ def validate(val, policy, n, rank, ranks):
     return {f"val/{key}": value / max(sums[0], 1) for key, value in zip(MARKS, sums[1:])}
 
 
-def learn(engine, reference, parts, lessons, tokens, ranks, args):
+def learn(engine, reference, parts, tokens, ranks, args):
     """The updates of one batch -> loss, kl, clip_frac, entropy: this rank's parts of the means over
-    all `tokens`. parts: from collate, of which only as many as there are lessons count."""
+    all `tokens`. parts: [(collate(), do they count?), ..]"""
     with torch.no_grad():
         ref_logps = [reference(*asked, args.temperature) if reference else None
-                     for asked, _, _ in parts]
+                     for (asked, _, _), _ in parts]
     old_logps, sums = [], np.zeros(4)
     for update in range(args.updates_per_batch if tokens else 0):
-        for i, (asked, advantages, mask) in enumerate(parts):
+        for i, ((asked, advantages, mask), counts) in enumerate(E.accumulate(engine, parts)):
             logps = engine(*asked, args.temperature)
             if update == 0:                      # no weight has moved since these were sampled
                 old_logps.append(logps.detach())
             loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages, mask,
                                     args.clip_low, args.kl_coef, args.clip_high)
-            votes = mask.sum(dim=1) * (lessons > i) / tokens                  # one token, one vote
+            votes = mask.sum(dim=1) * counts / tokens                         # one token, one vote
             loss = (loss * votes).sum()
-            engine.backward(loss * ranks * len(parts))             # DeepSpeed averages over both
+            engine.backward(loss * ranks)                          # DeepSpeed averages over ranks
             engine.step()
             sums += [loss.item(), *((x * votes).sum().item() for x in (
                 stats["kl"], stats["clip_frac"], -masked_mean(logps, mask)))]
@@ -587,7 +604,6 @@ def main(args):
         raise UserError(f"--batch-size {args.batch_size} does not split into {ranks} processes")
     state_groups = args.groups == "state"
     per_rank = args.batch_size // ranks * (1 if state_groups else args.group_size)       # walks
-    micro_steps = math.ceil(per_rank / (args.micro_batch or per_rank))
     n = len(world.episodes)
     if n < args.batch_size:
         raise UserError(f"{world.source} has {n} episodes and a batch takes {args.batch_size}; "
@@ -598,7 +614,7 @@ def main(args):
                 ][rank::ranks]
 
     weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
-    engine = E.make_engine(policy, args, micro_steps)
+    engine = E.make_engine(policy, args)
     reference = load_reference(args, engine, device)
     first = E.load_state(engine, args.out)
     if rank == 0:
@@ -637,13 +653,13 @@ def main(args):
             if not there:
                 raise UserError(f"no simulator could walk any of {len(walks)} walks; the first "
                                 f"ended with {walks[0].error or walks[0].end}")
-            parts = [collate(part, device) for part in share_out(
-                lessons, mute(min(there, key=lambda walk: len(walk.turns)), state_groups),
-                micro_steps)]
+            spare = mute(min(there, key=lambda walk: len(walk.turns)), state_groups)
+            parts = [(collate(some or [spare], device), bool(some)) for some in E.forwards(
+                lessons, lambda lesson: lesson.size(policy), args.micro_tokens, device)]
             tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)
 
             # 3. learn
-            sums = learn(engine, reference, parts, len(lessons), tokens, ranks, args)
+            sums = learn(engine, reference, parts, tokens, ranks, args)
 
             # 4. tell, check, keep
             done, count = step + 1, per_rank * ranks

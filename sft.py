@@ -69,7 +69,6 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--batch-size", type=int, default=64, help="decisions (of dialogs: walks) per update, over "
         "all processes")
-    add("--micro-batch", type=int, default=0, help="of them per forward; 0: all of a process's")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
@@ -210,12 +209,6 @@ def setup(args, world, device):
     return data, policy
 
 
-def micro_batches(units, rank, world, per_forward):
-    """This rank's share of a global batch, in pieces of at most per_forward units."""
-    mine = units[rank::world]
-    return [mine[i:i + per_forward] for i in range(0, len(mine), per_forward)]
-
-
 def main(args):
     rank, world, device = E.start(args)
     data, policy = setup(args, world, device)
@@ -223,17 +216,14 @@ def main(args):
 
     dialogs = is_dialog(policy.nav)
     per_walk = 1 if dialogs or isinstance(data, ShareGpt) else args.steps_per_walk
-    piece = args.micro_batch or args.batch_size // world            # decisions per forward
-    if piece % per_walk or piece == 0 or args.batch_size % (piece * world):
+    if args.batch_size % (per_walk * world):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
-                        f"--micro-batch {piece} of --steps-per-walk {per_walk}; change one of them")
-    per_batch, per_forward = args.batch_size // per_walk, piece // per_walk
-    micro_steps = per_batch // world // per_forward
-    order = Order(data, args.seed, None if dialogs else per_walk, per_batch)
+                        f"--steps-per-walk {per_walk}; change one of them")
+    order = Order(data, args.seed, None if dialogs else per_walk, args.batch_size // per_walk)
     steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
 
     weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
-    engine = E.make_engine(policy, args, micro_steps)
+    engine = E.make_engine(policy, args)
     first = E.load_state(engine, args.out)
     val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
     val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
@@ -244,28 +234,34 @@ def main(args):
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
-    decisions, frames = load_batch(data, policy.nav, order(first)[:per_forward])
-    E.tell_memory(engine, None, policy.activations(
-        policy.spell(decisions) if is_dialog(policy.nav) else decisions, frames), rank)
-    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
 
     def load(step):
-        return [load_batch(data, policy.nav, units, args.vary_turns)
-                for units in micro_batches(order(step), rank, world, per_forward)]
+        return [load_batch(data, policy.nav, [unit], args.vary_turns)
+                for unit in order(step)[rank::world]]
+    def size_of(unit):
+        decisions, frames = unit
+        return sum(policy.sizes(policy.spell(decisions) if dialogs else decisions, frames))
+    def forwards(units):
+        """Units -> what each forward is given, [(decisions, frames), ..]"""
+        return [E.together(some) for some in E.forwards(units, size_of, args.micro_tokens, device)]
+    decisions, frames = forwards(load(first))[0]
+    E.tell_memory(engine, None, policy.activations(
+        policy.spell(decisions) if dialogs else decisions, frames), rank)
+    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
         E.set_learning_rate(engine, lr)
 
         # 1. one token is one vote, on whichever rank it stands
-        questions = [question(policy, decisions, frames) for decisions, frames in batch]
+        questions = [question(policy, *part) for part in forwards(batch)]
         tokens, = E.total([sum(mask.sum().item() for _, mask in questions)], device)
 
         # 2. imitate
         losses = 0.0
-        for asked, mask in questions:
+        for asked, mask in E.accumulate(engine, questions):
             loss = -(engine(*asked) * mask).sum() / tokens
-            engine.backward(loss * world * micro_steps)     # DeepSpeed averages over both
+            engine.backward(loss * world)                       # DeepSpeed averages over ranks
             engine.step()
             losses += loss.item()
 

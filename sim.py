@@ -1000,7 +1000,7 @@ def do_load(sim, scene_id):
 
 def do_try(sim, episode, poses, plans):
     """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
-    pose and plan where it ends: the state, and "next", the next point of the shortest way on}"""
+    pose and plan where it ends: the state, and "way", the shortest way on from there}"""
     sim.reset(episode)
     goal, ends = min(sim.goals, key=lambda goal: sim.geodesic([goal])), []
     for pose, some in zip(poses, plans):
@@ -1009,7 +1009,7 @@ def do_try(sim, episode, poses, plans):
             sim.set_pose(pose[:3], pose[3:])
             for action in plan:
                 sim.act(action)
-            ends[-1].append(dict(sim.state(), next=(sim.path(goal) or [goal])[:2][-1]))
+            ends[-1].append(dict(sim.state(), way=sim.path(goal)))
     return {"states": ends}
 
 

@@ -46,8 +46,8 @@ def main(args):
     units = grpo.draw_prompts([data], args.prompts, 1)
     prompts = policy.read(*grpo.load_batch([data], policy.nav, units))
     drafted, plain, same = count(policy, prompts)
-    what = args.ckpt or "a policy that spells as Qwen2 does"
-    tell(args, f"decoding a plan, {what}", drafted, plain, "token by token", "passes", same,
+    what = args.ckpt or "spelled as Qwen2 spells"
+    tell(args, f"decoding, {what}", drafted, plain, "token by token", "passes", same,
          f"{args.prompts} greedy plans and {8 * args.prompts} sampled ones are the same, token for "
          "token", "the prompt's own pass included; median over prompts")
 

@@ -407,7 +407,7 @@ for stage in sys.argv[2].split(","):
     grpo.main(grpo.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/zero{stage}",
                                               f"--zero-stage={stage}"]))
 grpo.main(grpo.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/once2", "--zero-stage=2",
-                                          "--updates-per-batch=1", "--micro-batch=0"]))
+                                          "--updates-per-batch=1", "--micro-tokens=0"]))
 """
 
 
@@ -417,11 +417,11 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
     data = VlnEgo(world / "vln_ego" / "train")
     first, second, third, fourth = grpo.batch_of(grpo.draw_prompts([data], 20000, 1), 0, 4, 1)
     assert first[1] == third[1] and second[1] != fourth[1]
-    more = ["--updates-per-batch=2", "--micro-batch=2", "--max-steps=2", "--seed=1", "--lr=2e-5"]
+    more = ["--updates-per-batch=2", "--micro-tokens=600", "--max-steps=2", "--seed=1", "--lr=2e-5"]
     grpo.main(grpo.parse_args(flags(world, world / "alone", *more)))
     # In pieces of one prompt the rollouts are run apart from the learning; in one piece, with it.
     grpo.main(grpo.parse_args(flags(world, world / "alone_once", *more, "--updates-per-batch=1",
-                                    "--micro-batch=1")))
+                                    "--micro-tokens=1")))
     (world / "driver.py").write_text(DRIVER)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     root = os.path.dirname(grpo.__file__)
@@ -446,7 +446,6 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
 @pytest.mark.parametrize("wrong, says", [
     (["--init=nowhere"], "sft.py"), (["--group-size=1"], "siblings"),
     (["--temperature=0"], "--temperature"), (["--gamma=2"], "--gamma"),
-    (["--batch-size=4", "--micro-batch=3"], "--micro-batch"),
     (["--prompts=2"], "--batch-size"), (["--out=/dev/null/x"], "--out"),
     (["--data=nowhere"], "nowhere"),
 ])  # fmt: skip

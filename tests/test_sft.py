@@ -137,7 +137,7 @@ def test_two_ranks_equal_one(ego, tmp_path, zero):
 
 
 def test_micro_batches_are_the_same_update(ego, tmp_path):
-    for name, flags in (("whole", []), ("pieces", ["--micro-batch", 4])):
+    for name, flags in (("whole", []), ("pieces", ["--micro-tokens", 300])):
         run_sft(ego, tmp_path / name, "--max-steps", 2, "--lr", 1e-4, *flags)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "pieces")
     for k in a:
