@@ -5,8 +5,9 @@
 #     bash bench/run.sh --device cuda --shape 2B         -> bench/results_cuda.json
 #
 # It evaluates ckpt/sft in data/houses, if demo.sh has made them, and else trains a small policy for
-# two minutes. The peers (bench/requirements.txt) go into bench/.venv, on top of the project's .venv
-# and never into it. BENCH_PYTHON and PEER_PYTHON name other interpreters for the two.
+# two minutes. The row of rollouts needs ckpt/sft_dialog (README, "Learning by walking"). The peers
+# (bench/requirements.txt) go into bench/.venv, on top of the project's .venv and never into it.
+# BENCH_PYTHON and PEER_PYTHON name other interpreters for the two.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${BENCH_PYTHON:-}" ]; then
@@ -29,7 +30,7 @@ for word in "$@"; do case $word in cuda) device=cuda;; esac; done
 rows=$(mktemp)
 bench() { "$@" --results "$rows" 2> >(grep -v -i 'warn\|it/s\|deprecated' >&2); }
 
-ckpt=${CKPT:-ckpt/sft} houses=${HOUSES:-data/houses} world=bench/world
+ckpt=${CKPT:-ckpt/sft} dialog=${DIALOG:-ckpt/sft_dialog} houses=${HOUSES:-data/houses} world=bench/world
 if [ ! -e "$ckpt/nav.json" ] || [ ! -e "$houses/val_unseen" ]; then
   ckpt=$world/sft houses=$world/demo-houses
   if [ ! -e $ckpt/nav.json ]; then
@@ -47,6 +48,10 @@ bench "$BENCH_PYTHON" bench/evaluation.py --ckpt "$ckpt" --episodes "$houses" "$
 bench "$BENCH_PYTHON" bench/decoding.py "$@"
 bench "$BENCH_PYTHON" bench/decoding.py --ckpt "$ckpt" "$@"
 bench "$BENCH_PYTHON" bench/recording.py --episodes "$houses" "$@"
+bench "$BENCH_PYTHON" bench/simulators.py "$@"
+if [ -e "$dialog/nav.json" ]; then
+  bench "$BENCH_PYTHON" bench/rollouts.py --ckpt "$dialog" --episodes "$houses" --device $device
+fi
 bench "$BENCH_PYTHON" bench/utilisation.py "$@"
 
 "$BENCH_PYTHON" bench/common.py "$rows" bench/results_$device.json
