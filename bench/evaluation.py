@@ -92,6 +92,11 @@ def walk_all(args, prepared, decide, sims):
     return sum(row["decisions"] for row in rows.values()) / seconds, rows
 
 
+def told(row):
+    """What a walk's row says of the walk: all but how much the policy read for it."""
+    return {key: value for key, value in row.items() if key != "tokens"}
+
+
 def load_sides(args):
     from transformers import Qwen2VLForConditionalGeneration
     dtype = "bfloat16" if args.device == "cuda" else "float32"
@@ -111,7 +116,7 @@ def main(args):
         [lambda: walk_all(args, prepared, evaluate.policy_agent(policy, window_prompt), args.sims),
          lambda: walk_all(args, prepared, hf_agent(policy, theirs), 1)], args.repeats)
     rows = [side[0][1] for side in (ours, peer)]
-    same = sum(rows[0][name] == rows[1][name] for name in rows[1])
+    same = sum(told(rows[0][name]) == told(rows[1][name]) for name in rows[1])
     frames = policy.nav["memory"]["budget"] + 1
     sr = [np.mean([row["success"] for row in side.values()]) for side in rows]
     tell(args, f"evaluation, {args.sims} robots", *([r for r, _ in side] for side in (ours, peer)),

@@ -72,7 +72,8 @@ class Plain:
             told.append(((*seen, feature), said))
         hidden, cache = policy._run(segments)
         hidden = hidden[range(len(segments)), [len(ids) - 1 for ids, _, _ in segments]]
-        answers, _, _ = policy._answer(hidden, cache, starts, 1, temperature, seeds, True, 48)
+        answers, _, _ = policy._answer(hidden, cache, starts, [len(ids) for ids, _, _ in segments],
+                                       1, temperature, seeds, True, 48)
         nothing = torch.zeros(1, 1, 0, 1)
         return [[answer] for answer in answers], [
             Thread(nothing, (seen, (*said, answer)), 0)

@@ -105,6 +105,12 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
             decide([walk])
         told.append([text for _, text, _ in walk.answers])
     assert told[0] == told[1] and len(told[0]) == 4
+    args = evaluation.parse_args([f"--ckpt={tmp_path}/ckpt", "--limit=2", "--max-steps=6",
+                                  f"--episodes={ego}/../../houses", "--repeats=1", "--sims=2",
+                                  f"--results={tmp_path}/rows"])
+    evaluation.main(args)                                          # and whole walks of them
+    row = json.loads((tmp_path / "rows").read_text())
+    assert row["equal"] and row["check"].startswith("2 of 2 episodes")
     assert len(pick_frames(3, **nav["memory"])) == 3
 
 
@@ -235,8 +241,11 @@ def test_rows_become_a_table(tmp_path, capsys):
 def test_every_bench_is_run_and_parses():
     with open(os.path.join(ROOT, "bench", "run.sh"), encoding="utf-8") as f:
         script = f.read()
-    for name in ("grpo_step", "sft_step", "evaluation", "decoding", "recording", "utilisation"):
+    for name in ("grpo_step", "sft_step", "evaluation", "decoding", "recording", "simulators",
+                 "rollouts", "utilisation"):
         assert f"bench/{name}.py" in script
+        if name == "rollouts":                     # a policy of dialogs says itself what it is
+            continue
         if name.endswith("_step") and importlib.util.find_spec("trl") is None:
             continue
         args = importlib.import_module(name).parse_args(["--device", "cuda", "--shape", "2B"])

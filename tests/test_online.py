@@ -14,7 +14,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 from test_grpo import farthest, gradients, log_of, relative, weights_of
 from test_model import hf_inputs
 
@@ -500,6 +500,13 @@ def test_two_ranks_of_unequal_walks_agree_with_one_at_zero_0_and_3(ego, init, tm
                                 strict=True):
             for key in theirs:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (stage, key)
+
+
+def test_the_bench_of_rollouts_walks_the_same_both_ways(ego, init, tmp_path):
+    script("bench/rollouts.py", "--ckpt", init, "--episodes", houses_of(ego), "--walks", 4,
+           "--sims", 2, "--repeats", 1, "--results", tmp_path / "rows")
+    row = json.loads((tmp_path / "rows").read_text())
+    assert row["equal"] and row["ratio"] > 0 and row["check"].startswith("4 greedy walks")
 
 
 def test_state_groups_learn_too(ego, init, tmp_path):
