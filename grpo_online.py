@@ -484,7 +484,9 @@ def draw_runs(folders, out):
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharex=True)
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
     for folder in folders:
         with open(os.path.join(folder, "log.jsonl")) as f:
             rows = [json.loads(line) for line in f]
@@ -497,7 +499,7 @@ def draw_runs(folders, out):
                      np.convolve(sampled[:, 1], np.ones(width) / width, "valid"), label=label)
     for axis, title in zip(axes, ("greedy, held-out episodes", "sampled, while learning")):
         axis.set(title=title, xlabel="CPU minutes", ylabel="success")
-        axis.legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(out + ".tmp", format="png", dpi=110)
     os.replace(out + ".tmp", out)
     plt.close(figure)

@@ -352,14 +352,13 @@ def test_a_plan_is_worth_what_it_gains_and_a_right_stop():
 def test_what_the_expert_does_leaves_one_action_less_to_go(world):
     """Nearly: turns come in 30 degrees, and its steps run a little beside the shortest way."""
     gains = []
-    with world.open() as pool:
-        for episode in world.episodes[:6]:
-            actions = world.truth(episode)["actions"][:-1]                  # and then it stops
-            pose = episode["start_position"] + episode["start_rotation"]
-            pool.submit(0, "try", episode=episode, poses=[pose],
-                        plans=[[actions[:t] for t in range(len(actions) + 1)]])
-            states, = pool.wait(0)["states"]
-            gains += (-np.diff([grpo_online.to_go(s, world.robot) for s in states])).tolist()
+    for episode in world.episodes[:6]:
+        actions = world.truth(episode)["actions"][:-1]                      # and then it stops
+        pose = episode["start_position"] + episode["start_rotation"]
+        world.pool.submit(0, "try", episode=episode, poses=[pose],
+                          plans=[[actions[:t] for t in range(len(actions) + 1)]])
+        states, = world.pool.wait(0)["states"]
+        gains += (-np.diff([grpo_online.to_go(s, world.robot) for s in states])).tolist()
     assert len(gains) > 60 and 0.7 < np.mean(gains) < 1.05 and np.percentile(gains, 10) > 0.3
 
 
