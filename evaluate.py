@@ -80,7 +80,7 @@ from episodes import (
 )
 from lsm import pick_frames
 from pool import SimDied, SimPool, addresses, gpu_list
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError, parse_control, run
+from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, parse_control, run
 from sim import ROBOTS, add_robot_args, robot_from_args, visible_gpus, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
@@ -89,7 +89,7 @@ EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_prepro
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--split", default="val_unseen")
     add_episode_args(add)

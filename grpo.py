@@ -47,12 +47,12 @@ import torch
 import engine as E
 from make_data import ShareGpt, VlnEgo
 from model import is_dialog, load_policy, resize, save_policy, window_prompt
-from reward import REWARDS, STOP, UserError, run, score, uniform_reward
+from reward import REWARDS, STOP, Help, UserError, run, score, uniform_reward
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft", help="folder of sft.py: where we start, and pi_sft")
     add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, ShareGPT .json")

@@ -93,13 +93,13 @@ from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_refere
 from make_data import Dialog, drive
 from model import is_dialog, load_policy, save_policy
 from pool import SimDied, SimError, SimPool, addresses, gpu_list
-from reward import STOP, UserError, run
+from reward import STOP, Help, UserError, run
 from sim import add_robot_args, visible_gpus
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft_dialog", help="folder of sft.py --prompt dialog: the start")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "

@@ -66,7 +66,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import sim as simulator
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError, run
+from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, run
 
 SPLITS = ("train", "val_seen", "val_unseen")
 
@@ -170,7 +170,7 @@ MAX_WORDS = 200  # R2R pads instruction_tokens to this
 def parse_args(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0].strip(),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Help,
     )
     add = p.add_argument_group("files").add_argument
     add("--out", default="data/houses", help="folder for scenes and episodes")

@@ -85,6 +85,7 @@ from reward import (
     LEFT,
     RIGHT,
     STOP,
+    Help,
     UserError,
     action_phrases,
     merged_phrases,
@@ -101,7 +102,7 @@ CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Record VLN-Ego: walk the expert, keep what it saw.",
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
     add("--split", default="train")

@@ -45,13 +45,13 @@ import engine as E
 import lsm
 from make_data import ShareGpt, VlnEgo
 from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
-from reward import UserError, parse_plan, run, write_plan
+from reward import Help, UserError, parse_plan, run, write_plan
 from sim import ROBOTS
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
     add("--data", default="data/vln_ego/train", help="VLN-Ego folder or ShareGPT .json")

@@ -53,7 +53,7 @@ except ImportError as missing:  # --sim-python may name any Python
     sys.exit(f"{sys.executable}: {missing}; a simulator needs numpy and pillow there")
 
 from pool import SimDied, SimError, SimPool, address, addresses, gpu_list, read_key, serve, work
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError, run
+from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, run
 
 # ---------------------------------------------------------------- robots
 
@@ -1155,7 +1155,7 @@ SIMULATORS = {"house": HouseSim, "habitat": HabitatSim}
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--scenes", default="data/houses/scenes", help="folder that scene_id starts from")
     add("--scene", help="scene id for --check; default: the first .glb below --scenes")

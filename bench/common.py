@@ -46,7 +46,7 @@ if util.find_spec("torchvision") and not torch.version.cuda:
 import model  # noqa: E402
 from engine import learning_rate  # noqa: E402
 from make_data import VlnEgo  # noqa: E402
-from reward import write_plan  # noqa: E402
+from reward import Help, write_plan  # noqa: E402
 
 FRAME_PX = {"tiny": (84, 84), "2B": (480, 640), "7B": (480, 640)}       # height, width as recorded
 
@@ -54,7 +54,7 @@ FRAME_PX = {"tiny": (84, 84), "2B": (480, 640), "7B": (480, 640)}       # height
 def parser(doc, **defaults):
     """The flags that all benches have."""
     p = argparse.ArgumentParser(description=doc.strip().split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--shape", choices=tuple(FRAME_PX), default="tiny")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of either side")

@@ -31,12 +31,12 @@ import torch  # noqa: E402
 import grpo_online  # noqa: E402
 from evaluate import Walk, dialog_agent, walk_episodes  # noqa: E402
 from model import Thread  # noqa: E402
-from reward import run  # noqa: E402
+from reward import Help, run  # noqa: E402
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
     p.add_argument("--ckpt", default="ckpt/sft_dialog")
     p.add_argument("--episodes", help="default: those of the checkpoint's data set")
     p.add_argument("--split", default="val_unseen")
