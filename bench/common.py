@@ -53,7 +53,7 @@ FRAME_PX = {"tiny": (84, 84), "2B": (480, 640), "7B": (480, 640)}       # height
 
 def parser(doc, **defaults):
     """The flags that all benches have."""
-    p = argparse.ArgumentParser(description=doc.strip().split("\n")[0],
+    p = argparse.ArgumentParser(description=" ".join(doc.split("\n\n")[0].split()),
                                 formatter_class=Help)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--shape", choices=tuple(FRAME_PX), default="tiny")
@@ -199,20 +199,25 @@ def versions(*names):
     return {name: metadata.version(name) for name in ("torch", "transformers", *names)}
 
 
+EQUAL = {True: "equal", False: "NOT EQUAL", None: "-"}
+
+
 def tell(args, row, ours, peer, peer_name, unit, equal, check, setting, packages=(),
          higher_is_better=False):
-    """Print a row and append it to --results. ours, peer: lists of measurements."""
+    """Print a row and append it to --results. ours, peer: lists of measurements. equal: did both
+    sides compute the same? None where there is nothing to compare."""
     a, b = statistics.median(ours), statistics.median(peer)
+    equal = None if equal is None else bool(equal)
     ratio = a / b if higher_is_better else b / a
     found = {"row": row, "ours": round(a, 5), "peer": round(b, 5), "peer_name": peer_name,
-             "unit": unit, "ratio": round(ratio, 2), "equal": bool(equal), "check": check,
+             "unit": unit, "ratio": round(ratio, 2), "equal": equal, "check": check,
              "spread": {"ours": [round(min(ours), 5), round(max(ours), 5)],
                         "peer": [round(min(peer), 5), round(max(peer), 5)]},
              "setting": setting, "device": args.device, "shape": args.shape,
              "versions": versions(*packages)}
     print(f"{row}\n  ours {a:.4g} [{min(ours):.4g}, {max(ours):.4g}]   {peer_name} {b:.4g} "
           f"[{min(peer):.4g}, {max(peer):.4g}] {unit}   ratio {ratio:.2f}\n"
-          f"  {'equal' if equal else 'NOT EQUAL'}: {check}\n  {setting}", flush=True)
+          f"  {EQUAL[equal]}: {check}\n  {setting}", flush=True)
     if args.results:
         with open(args.results, "a") as f:
             f.write(json.dumps(found) + "\n")
@@ -226,10 +231,10 @@ def gather(rows, path):
     with open(path + ".tmp", "w") as f:
         json.dump(found, f, indent=1)
     os.replace(path + ".tmp", path)
-    print(f"\n{'':44}{'ours':>9}{'peer':>9}  {'unit':12}{'ratio':>6}  equal")
+    print(f"\n{'':44}{'ours':>9}{'peer':>9}  {'unit':12}{'ratio':>6}")
     for r in found:
         print(f"{r['row']:44}{r['ours']:9.3g}{r['peer']:9.3g}  {r['unit']:12}{r['ratio']:6.2f}  "
-              f"{'yes' if r['equal'] else 'NO'}   against {r['peer_name']}")
+              f"{EQUAL[r['equal']]:10}against {r['peer_name']}")
     print(f"{path}: {time.strftime('%Y-%m-%d')}, "
           + ", ".join(f"{k} {v}" for k, v in sorted({k: v for r in found for k, v in
                                                      r['versions'].items()}.items())))

@@ -9,24 +9,23 @@ Run it
     python bench/rollouts.py --ckpt ckpt/r2r_dialog --sim habitat --sim-python PATH --device cuda
 
 Writes   --results  a line {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", ..}
-Expect   a ratio that grows with the length of the walks: the plain way reads T turns T times. share
-         is the part of the time in which the policy computes; the rest waits for simulators.
+Expect   a ratio that grows with the length of the walks: the plain way reads T turns T times. The
+         part of the time in which the policy does not compute, it waits for simulators.
 """
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
 from collections import Counter
-from importlib import metadata
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
+from common import tell  # noqa: E402
 
 import grpo_online  # noqa: E402
 from evaluate import Walk, dialog_agent, walk_episodes  # noqa: E402
@@ -35,7 +34,7 @@ from reward import Help, run  # noqa: E402
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0],
+    p = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()),
                                 formatter_class=Help)
     p.add_argument("--ckpt", default="ckpt/sft_dialog")
     p.add_argument("--episodes", help="default: those of the checkpoint's data set")
@@ -48,7 +47,8 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--results", "--out", help="file to append the row to, as a line of JSON")
+    p.add_argument("--results", help="file to append the row to, as a line of JSON")
+    p.set_defaults(shape="the checkpoint's")
     return p.parse_args(argv)
 
 
@@ -108,24 +108,14 @@ def main(args):
             for name, (agent, ready) in sides.items():
                 found[name].append(walk_all(world, agent, ready))
     equal = all(walks == found["ours"][0][0] for runs in found.values() for walks, _, _ in runs)
-    rates = {name: statistics.median(rate for _, rate, _ in runs) for name, runs in found.items()}
+    rates = {name: [rate for _, rate, _ in runs] for name, runs in found.items()}
     shares = {name: statistics.median(s for _, _, s in runs) for name, runs in found.items()}
-    row = {"row": "rollouts of dialogs", "ours": round(rates["ours"], 2),
-           "peer": round(rates["plain"], 2),
-           "peer_name": "no cache across turns, a barrier per turn",
-           "unit": "walks/s", "ratio": round(rates["ours"] / rates["plain"], 2), "equal": equal,
-           "check": f"{len(found['ours'][0][0])} greedy walks, action by action",
-           "share": {name: round(share, 3) for name, share in shares.items()},
-           "setting": f"{args.ckpt}, {args.sims} simulators, {args.threads} thread(s)",
-           "device": args.device,
-           "versions": {name: metadata.version(name) for name in ("torch", "transformers")}}
-    print(f"{'':8}{'walks/s':>9}{'policy computes':>17}")
-    for name in sides:
-        print(f"{name:8}{rates[name]:9.1f}{shares[name]:17.0%}")
-    print(f"ratio {row['ratio']}, {'equal' if equal else 'NOT EQUAL'}: {row['check']}")
-    if args.results:
-        with open(args.results, "a") as f:
-            f.write(json.dumps(row) + "\n")
+    tell(args, "rollouts of dialogs", rates["ours"], rates["plain"],
+         "no cache across turns, a barrier per turn", "walks/s", equal,
+         f"{len(found['ours'][0][0])} greedy walks, action by action",
+         f"{args.ckpt}, {args.sims} simulators, {args.threads} thread(s); the policy computes "
+         f"{shares['ours']:.0%} of the time, of the plain way {shares['plain']:.0%}",
+         higher_is_better=True)
 
 
 if __name__ == "__main__":

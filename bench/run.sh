@@ -27,7 +27,8 @@ export BENCH_PYTHON OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 device=cpu
 for word in "$@"; do case $word in cuda) device=cuda;; esac; done
 [ $device = cuda ] || export DS_ACCELERATOR=cpu
-rows=$(mktemp)
+rows=$(mktemp)                                     # what there is is told, even if a bench fails
+trap '[ ! -s "$rows" ] || "$BENCH_PYTHON" bench/common.py "$rows" bench/results_$device.json' EXIT
 bench() { "$@" --results "$rows" 2> >(grep -v -i 'warn\|it/s\|deprecated' >&2); }
 
 ckpt=${CKPT:-ckpt/sft} dialog=${DIALOG:-ckpt/sft_dialog} houses=${HOUSES:-data/houses} world=bench/world
@@ -53,5 +54,3 @@ if [ -e "$dialog/nav.json" ]; then
   bench "$BENCH_PYTHON" bench/rollouts.py --ckpt "$dialog" --episodes "$houses" --device $device
 fi
 bench "$BENCH_PYTHON" bench/utilisation.py "$@"
-
-"$BENCH_PYTHON" bench/common.py "$rows" bench/results_$device.json

@@ -115,8 +115,8 @@ def lab(args, robot, scenes, jobs, rates):
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     found = [json.loads(line) for line in done.stdout.splitlines()][1:]
     tell(args, "frames/s, one habitat worker", rates[1], [n / s for n, s in found],
-         "habitat.Env.step with a camera", "frames/s", True,
-         "the same walks (tests/test_habitat.py compares what is seen and measured)",
+         "habitat.Env.step with a camera", "frames/s", None,
+         "the same walks; tests/test_habitat.py compares what is seen and measured",
          f"{robot['width']}x{robot['height']}", ("numpy",), True)
 
 

@@ -235,7 +235,7 @@ def test_rows_become_a_table(tmp_path, capsys):
         (2.0, 4.0, [1.0, 3.0]), (6.0, 3.0, [6.0, 6.0])]
     assert {"row", "ours", "peer", "peer_name", "unit", "ratio", "equal", "check", "spread",
             "versions"} <= rows[0].keys()
-    assert "4.00  yes   against a peer" in capsys.readouterr().out
+    assert "4.00  equal     against a peer" in capsys.readouterr().out
 
 
 def test_every_bench_is_run_and_parses():
