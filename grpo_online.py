@@ -23,13 +23,15 @@ update per batch rho is 1: plain REINFORCE with the group's mean as baseline.
 --groups state compares plans instead of walks: at every turn of one walk, G answers are drawn, the
 first is walked, and all are played forward in the simulator without a picture:
 
-    R_g  = to_go(before) - to_go(after) + 1[said stop within r] - price . (motions, tokens, stops)
+    R_g  = to_go(before) - to_go(after) + 1[said stop within r] - price . form_g
     to_go = the way's metres, and as many for each turn on it as the robot walks meanwhile
+    form  = (motions, tokens, stops) of the plan, less the means of its group
 
-price is the least squares fit of the rewards to the plans' forms within the batch's groups. So to
-move much or little, to talk long or short, and to stop, are worth nothing by themselves; it counts
-where each is done. (Without it one of them wins soon: a policy that writes the longest plans or the
-shortest, never stops or always. What a stop is worth depends on what would have come after.)
+price is the least squares fit of the rewards to the forms in the batch. So to move much or little,
+to talk long or short, and to stop, are worth nothing by themselves; it counts where each is done.
+(Without it one of them wins soon: a policy that writes the longest plans or the shortest, never
+stops or always. What a stop is worth depends on what would have come after.) A malformed answer
+has no form: its R is -1.
 
 Run it
     python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
@@ -93,7 +95,7 @@ from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_refere
 from make_data import Dialog, drive
 from model import is_dialog, load_policy, save_policy
 from pool import SimDied, SimError, SimPool, addresses, gpu_list
-from reward import STOP, Help, UserError, run
+from reward import STOP, Help, UserError, count, run
 from sim import add_robot_args, visible_gpus
 
 
@@ -110,7 +112,7 @@ def parse_args(argv=None):
         "data/scene_datasets")
     add("--out", default="ckpt/online")
     add("--draw", nargs="+", metavar="RUN", help="only draw the learning curves of these run "
-        "folders (val/success over CPU minutes) into the picture --out")
+        "folders (val/success over CPU minutes) into the picture --out X.png")
     add = p.add_argument_group("simulator").add_argument
     add("--sim", choices=("house", "habitat"), default="house")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
@@ -119,7 +121,8 @@ def parse_args(argv=None):
     add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
         help="take the simulators from these `sim.py --serve`, which say where the scenes are")
     add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
-    add("--sims", type=int, default=8, help="robots walking at once per process, a simulator each")
+    add("--sims", type=count, default=8, help="robots walking at once, a simulator each, in every "
+        "process")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
     add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
@@ -127,38 +130,39 @@ def parse_args(argv=None):
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
-    add("--group-size", type=int, default=4, help="G, walks per episode, or plans per state")
+    add("--group-size", type=count, default=4, help="G, walks per episode, or plans per state")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
     add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the actions "
         "of the expert,")
-    add("--action-cap", type=int, default=240, help="or at so many, whichever is less")
-    add("--turn-cap", type=int, default=40, help="or after so many answers")
+    add("--action-cap", type=count, default=240, help="or at so many, whichever is less")
+    add("--turn-cap", type=count, default=40, help="or after so many answers")
     add("--patience", type=int, default=25, help="or after so many actions that brought it no "
         "nearer to the goal than it had been; 0: never")
-    add("--rerolls", type=int, default=2, help="times a group without success is walked again")
+    add("--rerolls", type=int, default=2, help="times a group without success is walked again; "
+        "whole walks only")
     add = p.add_argument_group("objective").add_argument
-    add("--reward", default="soft_success", help="of a walk: a sum such as success+0.5*progress, "
-        "of " + ", ".join(MARKS))
+    add("--reward", default="soft_success", help="of a whole walk: a sum such as "
+        "success+0.5*progress, of " + ", ".join(MARKS))
     add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
     add("--clip-high", type=float, default=0.28, help="c'")
     add("--kl-coef", type=float, default=0.0, help="beta, towards --init; 0 never loads it")
     add("--divide-by-spread", action=argparse.BooleanOptionalAction, default=True,
         help="advantages in standard deviations of their group")
-    add("--batch-size", type=int, default=8, help="episodes per batch, over all processes")
-    add("--updates-per-batch", type=int, default=1, help="1 is strictly on-policy")
+    add("--batch-size", type=count, default=8, help="episodes per batch, over all processes")
+    add("--updates-per-batch", type=count, default=1, help="1 is strictly on-policy")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=int, help="overrides --epochs; a step is one batch")
-    add("--stop-after", type=int, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=int, default=50)
-    add("--val-every", type=int, default=50)
+    add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
+    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=count, default=50)
+    add("--val-every", type=count, default=50)
     add("--val-split", default="val_seen", help="walked greedily, if it is there")
     add("--val-episodes", type=int, default=100)
     E.add_machine_args(p)
     add = p.add_argument_group("logging").add_argument
-    add("--rollouts-every", type=int, default=10, help="steps between the walks in rollouts.jsonl")
+    add("--rollouts-every", type=count, default=10, help="steps between those in rollouts.jsonl")
     return p.parse_args(argv)
 
 
@@ -189,11 +193,11 @@ def read_reward(text):
     """
     weights = {}
     for term in text.split("+"):
-        found = re.fullmatch(r" *(?:([\d.]+) *\* *)?(\w+) *", term)
+        found = re.fullmatch(r" *(?:(\d+\.?\d*|\.\d+) *\* *)?(\w+) *", term)
         if not found or found[2] not in MARKS:
             raise UserError(f"--reward {text}: {term!r} is none of {', '.join(MARKS)}, nor a "
                             "number times one of them")
-        weights[found[2]] = float(found[1] or 1)
+        weights[found[2]] = weights.get(found[2], 0) + float(found[1] or 1)
     return weights
 
 
@@ -221,7 +225,7 @@ def plan_reward(before, after, plan, robot, radius):
     stop that is right.
 
     plan: action ids, [] if malformed (which costs 1); before, after: what "try" says of where it
-    starts and of where it leads.
+    starts and of where it leads. inf or nan where the world does not know a way.
     """
     if not plan:
         return -1.0
@@ -229,22 +233,34 @@ def plan_reward(before, after, plan, robot, radius):
     return (to_go(before, robot) - to_go(after, robot)) * robot["forward_m"] + right
 
 
-def form_of(plan, answer):
-    """What a plan is like, wherever it is said: its motions, its tokens, and whether it stops."""
-    return [sum(action != STOP for action in plan), len(answer), STOP in plan]
+def forms_of(plans, answers):
+    """What a group's plans are like, wherever they are said -> (G, 3): their motions, their tokens,
+    whether they stop; each less its mean over the group. Malformed plans have no form: 0.
+
+    >>> forms_of([[1, 1, 0], [1], []], [[7, 8], [7, 8, 9, 10], [8, 8, 8]])
+    array([[ 0.5, -1. ,  0.5],
+           [-0.5,  1. , -0.5],
+           [ 0. ,  0. ,  0. ]])
+    """
+    good = np.array([len(plan) > 0 for plan in plans])
+    forms = np.array([[sum(a != STOP for a in plan), len(answer), STOP in plan]
+                      for plan, answer in zip(plans, answers)], float)
+    forms[good] -= forms[good].mean(axis=0) if good.any() else 0
+    forms[~good] = 0
+    return forms
 
 
 def normal_equations(groups):
-    """[(forms (G, F), rewards (G,)), ..] -> M (F, F), v (F,): the least squares fit of rewards to
-    forms, both less their group's mean, solves M @ price = v. Sums over groups, hence over ranks.
+    """[(forms (G, F), rewards (G,)), ..] -> M (F, F), v (F,): the price that fits all groups best
+    (least squares) solves M @ price = v. Sums over groups, hence also over ranks.
 
     Here a motion more earns 0.5 (and one answer in two groups does a little better than that):
-    >>> M, v = normal_equations([([[1], [2], [3]], [0.5, 1.25, 1.5]), ([[2], [4]], [1.0, 2.0])])
+    >>> first = np.array([[-1], [0], [1]]), np.array([0.5, 1.25, 1.5])
+    >>> M, v = normal_equations([first, (np.array([[-1], [1]]), np.array([1.0, 2.0]))])
     >>> M, v, np.linalg.solve(M, v)
-    (array([[4.]]), array([2.]), array([0.5]))
+    (array([[4]]), array([2.]), array([0.5]))
     """
-    shifted = [(form - np.mean(form, axis=0), some - np.mean(some)) for form, some in groups]
-    return sum(form.T @ form for form, _ in shifted), sum(form.T @ some for form, some in shifted)
+    return sum(form.T @ form for form, _ in groups), sum(form.T @ some for form, some in groups)
 
 
 def early_end(walk, expert_actions, args):
@@ -260,6 +276,7 @@ def early_end(walk, expert_actions, args):
 
 
 ENDS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "error")
+SPOILT = ENDS[-2:]                    # by the world, not by the policy: neither lesson nor score
 
 
 # ---------------------------------------------------------------- walking
@@ -281,11 +298,12 @@ class World:
         if not args.success_m and len(radii) > 1:
             raise UserError("the goals of the data have no common radius: give --success-m")
         self.radius, self.args, self.source = args.success_m or radii.pop(), args, source
-        self.cpu_s = [0.0] * args.sims                     # of each simulator, as it told us last
+        self.cpu_s, self.last_s = 0.0, [0.0] * args.sims   # of all simulators; what each told last
 
     def open(self):
         args = self.args
-        own = [int(os.environ["LOCAL_RANK"])] if visible_gpus() and not args.sim_hosts else None
+        own = ([int(os.environ.get("LOCAL_RANK", 0))] if visible_gpus() and not args.sim_hosts
+               else None)
         self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims, args.sim_python,
                             args.sim_timeout, args.sim_gpus or own, args.sim_hosts, args.sim_key)
         if args.sim_hosts:
@@ -312,21 +330,24 @@ class World:
             ended[walk.name], walk.thread = walk, None     # its cache is not needed any more
         return [ended[walk.name] for walk in walks]
 
-    def preload(self, episodes):
+    def preload(self, episodes, walks_each):
         """Let the simulators enter the scenes of the walks that they will be given first."""
-        for i, episode in enumerate(episodes[:self.args.sims]):
-            self.pool.submit(i, "load", scene_id=episode["scene_id"])
+        walks = [episode for episode in episodes for _ in range(walks_each)]
+        for i in range(self.args.sims):
+            self.pool.submit(i, "load", scene_id=walks[i % len(walks)]["scene_id"])
 
-    def preloaded(self, episodes):
+    def preloaded(self):
         """Wait for that. What went wrong will be told again by the walk, which counts."""
-        for i in range(min(len(episodes), self.args.sims)):
+        for i, last in enumerate(self.last_s):
             try:
-                self.cpu_s[i] = self.pool.wait(i)["cpu_s"]
+                self.last_s[i] = self.pool.wait(i)["cpu_s"]
             except (SimDied, SimError):
-                pass
+                continue
+            self.cpu_s += self.last_s[i] - (last if self.last_s[i] >= last else 0)    # 0: a new one
 
     def judge_plans(self, walks, policy):
-        """--groups state: every answer drawn at every turn -> rewards, per walk (turns, G)."""
+        """--groups state: every answer drawn at every turn -> rewards, per walk (turns, G); [] if
+        the world could not tell."""
         found, args = {}, self.args
 
         def job(walk):
@@ -340,29 +361,30 @@ class World:
                 if not isinstance(reply, SimDied):
                     break
             if isinstance(reply, Exception):
-                raise reply
+                return
             found[walk.name] = []
             for some, those, states in zip(plans, tried, reply["states"]):
                 after = dict(zip(those, states))
-                found[walk.name].append([plan_reward(
-                    after[()], after[tuple(a for a in plan if a != STOP)], plan, self.robot,
-                    self.radius) for plan in some])
+                rewards = [plan_reward(after[()], after[tuple(a for a in plan if a != STOP)], plan,
+                                       self.robot, self.radius) for plan in some]
+                found[walk.name].append(rewards if np.isfinite(rewards).all() else [])
 
-        drive(self.pool, args.sims, (job(walk) for walk in walks if walk.turns))
+        drive(self.pool, args.sims, (job(walk) for walk in walks
+                                     if walk.turns and walk.end not in SPOILT))
         return [found.get(walk.name, []) for walk in walks]
 
 
 def beyond_form(walks, rewards, policy):
     """Rewards (turns, G) per walk -> the same, less what the form of a plan earns by itself in this
     batch, on all ranks together."""
-    forms = [[np.array([form_of(policy.actions(answer), answer) for answer in answers], float)
-              for (_, answers), _ in zip(walk.turns, some)] for walk, some in zip(walks, rewards)]
-    M, v = normal_equations([(np.zeros((1, 3)), [0.0])] + [
-        pair for both in zip(forms, rewards) for pair in zip(*both)])
+    groups = [[(forms_of([policy.actions(answer) for answer in answers], answers), np.array(some))
+               if some else (np.zeros((0, 3)), np.zeros(0))
+               for (_, answers), some in zip(walk.turns, per_turn)]
+              for walk, per_turn in zip(walks, rewards)]
+    M, v = normal_equations([(np.zeros((1, 3)), np.zeros(1)), *sum(groups, [])])
     sums = np.reshape(E.total([*M.flat, *v], policy.device), (4, 3))
     price = np.linalg.lstsq(sums[:3], sums[3], rcond=None)[0]
-    return [[(np.array(some) - form @ price).round(9).tolist() for form, some in zip(*both)]
-            for both in zip(forms, rewards)]
+    return [[(some - forms @ price).round(9).tolist() for forms, some in mine] for mine in groups]
 
 
 def dialog_of(walk):
@@ -387,8 +409,8 @@ class Lesson:
 
     def size(self, policy):
         """Tokens of its row."""
-        return sum(policy.sizes([self.dialog], self.frames)) + sum(
-            len(ids) for _, ids in self.branches or ())
+        size, = policy.sizes([self.dialog], self.frames, branches=[self.branches])
+        return size
 
 
 def compare_walks(walks, rewards, args):
@@ -397,7 +419,7 @@ def compare_walks(walks, rewards, args):
     lessons, flat = [], 0
     for at in range(0, len(walks), args.group_size):
         group, some = walks[at:at + args.group_size], torch.tensor(rewards[at:at + args.group_size])
-        spoilt = any(walk.end in ("error", "unreachable") for walk in group)
+        spoilt = any(walk.end in SPOILT for walk in group)
         if spoilt or some.max() - some.min() < 1e-6:
             flat += 1
             continue
@@ -413,7 +435,7 @@ def compare_plans(walks, rewards, args):
         branches, advantages = [], []
         for turn, some in enumerate(per_turn):
             some = torch.tensor(some)
-            if some.max() - some.min() < 1e-6:
+            if len(some) == 0 or some.max() - some.min() < 1e-6:
                 flat += 1
                 continue
             branches += [(turn, ids) for ids in walk.turns[turn][1]]
@@ -471,8 +493,10 @@ def cut_lines(path, step):
 
 
 def summary(walks, marks, rewards):
-    """Sums over walks, the keys of log.jsonl; the caller divides by the walks of all ranks."""
+    """Sums over walks, the keys of log.jsonl; the caller divides by the walks of all ranks, the
+    marks and the reward by those that the world has not spoilt: "scored"."""
     return {**{key: sum(m[key] for m in marks) for key in MARKS}, "reward": sum(rewards),
+            "scored": sum(walk.end not in SPOILT for walk in walks),
             "actions": sum(len(walk.actions) for walk in walks),
             "turns": sum(len(walk.turns) for walk in walks),
             **{f"end_{end}": sum(walk.end == end for walk in walks) for end in ENDS}}
@@ -481,25 +505,34 @@ def summary(walks, marks, rewards):
 def draw_runs(folders, out):
     """log.jsonl of several runs -> one picture: greedy success on the held-out split, and sampled
     success while learning (mean of 20 steps), over the CPU minutes spent."""
+    if not out.endswith(".png"):
+        raise UserError(f"--out {out}: --draw wants the name of a .png file there")
+    runs = {}
+    for folder in folders:
+        try:
+            with open(os.path.join(folder, "log.jsonl")) as f:
+                runs[folder] = [json.loads(line) for line in f]
+        except OSError as error:
+            raise UserError(f"--draw {folder}: no run of ours is there ({error.strerror}: "
+                            "log.jsonl)") from error
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharex=True)
     for axis in axes:
         axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
-    for folder in folders:
-        with open(os.path.join(folder, "log.jsonl")) as f:
-            rows = [json.loads(line) for line in f]
+    for folder, rows in runs.items():
         label = os.path.basename(folder.rstrip("/"))
-        points = [(r.get("minutes", 0), r["val/success"]) for r in rows if "val/success" in r]
-        axes[0].plot(*zip(*points), "o-", label=label)
-        sampled = np.array([(r["minutes"], r["success"]) for r in rows if "success" in r])
-        width = min(20, len(sampled))
+        points, sampled = (np.array([(r.get("minutes", 0), r[key]) for r in rows if key in r]
+                                    ).reshape(-1, 2) for key in ("val/success", "success"))
+        axes[0].plot(*points.T, "o-", label=label)
+        width = max(1, min(20, len(sampled)))
         axes[1].plot(sampled[width - 1:, 0],
                      np.convolve(sampled[:, 1], np.ones(width) / width, "valid"), label=label)
     for axis, title in zip(axes, ("greedy, held-out episodes", "sampled, while learning")):
         axis.set(title=title, xlabel="CPU minutes", ylabel="success")
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     figure.savefig(out + ".tmp", format="png", dpi=110)
     os.replace(out + ".tmp", out)
     plt.close(figure)
@@ -548,7 +581,7 @@ def rollout(world, policy, episodes, step, args, tally):
         for n, i in enumerate(todo):
             groups[i] = walks[n * per_episode:(n + 1) * per_episode]
         nothing = dict.fromkeys(MARKS, 0.0)
-        marks = [[nothing if walk.end in ("error", "unreachable") else
+        marks = [[nothing if walk.end in SPOILT else
                   marks_of(walk, world.radius, world.truth(walk.episode)["locations"])
                   for walk in group] for group in groups]
         todo = [i for i in todo if not any(m["success"] for m in marks[i])]
@@ -562,14 +595,16 @@ def rollout(world, policy, episodes, step, args, tally):
 
 @torch.no_grad()
 def validate(val, policy, n, rank, ranks):
-    """Greedy walks of a held-out split -> the means of their marks over all ranks."""
+    """Greedy walks of a held-out split -> the means over all ranks of the marks of those that the
+    world has not spoilt, and how many those are."""
     mine = spread(val.episodes, n)[rank::ranks]
     walks = val.walk(policy, [(f"val.{i}", episode) for i, episode in enumerate(mine)],
                      temperature=0.0)
-    good = [walk for walk in walks if walk.end not in ("error", "unreachable")]
+    good = [walk for walk in walks if walk.end not in SPOILT]
     marks = [marks_of(w, val.radius, val.truth(w.episode)["locations"]) for w in good]
     sums = E.total([len(good)] + [sum(m[key] for m in marks) for key in MARKS], policy.device)
-    return {f"val/{key}": value / max(sums[0], 1) for key, value in zip(MARKS, sums[1:])}
+    means = {f"val/{key}": value / sums[0] for key, value in zip(MARKS, sums[1:]) if sums[0]}
+    return means | {"val/scored": sums[0]}
 
 
 def learn(engine, reference, parts, tokens, ranks, args):
@@ -629,25 +664,25 @@ def main(args):
     log = E.Log(args.out, rank, first, steps, ("reward", "success", "val/success"))
 
     last = min(steps, args.stop_after or steps)
+    walks_each = 1 if state_groups else args.group_size
     with world.open() as pool:
         if val:
             val.pool = pool
         if val and first == 0:                                 # where the SFT policy stands
             with E.gathered(engine):
                 log(0, **validate(val, policy, args.val_episodes, rank, ranks))
-        world.preload(batch(first))
+        world.preload(batch(first), walks_each)
+        world.preloaded()
         for step in range(first, last):
             lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
             E.set_learning_rate(engine, lr)
             episodes, tally, began = batch(step), Counter(), time.perf_counter()
-            world.preloaded(episodes)
 
             # 1. walk, and mark what came of it
             with E.gathered(engine), torch.no_grad():
                 walks, marks, rewards = rollout(world, policy, episodes, step, args, tally)
             walking = time.perf_counter() - began
-            if step + 1 < last:
-                world.preload(batch(step + 1))                 # while we learn
+            world.preload(batch(step + 1) if step + 1 < last else episodes, walks_each)
 
             # 2. compare: advantages within groups; groups that agree are gone before the backward
             lessons, flat = (compare_plans if state_groups else compare_walks)(walks, rewards, args)
@@ -660,33 +695,38 @@ def main(args):
                 lessons, lambda lesson: lesson.size(policy), args.micro_tokens, device)]
             tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)
 
-            # 3. learn
+            # 3. learn, while the simulators enter the next scenes
+            if step == first:
+                E.tell_memory(engine, reference, max(policy.activations(
+                    dialogs, frames, branches=branches)
+                    for ((dialogs, frames, branches), *_), _ in parts), rank)
             sums = learn(engine, reference, parts, tokens, ranks, args)
+            world.preloaded()
 
             # 4. tell, check, keep
             done, count = step + 1, per_rank * ranks
-            worth = [float(np.mean(r)) if state_groups and r else r or 0.0 for r in rewards]
+            worth = [float(np.mean(sum(r, []) or 0)) for r in rewards] if state_groups else rewards
             groups = sum(map(len, rewards)) if state_groups else len(episodes)
-            clock = time.process_time() + sum(world.cpu_s)
+            clock = time.process_time() + world.cpu_s
             shares = summary(walks, marks, worth)
             others = dict(zip(("loss", "kl", "clip_frac", "entropy"), sums)) | {
                 "frac_reward_zero_std": flat, "groups": groups, "rerolled": tally["rerolled"],
                 "deaths": tally["deaths"], "minutes": clock / 60, "walking_s": walking / ranks}
             totals = E.total([*shares.values(), *others.values()], device)
-            told = {key: value / count for key, value in zip(shares, totals)}
+            told = dict(zip(shares, totals))
+            scored = told.pop("scored")
+            told = {key: value / (scored if key in (*MARKS, "reward") else count)
+                    for key, value in told.items() if scored or key not in (*MARKS, "reward")}
             told |= dict(zip(others, totals[len(shares):])) | {"tokens": tokens, "lr": lr}
             told["frac_reward_zero_std"] /= max(told["groups"], 1)
             told["minutes"] += max(spent, default=0)
             if val and (done % args.val_every == 0 or done == steps):
-                if done < last:
-                    world.preloaded(batch(done))
                 with E.gathered(engine):
                     told.update(validate(val, policy, args.val_episodes, rank, ranks))
-                if done < last:
-                    world.preload(batch(done))
-            log(done, **told)
+            log(done, E.work(device, policy, reference), **told)
             if rank == 0 and (done == 1 or done % args.rollouts_every == 0 or done == steps):
-                shown = {lesson.dialog.frames[0][0]: float(np.mean(lesson.advantages))
+                own = args.group_size if state_groups else 1       # answers that were walked by
+                shown = {lesson.dialog.frames[0][0]: float(np.mean(lesson.advantages[::own]))
                          for lesson in lessons}
                 with open(f"{args.out}/rollouts.jsonl", "a") as f:
                     f.writelines(json.dumps(tell(

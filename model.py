@@ -682,23 +682,25 @@ class Policy(nn.Module):
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
                             [features[key] for key in d.frames]) for d in decisions]
 
-    def sizes(self, decisions, frames, group_size=1):
+    def sizes(self, decisions, frames, group_size=1, branches=None):
         """Tokens that the decoder is given for each decision and its answers; of a dialog (with
-        ids), the whole of it. frames as load_batch() shrank them, or their features."""
+        ids), the whole of it and its branches. frames as load_batch() shrank them, or features."""
         blank = {key: f if torch.is_tensor(f) else torch.empty(*(x // 28 for x in f.shape[:2]), 0)
                  for key, f in frames.items()}
         if is_dialog(self.nav):
             return [len(self.transcript(d, [blank[key] for key in d.frames])[0][0])
-                    for d in decisions]
+                    + sum(len(ids) for _, ids in some or ())
+                    for d, some in zip(decisions, branches or [()] * len(decisions))]
         answer = len(self._encode(write_plan([1] * self.nav["horizon"], self.phrases))) + 1
         return [len(p.ids) + group_size * answer for p in self.read(decisions, blank)]
 
-    def activations(self, decisions, frames, group_size=1):
+    def activations(self, decisions, frames, group_size=1, branches=None):
         """Bytes that a forward pass on these leaves behind for its backward pass, estimated."""
         patches = sum(f.shape[0] * f.shape[1] // 14 ** 2 for f in frames.values())
         trains = next(self.vision.parameters()).requires_grad
-        return activation_bytes(self.model.config, sum(self.sizes(decisions, frames, group_size)),
-                                patches * trains, self.dtype.itemsize, self.checkpointing)
+        tokens = sum(self.sizes(decisions, frames, group_size, branches))
+        return activation_bytes(self.model.config, tokens, patches * trains, self.dtype.itemsize,
+                                self.checkpointing)
 
     def forward(self, decisions, frames, *rest, **named):
         """read() and logps() in one call: under ZeRO-3 the weights are only there inside it.

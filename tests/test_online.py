@@ -405,19 +405,59 @@ def test_plans_are_played_from_every_state_of_a_walk(world, policy):
     assert state["position"] == pytest.approx(walk.states[walk.answers[1][0]]["position"])
 
 
+def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
+    monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
+    args = grpo_online.parse_args(["--group-size=4"])
+    names = "kept", "no way", "failed", "died"
+    walks = world.walk(policy, [(name, world.episodes[0]) for name in names], 4)
+    known, _ = grpo_online.compare_plans(walks[:1], grpo_online.beyond_form(
+        walks[:1], world.judge_plans(walks[:1], policy), policy), args)
+
+    def broken(pool, sims, jobs):
+        for walk, job in zip(walks, jobs):
+            _, asked = next(job)
+            if walk.name == "failed":
+                answer = grpo_online.SimError("no such scene")
+            elif walk.name == "died":
+                answer = grpo_online.SimDied("killed")
+            else:
+                world.pool.submit(0, "try", **asked)
+                answer = world.pool.wait(0)
+                for state in answer["states"][0] if walk.name == "no way" else ():
+                    state["distance_to_goal"] = math.inf
+            with pytest.raises(StopIteration):
+                for _ in range(5):
+                    job.send(answer)
+    monkeypatch.setattr(grpo_online, "drive", broken)
+    rewards = world.judge_plans(walks, policy)
+    assert rewards[1][0] == [] and all(rewards[1][1:]) and rewards[2] == rewards[3] == []
+    lessons, flat = grpo_online.compare_plans(
+        walks, grpo_online.beyond_form(walks, rewards, policy), args)
+    assert [lesson.dialog.frames[0][0] for lesson in lessons][:1] == ["kept"] and flat >= 1
+    assert all(math.isfinite(a) for lesson in lessons for a in lesson.advantages)
+    assert len(lessons[0].branches) == len(known[0].branches)
+
+
 def test_the_form_of_a_plan_earns_nothing_by_itself(world, policy, monkeypatch):
     monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
     rng, some = np.random.default_rng(0), world.walk(
         policy, [("f0", world.episodes[0]), ("f1", world.episodes[1])], 8)
-    raw = [rng.normal(size=(len(walk.turns), 8)).tolist() for walk in some]
+    for walk in some:                                          # and one is always malformed
+        walk.turns = [(frame, [*answers[:-1], [0] * 40]) for frame, answers in walk.turns]
+    raw = [[[*rng.normal(size=7), -1.0] for _ in walk.turns] for walk in some]
     left = grpo_online.beyond_form(some, raw, policy)
     rows, rest = [], []
     for walk, per_turn, before in zip(some, left, raw):
         for (_, answers), rewards, those in zip(walk.turns, per_turn, before):
-            form = np.array([grpo_online.form_of(policy.actions(a), a) for a in answers], float)
+            plans = [policy.actions(answer) for answer in answers]
+            good = [i for i, plan in enumerate(plans) if plan]
+            assert all(rewards[i] == those[i] for i, plan in enumerate(plans) if not plan)
+            form = np.array([[sum(a != STOP for a in plans[i]), len(answers[i]), STOP in plans[i]]
+                             for i in good], float)
             rows.append(form - form.mean(axis=0))
-            rest.append(np.array(rewards) - np.mean(rewards))
+            rest.append(np.array(rewards)[good])
             assert rewards != those or not rows[-1].any()
+            assert np.mean(rest[-1]) == pytest.approx(np.mean(np.array(those)[good]))    # its level
     assert np.abs(np.concatenate(rows).T @ np.concatenate(rest)).max() < 1e-6
     assert np.abs(np.concatenate(rest)).max() > 1              # and not because nothing is left
 
@@ -476,20 +516,21 @@ for stage in sys.argv[2].split(","):
 """
 
 
-def test_two_ranks_of_unequal_walks_agree_with_one_at_zero_0_and_3(ego, init, tmp_path):
+@pytest.mark.parametrize("groups, stages", [("episode", (0, 3)), ("state", (0,))])
+def test_two_ranks_of_unequal_walks_agree_with_one(ego, init, tmp_path, groups, stages):
     more = ["--micro-tokens=500", "--updates-per-batch=2", "--lr=2e-5", "--kl-coef=0.01",
-            "--max-steps=1"]
+            "--max-steps=1", f"--groups={groups}"]
     run_online(ego, init, tmp_path / "alone", *more)
     (tmp_path / "driver.py").write_text(DRIVER)
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     done = subprocess.run(
-        [*launch, str(tmp_path / "driver.py"), str(tmp_path), "0,3",
+        [*launch, str(tmp_path / "driver.py"), str(tmp_path), ",".join(map(str, stages)),
          *args_for(ego, init, "unused", *more)], timeout=150, capture_output=True, text=True,
         env=dict(env, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr[-2000:]
     start, want = weights_of(init), weights_of(tmp_path / "alone")
-    for stage in (0, 3):
+    for stage in stages:
         got = weights_of(tmp_path / f"zero{stage}")
         assert farthest(got, want) < 1e-5, stage
         moved = relative({k: w - start[k] for k, w in got.items()},
@@ -513,12 +554,16 @@ def test_state_groups_learn_too(ego, init, tmp_path):
                      "--max-steps=1")
     row = untimed(out)[-1]
     assert row["groups"] > 2 and farthest(weights_of(init), weights_of(out)) > 1e-4
+    assert any(abs(json.loads(line)["advantage"]) > 1e-3
+               for line in (out / "rollouts.jsonl").read_text().splitlines())
 
 
 @pytest.mark.parametrize("wrong, says", [
     (["--init=nowhere"], "--prompt dialog"), (["--group-size=1"], "siblings"),
     (["--temperature=0"], "--temperature"), (["--reward=fame"], "--reward"),
     (["--batch-size=2000"], "--batch-size"), (["--split=nowhere"], "nowhere"),
+    (["--reward=1.2.3*success"], "--reward"), (["--draw=nowhere"], "--out"),
+    (["--draw=nowhere", "--out=x.png"], "nowhere"),
 ])  # fmt: skip
 def test_mistakes_are_told_in_a_sentence(ego, init, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says):
