@@ -1,5 +1,5 @@
 """
-What sft.py and grpo.py do around their idea, and do alike: start the processes,
+What sft.py, grpo.py and grpo_online.py do around their idea, and do alike: start the processes,
 wrap the policy in DeepSpeed, say what happened, and survive a kill -9.
 
 One path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in a
@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from reward import UserError
+from reward import UserError, count
 
 # ---------------------------------------------------------------- pure
 
@@ -91,7 +91,7 @@ def add_machine_args(parser):
     add("--micro-tokens", type=int, default=0, help="tokens per forward of a process, about; an "
         "update takes as many forwards as its batch needs. 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
-    add("--threads", type=int, default=1, help="CPU threads per process")
+    add("--threads", type=count, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
 
@@ -101,6 +101,9 @@ def add_machine_args(parser):
 
 def start(args):
     """Join (or make) the process group -> rank, world, device. Call once, before any model."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no GPU: install the torch build that suits "
+                        "the driver, or give --device cpu")
     for key, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"),
                        ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
         os.environ.setdefault(key, value)
@@ -207,8 +210,8 @@ def share_out(sizes, budget, least=1):
     The largest item first, each to the list that has least so far.
     >>> share_out([5, 9, 4, 3], 10), share_out([5, 9, 4, 3], 21), share_out([30, 1], 10)
     ([[1], [0], [2, 3]], [[0, 1, 2, 3]], [[0], [1]])
-    >>> share_out([5, 9], 10, least=3)
-    [[1], [0], []]
+    >>> share_out([30, 4, 4, 4], 10), share_out([5, 9], 10, least=3)
+    ([[0], [1, 3], [2]], [[1], [0], []])
     """
     for n in range(least, max(least, len(sizes)) + 1):
         parts, sums = [[] for _ in range(n)], [0] * n
@@ -216,7 +219,7 @@ def share_out(sizes, budget, least=1):
             lightest = sums.index(min(sums))
             parts[lightest].append(i)
             sums[lightest] += sizes[i]
-        if max(sums) <= budget:
+        if all(total <= budget or len(part) == 1 for part, total in zip(parts, sums)):
             break
     return [sorted(part) for part in parts]
 
@@ -256,8 +259,12 @@ def default_dtype(args):
 def make_engine(policy, args):
     """DeepSpeed around the trainable weights; accumulate() says when it steps."""
     import deepspeed
-    with open(args.deepspeed_config) as f:
-        config = json.load(f)
+    try:
+        with open(args.deepspeed_config) as f:
+            config = json.load(f)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--deepspeed-config {args.deepspeed_config}: {error}; it wants a file "
+                        "like ds_config.json") from error
     if args.zero_stage is not None:
         config["zero_optimization"]["stage"] = args.zero_stage
     if default_dtype(args) == "bfloat16":

@@ -80,7 +80,7 @@ from episodes import (
 )
 from lsm import pick_frames
 from pool import SimDied, SimPool, addresses, gpu_list
-from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, parse_control, run
+from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, count, parse_control, run
 from sim import ROBOTS, add_robot_args, robot_from_args, visible_gpus, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
@@ -114,7 +114,7 @@ def parse_args(argv=None):
     add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
         help="take the simulators from these `sim.py --serve`, which say where the scenes are")
     add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
-    add("--sims", type=int, default=8, help="robots walking at once, a process each")
+    add("--sims", type=count, default=8, help="robots walking at once, a process each")
     add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
     add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
     add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, "
@@ -123,13 +123,14 @@ def parse_args(argv=None):
 
     add = p.add_argument_group("objective: who walks, how, and what counts").add_argument
     add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
-    add("--execute", type=int, default=3, help="actions of a plan that are walked before the next "
-        "(VLN-R1 does not say how many); ours: half, between fresh eyes and speed")
+    add("--execute", type=count, default=3, help="actions of a plan that are walked before the "
+        "next (VLN-R1 does not say how many); ours: half, between fresh eyes and speed. Answers "
+        "of a dialog are always walked whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
     add("--temperature", type=float, default=0.0,
         help="0: greedy; above: sampled, from seeds that belong to episode and step")
-    add("--max-steps", type=int, default=500, help="VLN-CE's; STOP is a step")
+    add("--max-steps", type=count, default=500, help="VLN-CE's; STOP is a step")
     add("--success-m", type=float, help="radius; default: goals[].radius in the data (R2R: 3.0), "
         "3 if it has none. 3 m (or 1 m, if it is 3) is reported beside it")
     add("--forward-steps", type=int, help="of --agent forward; default: the ground truth's mean")
@@ -137,11 +138,11 @@ def parse_args(argv=None):
     add("--shuffle-instructions", action="store_true", help="another walk's words: does it read?")
 
     add = p.add_argument_group("schedule").add_argument
-    add("--limit", type=int, help="so many episodes, spread evenly over the split")
+    add("--limit", type=count, help="so many episodes, spread evenly over the split")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
-    add("--threads", type=int, default=1, help="CPU threads per process")
+    add("--threads", type=count, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     add = p.add_argument_group("logging").add_argument
@@ -900,7 +901,7 @@ def choose_ckpt(args):
         nav = read_json(os.path.join(ckpt, "nav.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
-                        "written by sft.py or grpo.py") from None
+                        "written by one of the trainers") from None
     if not (1 <= args.execute <= nav["horizon"] or speaks_dialog(nav)):
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
                         f"{nav['horizon']} actions at a time")

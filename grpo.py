@@ -47,7 +47,7 @@ import torch
 import engine as E
 from make_data import ShareGpt, VlnEgo
 from model import is_dialog, load_policy, resize, save_policy, window_prompt
-from reward import REWARDS, STOP, Help, UserError, run, score, uniform_reward
+from reward import REWARDS, STOP, Help, UserError, count, run, score, uniform_reward
 
 
 def parse_args(argv=None):
@@ -60,8 +60,8 @@ def parse_args(argv=None):
     add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
     add("--out", default="ckpt/grpo")
     add = p.add_argument_group("rollout").add_argument
-    add("--prompts", type=int, default=20000, help="distinct decisions drawn from all of --data")
-    add("--group-size", type=int, default=8, help="G, plans per prompt")
+    add("--prompts", type=count, default=20000, help="distinct decisions drawn from all of --data")
+    add("--group-size", type=count, default=8, help="G, plans per prompt")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
     add = p.add_argument_group("objective").add_argument
     add("--reward", choices=tuple(REWARDS), default="tdr")
@@ -71,18 +71,18 @@ def parse_args(argv=None):
     add("--divide-by-spread", action=argparse.BooleanOptionalAction, default=True,
         help="advantages in standard deviations of their group, as the paper has them")
     add("--drop-flat-groups", action="store_true", help="leave groups out whose rewards all agree")
-    add("--batch-size", type=int, default=8, help="prompts per batch, over all processes")
-    add("--updates-per-batch", type=int, default=1, help="1 is strictly on-policy")
+    add("--batch-size", type=count, default=8, help="prompts per batch, over all processes")
+    add("--updates-per-batch", type=count, default=1, help="1 is strictly on-policy")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=int, help="overrides --epochs; a step is one batch")
-    add("--stop-after", type=int, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=int, default=250)
-    add("--val-every", type=int, default=250)
+    add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
+    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=count, default=250)
+    add("--val-every", type=count, default=250)
     add("--val-decisions", type=int, default=256)
-    add("--samples-every", type=int, default=25, help="steps between the groups in samples.txt")
+    add("--samples-every", type=count, default=25, help="steps between the groups in samples.txt")
     E.add_machine_args(p)
     return p.parse_args(argv)
 
@@ -353,8 +353,8 @@ def main(args):
         return [(*E.together([unit for unit, _ in some]), [seed for _, seed in some])
                 for some in E.forwards(list(zip(units, seeds)), lambda item: sum(policy.sizes(
                     *item[0], args.group_size)), args.micro_tokens, device)]
-    decisions, frames, _ = forwards(load(first), range(args.batch_size))[0]
-    E.tell_memory(engine, reference, policy.activations(decisions, frames, args.group_size), rank)
+    E.tell_memory(engine, reference, max(policy.activations(decisions, frames, args.group_size)
+                  for decisions, frames, _ in forwards(load(first), range(args.batch_size))), rank)
     log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)

@@ -30,6 +30,7 @@ Writes   <out>/scenes/houses/<name>/<name>.glb              one scene per house,
          <out>/<split>/<split>.json.gz, <split>_gt.json.gz  train, val_seen (train's houses, new
                                                             walks), val_unseen (new houses), in the
                                                             schema of R2R_VLNCE v1-3 [1]
+         <out>/args.json                                    the flags
          <out>/walks/<name>.json                            a finished house; another run takes it
                                                             up if flags and code are still the same
 Expect   half a minute on two idle cores; at the end counts, the mix of actions, some sentences.

@@ -37,7 +37,8 @@ Writes   --out/<split>/  meta.json       robot, counts, action mix, what was ski
                          walks.jsonl     per walk: actions, poses, scene, shard, labels if noisy
                          episodes.jsonl  per instruction: the words and the walk they belong to
                          frames/0000.zip plain zips of pictures, <walk_id>/<t>.png (any viewer)
-                         rows/           the shards' parts of walks.jsonl, for restarts
+                         rows/           the shards' parts of walks.jsonl, for restarts; and
+                                         recording.json, the flags that a restart must repeat
 Expect   the action mix of R2R: forward 64%, left 17.5%, right 16.7%, stop 1.7%. Kill it at any
          time and start it again: the files come out bit for bit as if nothing had happened.
 
@@ -88,6 +89,7 @@ from reward import (
     Help,
     UserError,
     action_phrases,
+    count,
     merged_phrases,
     parse_plan,
     run,
@@ -115,16 +117,16 @@ def parse_args(argv=None):
     add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
 
     add = p.add_argument_group("data").add_argument
-    add("--limit", type=int, help="only the first N episodes")
+    add("--limit", type=count, help="only the first N episodes")
     add("--expert", choices=("replay", "walk"), help="replay the ground truth's actions, or walk "
         "the simulator's expert anew; default: replay, but walk where --turn-deg is not its angle")
     add("--waypoints", choices=("goal", "reference"), help="what a walking expert heads for; "
         "default: goal, but where it stands in for the ground truth, and for rxr, whose words "
         "describe the bends, the reference path")
     add("--noise", type=float, default=0.0, help="chance per step of a push; above 0 adds copies")
-    add("--noise-copies", type=int, default=1, help="noisy copies per walk, if --noise is above 0")
-    add("--horizon", type=int, default=6, help="actions per label of noisy copies; the paper's 6")
-    add("--max-steps", type=int, default=500, help="the expert gives up here; VLN-CE's 500")
+    add("--noise-copies", type=count, default=1, help="copies per walk, if --noise is above 0")
+    add("--horizon", type=count, default=6, help="actions per label of noisy copies; the paper's 6")
+    add("--max-steps", type=count, default=500, help="the expert gives up here; VLN-CE's 500")
     add("--success-m", type=float, help="a walk must end nearer to the goal than this; default: "
         "goals[].radius in the data (houses 1, R2R 3), 3 if it has none")
     add("--max-drift", type=float, default=0.25,
@@ -132,7 +134,7 @@ def parse_args(argv=None):
     add("--objects", action="store_true", help="also write what each frame shows (houses only)")
     add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
     add("--jpeg-quality", type=int, default=90, help="the released set has PIL's 75")
-    add("--shard-walks", type=int, default=64, help="walks per zip: the unit of resumption")
+    add("--shard-walks", type=count, default=64, help="walks per zip: the unit of resumption")
     add("--seed", type=int, default=0, help="of the pushes")
     lsm.add_memory_args(add)  # for --export-sharegpt only: VLN-Ego itself holds whole walks
 
@@ -146,7 +148,7 @@ def parse_args(argv=None):
     add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
 
     add = p.add_argument_group("machine").add_argument
-    add("--sims", type=int, default=2, help="simulator processes; the files do not depend on it")
+    add("--sims", type=count, default=2, help="simulator processes; the files do not depend on it")
     add("--sim-timeout", type=float, default=300.0, help="seconds for one walk; then it is dead")
     add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
     return p.parse_args(argv)
@@ -793,8 +795,8 @@ def main(args):
         return
 
     # 2. what there is to do, and whether the flags fit it
-    if not 0 <= args.noise < 1 or min(args.noise_copies, args.sims, args.horizon) < 1:
-        raise UserError("--noise is below 1; --noise-copies, --sims and --horizon are 1 or more")
+    if not 0 <= args.noise < 1:
+        raise UserError("--noise is a chance per step: 0 or more, and below 1")
     if args.import_walk:
         if args.robot in (None, "houses"):
             raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")

@@ -40,6 +40,13 @@ class UserError(Exception):
     """A mistake that the user can mend: one sentence that says what is wrong and how to mend it."""
 
 
+def count(text):
+    """The type of flags that count something: a whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter):
     """-h shows the default of every flag that has one. argparse's own formatter leaves out flags
     without words of help, and says "None" after words that tell what happens without the flag."""

@@ -23,7 +23,7 @@ Run it
     deepspeed sft.py --model Qwen2-VL-2B --prompt dialog --out ckpt/sft_dialog  # for grpo_online.py
 
 Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
-         ShareGPT JSON;  --val-data  the same for a split that is not trained on
+         ShareGPT JSON;  --val-data  from make_data.py, a split that is not trained on
 Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
 Expect   loss near ln(4) per action at once, then a plateau: the words' first turn is learned early,
          what the camera shows much later. val/first is the share of decisions whose next action is
@@ -45,7 +45,7 @@ import engine as E
 import lsm
 from make_data import ShareGpt, VlnEgo
 from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
-from reward import Help, UserError, parse_plan, run, write_plan
+from reward import Help, UserError, count, parse_plan, run, write_plan
 from sim import ROBOTS
 
 
@@ -60,23 +60,23 @@ def parse_args(argv=None):
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
     add("--prompt", choices=tuple(CONTRACTS), default="window", help="how the past is shown")
-    add("--horizon", type=int, help="actions per answer; default: 6, and in a dialog 3 merged ones")
+    add("--horizon", type=count, help="actions per answer; default: 6, in a dialog 3 merged ones")
     lsm.add_memory_args(add)
-    add("--max-pixels", type=int, default=65536, help="a frame is shrunk to at most this")
-    add("--steps-per-walk", type=int, default=8, help="decisions of one walk trained together")
+    add("--max-pixels", type=count, default=65536, help="a frame is shrunk to at most this")
+    add("--steps-per-walk", type=count, default=8, help="decisions of one walk trained together")
     add("--vary-turns", action="store_true", help="a dialog's answers have 1 to --horizon moves, "
         "drawn, not always the most: a policy can then learn when to look sooner")
     add = p.add_argument_group("objective").add_argument
-    add("--batch-size", type=int, default=64, help="decisions (of dialogs: walks) per update, over "
-        "all processes")
+    add("--batch-size", type=count, default=64, help="decisions (of dialogs: walks) per update, "
+        "over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     E.add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=int, help="overrides --epochs")
-    add("--stop-after", type=int, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=int, default=500)
-    add("--val-every", type=int, default=500)
+    add("--max-steps", type=count, help="overrides --epochs")
+    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=count, default=500)
+    add("--val-every", type=count, default=500)
     add("--val-decisions", type=int, default=256)
     E.add_machine_args(p)
     return p.parse_args(argv)
@@ -244,9 +244,9 @@ def main(args):
     def forwards(units):
         """Units -> what each forward is given, [(decisions, frames), ..]"""
         return [E.together(some) for some in E.forwards(units, size_of, args.micro_tokens, device)]
-    decisions, frames = forwards(load(first))[0]
-    E.tell_memory(engine, None, policy.activations(
-        policy.spell(decisions) if dialogs else decisions, frames), rank)
+    E.tell_memory(engine, None, max(policy.activations(
+        policy.spell(decisions) if dialogs else decisions, frames)
+        for decisions, frames in forwards(load(first))), rank)
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):

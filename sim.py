@@ -1168,8 +1168,8 @@ def parse_args(argv=None):
     add("--sim", choices=sorted(SIMULATORS), default="house", help="which simulator, for --check")
     add("--robot", choices=sorted(ROBOTS), default="houses", help="whose body and camera")
     add("--sim-python", metavar="PATH", help="interpreter to run it in; default: this one")
-    add("--sim-gpus", type=gpu_list, metavar="0,1", help="CUDA indices for habitat; default: 0 in "
-        "a CUDA build, else none")
+    add("--sim-gpus", type=gpu_list, metavar="0,1", help="CUDA indices for habitat; default: 0 if "
+        "CUDA shows one, else none")
     add("--sim-hosts", type=addresses, metavar="HOST:PORT", help="check simulators served there")
     add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
     add = p.add_argument_group("machine").add_argument

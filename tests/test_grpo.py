@@ -474,3 +474,15 @@ def test_no_kl_never_loads_the_reference_and_flat_groups_can_be_dropped(world, m
     assert len(calls) == 1
     before, after = weights_of(world / "sft"), weights_of(out)
     assert all(torch.equal(before[k], after[k]) for k in before if "visual" in k)
+
+    def only_the_flat(rewards, group_size, **_):                # advantage 1 there, 0 elsewhere
+        groups = rewards.view(-1, group_size)
+        return (groups.amax(1) == groups.amin(1)).float().repeat_interleave(group_size)
+    monkeypatch.setattr(grpo, "group_advantages", only_the_flat)
+    for drop in ([], ["--drop-flat-groups"]):
+        out = world / f"flat{len(drop)}"
+        grpo.main(grpo.parse_args(flags(world, out, "--kl-coef=0", "--max-steps=1",
+                                        "--reward=hard", *drop)))
+        row = log_of(out)[-1]
+        assert row["frac_reward_zero_std"] > 0
+        assert row["loss"] == pytest.approx(0 if drop else -row["frac_reward_zero_std"], abs=1e-6)

@@ -109,7 +109,8 @@ def test_it_learns_and_a_stop_and_a_kill_change_nothing(ego, tmp_path):
          *TINY, *map(str, flags)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     latest = tmp_path / "b" / "state" / "latest"
     deadline = time.monotonic() + 120
-    while latest.read_text() != "step_000016" and time.monotonic() < deadline:
+    while latest.read_text() != "step_000016":
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -144,11 +145,36 @@ def test_micro_batches_are_the_same_update(ego, tmp_path):
         torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=1e-5)
 
 
+def test_an_update_takes_as_many_forwards_as_its_tokens_need(monkeypatch):
+    told = []                                       # what this rank says; another rank needs four
+    monkeypatch.setattr(engine.dist, "all_reduce", lambda most, op: (
+        told.append(int(most)), most.fill_(max(4, int(most)))))
+    items = [("a", 5), ("b", 9), ("c", 4), ("d", 3)]
+    parts = engine.forwards(items, lambda item: item[1], 12, "cpu")
+    assert told == [2] and len(parts) == 4 and sorted(sum(parts, [])) == items
+    monkeypatch.setattr(engine.dist, "all_reduce", lambda most, op: None)
+    parts = engine.forwards(items, lambda item: item[1], 12, "cpu")
+    assert len(parts) == 2 and max(sum(n for _, n in part) for part in parts) <= 12
+    assert engine.forwards(items, lambda item: item[1], 0, "cpu") == [items]
+
+
+def test_bfloat16_learns_what_float32_learns(ego, tmp_path):
+    """What a GPU runs by default, on a CPU: bf16 weights, an fp32 master copy, ZeRO-1."""
+    for dtype in ("float32", "bfloat16"):
+        run_sft(ego, tmp_path / dtype, "--max-steps", 8, "--dtype", dtype, "--warmup", 0)
+    whole, half = ([line["loss"] for line in told(tmp_path / d)] for d in ("float32", "bfloat16"))
+    assert half == pytest.approx(whole, rel=0.02) and whole[-1] < 0.95 * whole[0]
+
+
 # ---------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("flags,words", [
     (["--batch-size", "10"], "--batch-size 10 does not split"),
+    (["--batch-size", "0"], "--batch-size: '0' is not a whole number above 0"),
+    (["--deepspeed-config", "/nowhere.json"], "--deepspeed-config /nowhere.json"),
+    pytest.param(["--device", "cuda"], "torch finds no GPU", marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason="there is a GPU")),
     (["--horizon", "20"], "--horizon 20: give 1 to 8"),
     (["--data", "/nowhere/train"], "make_data.py"),
     (["--model", "Qwen2-VL-2B"], "hf download Qwen/Qwen2-VL-2B-Instruct"),
