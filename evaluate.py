@@ -290,15 +290,17 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
 
     One loop for every agent. A robot is in its simulator, where a request is under way, or it is
     `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
-    plan means: ask the simulator's expert. It is called as soon as half of the robots wait (ready),
-    so that the other half simulates meanwhile. walk.end: "stop" (the robot said so), "malformed"
-    (an unreadable answer was taken for stop), "max_steps", "unreachable" or "error", or whatever
-    early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
-    died begins again from its start. look: "last" asks for the view after a plan's last step only.
+    plan means: ask the simulator's expert. It is called when all robots wait, or the share `ready`
+    of them have waited for the others half as long as the last decision took: one decision for all
+    is cheaper than two, but while one half is told what to do, the other can simulate. walk.end:
+    "stop" (the robot said so), "malformed" (an unreadable answer was taken for stop), "max_steps",
+    "unreachable" or "error", or whatever early(walk) says, if not None, when it is about to be
+    asked. The episode of a simulator that died begins again from its start. look: "last" asks for
+    the view after a plan's last step only.
     clock counts the seconds of deciding, and deaths.
     """
     todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
-    clock = Counter() if clock is None else clock
+    clock, last_s = Counter() if clock is None else clock, 0.0
 
     def begin(sim, walk):
         under_way[sim] = walk
@@ -362,15 +364,22 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
     for sim in range(min(sims, len(todo))):
         begin(sim, todo.popleft())
     while under_way:
-        # 1. listen, until half of the robots wait
-        while len(waiting) < ready * len(under_way):
-            hear(*pool.wait_any())
+        # 1. listen, until all robots wait, or half of them and the others take long
+        until = math.inf
+        while len(waiting) < len(under_way):
+            if len(waiting) >= ready * len(under_way):
+                until = min(until, time.perf_counter() + last_s / 2)
+            news = pool.wait_any(until - time.perf_counter())
+            if news is None:
+                break
+            hear(*news)
         yield from ended
         ended.clear()
         # 2. decide, for all of them at once
         asked, waiting[:], start = sorted(waiting), [], time.perf_counter()
         plans = decide([under_way[sim] for sim in asked]) if asked else []
-        clock["deciding_s"] += time.perf_counter() - start
+        last_s = time.perf_counter() - start
+        clock["deciding_s"] += last_s
         # 3. act
         for sim, plan in zip(asked, plans):
             if plan is None:

@@ -639,10 +639,14 @@ class SimPool:
             raise reply
         return reply
 
-    def wait_any(self):
-        """(i, answer) of whichever worker has answered first; a SimError or SimDied is returned."""
+    def wait_any(self, within_s=math.inf):
+        """(i, answer) of whichever worker has answered first; a SimError or SimDied is returned.
+        None if nobody answers within so many seconds."""
+        until = time.monotonic() + within_s
         while not self.arrived:
-            self.collect()
+            self.collect(within_s=until - time.monotonic())
+            if not self.arrived and time.monotonic() >= until:
+                return None
         i = self.arrived.pop(0)
         reply = self.take(i)
         if isinstance(reply, RuntimeError):
@@ -659,12 +663,12 @@ class SimPool:
             return RuntimeError(f"simulator {i}, {verb!r}: {reply['text']}")
         return SimError(reply["text"])
 
-    def collect(self, i=None):
+    def collect(self, i=None, within_s=math.inf):
         """Wait for news (of worker i, or of any), and bury and replace who died or hung."""
         busy = [w.deadline for k, w in enumerate(self.workers)
                 if w.verb is not None and i in (None, k)]
         assert busy, "nothing is under way: submit() comes before wait()"
-        for key, _ in self.selector.select(max(0.0, min(busy) - time.monotonic())):
+        for key, _ in self.selector.select(max(0.0, min(within_s, min(busy) - time.monotonic()))):
             worker = self.workers[key.data]
             if worker.verb is not None:  # it is not silent: the rest of its answer has time, too
                 worker.deadline = time.monotonic() + worker.timeout_s

@@ -483,14 +483,14 @@ class Deadly(sim.SimPool):
     """Kills one busy simulator after 10 answers and another one after 30."""
     answers, killed = 0, frozenset()
 
-    def wait_any(self):
+    def wait_any(self, *within):
         self.answers += 1
         if self.answers in (10, 30):
             busy = {pid_of(worker) for worker in self.workers if worker.verb}
             victim = min(busy - self.killed)
             self.killed |= {victim}
             os.kill(victim, signal.SIGKILL)
-        return super().wait_any()
+        return super().wait_any(*within)
 
 
 @pytest.fixture(scope="module")

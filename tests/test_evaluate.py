@@ -34,9 +34,9 @@ PHRASES = action_phrases(30, 0.25)
 class KilledPool(SimPool):
     """The real one, in a process that is killed after a number of replies."""
 
-    def wait_any(self):
+    def wait_any(self, *within):
         die_in_time()
-        return super().wait_any()
+        return super().wait_any(*within)
 
 
 def die_in_time(replies=[0]):  # noqa: B006
@@ -67,7 +67,9 @@ class FakePool:
         assert i not in self.asked, "one outstanding request per simulator"
         self.asked[i] = (verb, kwargs)
 
-    def wait_any(self):
+    def wait_any(self, within_s):
+        if within_s < math.inf and self.dice.random() < 0.5:
+            return None
         i = self.dice.choice(sorted(self.asked))
         verb, kwargs = self.asked.pop(i)
         die_in_time()
@@ -727,11 +729,11 @@ def test_a_simulator_killed_amid_a_walk_changes_nothing(two_houses):
         with SimPool("house", ROBOTS["houses"], f"{two_houses}/scenes", sims=2) as pool:
             replies, wait_any = [], pool.wait_any
 
-            def killing():
+            def killing(*within):
                 replies.append(1)
                 if len(replies) in kills:
                     pool.workers[0].process.kill()
-                return wait_any()
+                return wait_any(*within)
 
             pool.wait_any = killing
             walks = [Walk(e, e["instruction"]["instruction_text"]) for e in episodes]

@@ -299,10 +299,10 @@ def test_a_killed_simulator_loses_no_episode(ego, init, policy):
         named = [(f"{i}", world.episodes[i]) for i in range(4)]
         want = world.walk(policy, named)
         tally, killed, wait_any = Counter(), [], pool.wait_any
-        def wait():
+        def wait(*within):
             if len(killed) < 2:
                 killed.append(os.kill(pool.workers[len(killed)].process.pid, signal.SIGKILL))
-            return wait_any()
+            return wait_any(*within)
         pool.wait_any = wait
         got = world.walk(policy, named, tally=tally)
     assert 1 <= tally["deaths"] <= 2
