@@ -34,15 +34,17 @@ stops or always. What a stop is worth depends on what would have come after.) A 
 has no form: its R is -1.
 
 Run it
-    python grpo_online.py --init ckpt/sft_dialog                         # one process, our houses
+    python grpo_online.py --init ckpt/sft_dialog --groups state          # one process, our houses
     deepspeed grpo_online.py --init ckpt/sft_dialog                      # every GPU there is
-    deepspeed grpo_online.py --init ckpt/r2r_dialog --sim habitat --sim-python PATH --sims 16
+    deepspeed grpo_online.py --init ckpt/r2r_dialog --sim habitat --sim-python PATH --sims 4
 
 Reads    --init  a checkpoint of sft.py --prompt dialog;  --episodes  and  --scenes
 Writes   --out   the run directory that engine.py describes, and for people: rollouts.jsonl (walks,
          what was said at each turn, where from, reward, end) and curves.png
-Expect   success and reward slowly up, noisily; entropy down; frac_reward_zero_std is the share of
-         groups that taught nothing. end_* tells how walks end: stop should come to rule. Killed?
+Expect   success slowly up, noisily (with whole walks reward, too; that of plans is on a new scale
+         in every batch); entropy down; frac_reward_zero_std is the share of groups that taught
+         nothing. end_* tells how walks end: stop should rule. In our houses, twenty minutes of one
+         core: README, "Learning by walking". Killed?
          The same command goes on: walks are functions of (seed, step, episode, robot). As in
          evaluate.py, timing decides who is answered with whom, and with it only rounding.
 

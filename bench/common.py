@@ -233,7 +233,7 @@ def gather(rows, path):
     os.replace(path + ".tmp", path)
     print(f"\n{'':44}{'ours':>9}{'peer':>9}  {'unit':12}{'ratio':>6}")
     for r in found:
-        print(f"{r['row']:44}{r['ours']:9.3g}{r['peer']:9.3g}  {r['unit']:12}{r['ratio']:6.2f}  "
+        print(f"{r['row']:44}{r['ours']:9.4g}{r['peer']:9.4g}  {r['unit']:12}{r['ratio']:6.2f}  "
               f"{EQUAL[r['equal']]:10}against {r['peer_name']}")
     print(f"{path}: {time.strftime('%Y-%m-%d')}, "
           + ", ".join(f"{k} {v}" for k, v in sorted({k: v for r in found for k, v in

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every row of the table in README's "Speed", about a quarter of an hour on two cores:
+# Every row of the table in README's "Speed", about ten minutes on two cores:
 #
 #     bash bench/run.sh                                  -> bench/results_cpu.json
 #     bash bench/run.sh --device cuda --shape 2B         -> bench/results_cuda.json

@@ -10,9 +10,10 @@ make_data.py does. Compared with one worker; more workers than cores cannot help
 is a second peer, the way most VLN code steps: `habitat.Env` with a camera, in one process, which
 renders and measures at every step.
 
-Overlap: evaluate.py's own loop and a policy, 16 robots. While half of the robots wait for the model
-the other half are in their simulators. Compared with one after the other: the model's seconds of
-that run, plus the seconds that the same walks take with plans that are there at once.
+Overlap: evaluate.py's own loop and a policy, 16 robots. While the model decides for half of them,
+the other half are in their simulators, unless these are so fast that one decision for all is
+cheaper (walk_episodes). Compared with one after the other: the model's seconds of that run, plus
+the seconds that the same walks take with plans that are there at once.
 
 Checked on the way: every worker's frames are the first one's, byte for byte; and each of the 16
 robots does what it does alone.

@@ -38,8 +38,10 @@ def commands():
     """Every command of the README that runs a script of ours, fenced or in a line of prose."""
     fenced = "".join(text for language, text in FENCES if language == "bash")
     fenced = re.sub(r"\\\n", " ", SNIPPET.sub("", fenced))                # joined where it goes on
+    shell = dict(re.findall(r'^(\w+)="(.*)"$', fenced, re.M), seed="0")      # X=".." and the loop's
     for line in fenced.splitlines() + [span for span in SPANS if ".py -" in span]:
-        found = script_of(shlex.split(line, comments=True))
+        line = re.sub(r"\$\{?(\w+)\}?", lambda found: shell.get(found[1], found[0]), line)
+        found = script_of(shlex.split(line.split(" | ")[0], comments=True))
         if found and "-m" not in found[1]:
             yield pytest.param(*found, id=" ".join([found[0], *found[1]])[:70])
 
