@@ -43,10 +43,10 @@ Writes   --out   the run directory that engine.py describes, and for people: rol
          what was said at each turn, where from, reward, end) and curves.png
 Expect   success slowly up, noisily (with whole walks reward, too; that of plans is on a new scale
          in every batch); entropy down; frac_reward_zero_std is the share of groups that taught
-         nothing. end_* tells how walks end: stop should rule. In our houses, twenty minutes of one
-         core: README, "Learning by walking". Killed?
-         The same command goes on: walks are functions of (seed, step, episode, robot). As in
-         evaluate.py, timing decides who is answered with whom, and with it only rounding.
+         nothing. end_* tells how walks end: stop should rule. What twenty minutes of one core bring
+         in our houses stands in the README, "Learning by walking". Killed? The same command goes
+         on: walks are functions of (seed, step, episode, robot). As in evaluate.py, timing decides
+         who is answered with whom, and with it only rounding.
 
 Ours, as ActiveVLN's is [2]: 8 episodes x 4 walks, lr 1e-6 constant, weight decay 0.01, clip 0.2 and
 0.28, no KL, at most min(2 x expert, cap) actions and 40 turns, 2 rerolls. Unlike it: temperature 1
