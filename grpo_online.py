@@ -495,13 +495,24 @@ def cut_lines(path, step):
 
 
 def summary(walks, marks, rewards):
-    """Sums over walks, the keys of log.jsonl; the caller divides by the walks of all ranks, the
-    marks and the reward by those that the world has not spoilt: "scored"."""
+    """Sums over a rank's walks, the keys of log.jsonl, for means()."""
     return {**{key: sum(m[key] for m in marks) for key in MARKS}, "reward": sum(rewards),
             "scored": sum(walk.end not in SPOILT for walk in walks),
             "actions": sum(len(walk.actions) for walk in walks),
             "turns": sum(len(walk.turns) for walk in walks),
             **{f"end_{end}": sum(walk.end == end for walk in walks) for end in ENDS}}
+
+
+def means(shares, others, count, device):
+    """summary() of each rank -> means over all `count` walks, and others summed over the ranks. The
+    world has spoilt some walks: marks and reward are means over the rest, and missing if none is
+    left."""
+    totals = E.total([*shares.values(), *others.values()], device)
+    sums = dict(zip(shares, totals))
+    scored, judged = sums.pop("scored"), (*MARKS, "reward")
+    told = {key: value / (scored if key in judged else count)
+            for key, value in sums.items() if scored or key not in judged}
+    return told | dict(zip(others, totals[len(shares):]))
 
 
 def draw_runs(folders, out):
@@ -706,20 +717,15 @@ def main(args):
             world.preloaded()
 
             # 4. tell, check, keep
-            done, count = step + 1, per_rank * ranks
+            done = step + 1
             worth = [float(np.mean(sum(r, []) or 0)) for r in rewards] if state_groups else rewards
             groups = sum(map(len, rewards)) if state_groups else len(episodes)
             clock = time.process_time() + world.cpu_s
-            shares = summary(walks, marks, worth)
             others = dict(zip(("loss", "kl", "clip_frac", "entropy"), sums)) | {
                 "frac_reward_zero_std": flat, "groups": groups, "rerolled": tally["rerolled"],
                 "deaths": tally["deaths"], "minutes": clock / 60, "walking_s": walking / ranks}
-            totals = E.total([*shares.values(), *others.values()], device)
-            told = dict(zip(shares, totals))
-            scored = told.pop("scored")
-            told = {key: value / (scored if key in (*MARKS, "reward") else count)
-                    for key, value in told.items() if scored or key not in (*MARKS, "reward")}
-            told |= dict(zip(others, totals[len(shares):])) | {"tokens": tokens, "lr": lr}
+            told = means(summary(walks, marks, worth), others, per_rank * ranks, device)
+            told |= {"tokens": tokens, "lr": lr}
             told["frac_reward_zero_std"] /= max(told["groups"], 1)
             told["minutes"] += max(spent, default=0)
             if val and (done % args.val_every == 0 or done == steps):

@@ -378,6 +378,24 @@ def test_advantages_of_a_hand_made_group_and_dead_groups_are_gone(walks):
     assert [lesson.advantages[0] for lesson in lessons] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
 
 
+def test_walks_that_the_world_has_spoilt_are_in_no_mean(walks, monkeypatch):
+    monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
+    marks = [dict.fromkeys(grpo_online.MARKS, 0.0)] * 3 + [
+        dict.fromkeys(grpo_online.MARKS, 1.0)] * 3
+    ends = [walk.end for walk in walks]
+    walks[0].end, walks[1].end = "error", "unreachable"
+    told = grpo_online.means(grpo_online.summary(walks, marks, [0, 0, 1, 1, 1, 1]), {"kl": 0.5}, 6,
+                             "cpu")
+    assert told["success"] == 3 / 4 and told["reward"] == 1 and told["kl"] == 0.5
+    assert told["end_error"] == 1 / 6 and "scored" not in told
+    for walk in walks:
+        walk.end = "error"
+    told = grpo_online.means(grpo_online.summary(walks, marks, [0] * 6), {}, 6, "cpu")
+    assert "success" not in told and told["end_error"] == 1
+    for walk, end in zip(walks, ends):
+        walk.end = end
+
+
 def test_a_lesson_that_teaches_nothing_is_one_turn_of_zero_advantage(policy, walks):
     for state_groups in (False, True):
         asked, advantages, mask = grpo_online.collate(
