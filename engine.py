@@ -277,8 +277,7 @@ def make_engine(policy, args):
     weights = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2),
-                                  fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
 

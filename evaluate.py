@@ -88,8 +88,7 @@ EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_prepro
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--split", default="val_unseen")
     add_episode_args(add)

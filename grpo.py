@@ -51,8 +51,7 @@ from reward import REWARDS, STOP, Help, UserError, count, run, score, uniform_re
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft", help="folder of sft.py: where we start, and pi_sft")
     add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, ShareGPT .json")

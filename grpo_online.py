@@ -102,8 +102,7 @@ from sim import add_robot_args, visible_gpus
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft_dialog", help="folder of sft.py --prompt dialog: the start")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
@@ -204,14 +203,14 @@ def read_reward(text):
 
 
 def to_go(state, robot):
-    """Actions an expert would need from here: metres over steps, and every turn on the way.
+    """The way's metres, and as many for each turn on it as the robot walks meanwhile.
 
     3 m to go, first to the left, then after a metre to the left again, with turns of 30 degrees:
-    12 steps, and twice three turns.
+    twice three turns, worth a step of 0.25 m each.
     >>> state = {"distance_to_goal": 3.0, "position": [0, 0, 0], "rotation": [0, 0, 0, 1]}
     >>> robot = {"turn_deg": 30, "forward_m": 0.25}
     >>> to_go(dict(state, way=[[0, 0, 0], [-1, 0, 0], [-1, 0, 2]]), robot)
-    18.0
+    4.5
     """
     yaw, turns = yaw_deg(state["rotation"]), 0.0
     for (x, _, z), (next_x, _, next_z) in itertools.pairwise(state["way"]):
@@ -219,12 +218,11 @@ def to_go(state, robot):
             continue                                       # no need to face what is underfoot
         way = math.degrees(math.atan2(x - next_x, z - next_z))
         turns, yaw = turns + abs(turned(yaw, way)) / robot["turn_deg"], way
-    return state["distance_to_goal"] / robot["forward_m"] + round(turns, 9)
+    return state["distance_to_goal"] + robot["forward_m"] * round(turns, 9)
 
 
 def plan_reward(before, after, plan, robot, radius):
-    """What a plan is worth at a state: the expert's actions that it saves, in metres, and 1 for a
-    stop that is right.
+    """What a plan is worth at a state: what it leaves less to go, and 1 for a stop that is right.
 
     plan: action ids, [] if malformed (which costs 1); before, after: what "try" says of where it
     starts and of where it leads. inf or nan where the world does not know a way.
@@ -232,7 +230,7 @@ def plan_reward(before, after, plan, robot, radius):
     if not plan:
         return -1.0
     right = plan[-1] == STOP and after["distance_to_goal"] < radius
-    return (to_go(before, robot) - to_go(after, robot)) * robot["forward_m"] + right
+    return to_go(before, robot) - to_go(after, robot) + right
 
 
 def forms_of(plans, answers):
@@ -347,10 +345,11 @@ class World:
                 continue
             self.cpu_s += self.last_s[i] - (last if self.last_s[i] >= last else 0)    # 0: a new one
 
-    def judge_plans(self, walks, policy):
+    def judge_plans(self, walks, policy, tally=None):
         """--groups state: every answer drawn at every turn -> rewards, per walk (turns, G); [] if
-        the world could not tell."""
-        found, args = {}, self.args
+        the world could not tell. tally counts such walks ("untried"), and deaths."""
+        found, args, failed = {}, self.args, []
+        tally = Counter() if tally is None else tally
 
         def job(walk):
             plans = [[policy.actions(answer) for answer in answers] for _, answers in walk.turns]
@@ -362,8 +361,9 @@ class World:
                 reply = yield "try", {"episode": walk.episode, "poses": poses, "plans": tried}
                 if not isinstance(reply, SimDied):
                     break
+                tally["deaths"] += 1
             if isinstance(reply, Exception):
-                return
+                return failed.append(reply)
             found[walk.name] = []
             for some, those, states in zip(plans, tried, reply["states"]):
                 after = dict(zip(those, states))
@@ -373,6 +373,10 @@ class World:
 
         drive(self.pool, args.sims, (job(walk) for walk in walks
                                      if walk.turns and walk.end not in SPOILT))
+        if failed and not found:
+            raise UserError(f"no simulator could try the plans of any of {len(failed)} walks; the "
+                            f"first said: {failed[0]}")
+        tally["untried"] += len(failed)
         return [found.get(walk.name, []) for walk in walks]
 
 
@@ -602,7 +606,8 @@ def rollout(world, policy, episodes, step, args, tally):
             break
     walks, marks = sum(groups, []), sum(marks, [])
     if state_groups:
-        return walks, marks, beyond_form(walks, world.judge_plans(walks, policy), policy)
+        return walks, marks, beyond_form(
+            walks, world.judge_plans(walks, policy, tally), policy)
     return walks, marks, [sum(w * m[key] for key, w in weights.items()) for m in marks]
 
 
@@ -695,6 +700,7 @@ def main(args):
             with E.gathered(engine), torch.no_grad():
                 walks, marks, rewards = rollout(world, policy, episodes, step, args, tally)
             walking = time.perf_counter() - began
+            # while we learn; and each tells what it has used, hence also after the last step
             world.preload(batch(step + 1) if step + 1 < last else episodes, walks_each)
 
             # 2. compare: advantages within groups; groups that agree are gone before the backward
@@ -708,7 +714,7 @@ def main(args):
                 lessons, lambda lesson: lesson.size(policy), args.micro_tokens, device)]
             tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)
 
-            # 3. learn, while the simulators enter the next scenes
+            # 3. learn
             if step == first:
                 E.tell_memory(engine, reference, max(policy.activations(
                     dialogs, frames, branches=branches)
@@ -723,7 +729,8 @@ def main(args):
             clock = time.process_time() + world.cpu_s
             others = dict(zip(("loss", "kl", "clip_frac", "entropy"), sums)) | {
                 "frac_reward_zero_std": flat, "groups": groups, "rerolled": tally["rerolled"],
-                "deaths": tally["deaths"], "minutes": clock / 60, "walking_s": walking / ranks}
+                "deaths": tally["deaths"], "untried": tally["untried"], "minutes": clock / 60,
+                "walking_s": walking / ranks}
             told = means(summary(walks, marks, worth), others, per_rank * ranks, device)
             told |= {"tokens": tokens, "lr": lr}
             told["frac_reward_zero_std"] /= max(told["groups"], 1)

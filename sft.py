@@ -50,8 +50,7 @@ from sim import ROBOTS
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
     add("--data", default="data/vln_ego/train", help="VLN-Ego folder or ShareGPT .json")
@@ -135,15 +134,15 @@ def answers_of(policy, decisions):
 
 
 def question(policy, decisions, frames):
-    """What to ask the policy for, policy(*..) -> logps (N, C), and the mask of those that count."""
+    """What to ask the policy for, policy(*..) -> logps (N, C), and the mask of those that count.
+    Dialogs are spelled."""
     if not is_dialog(policy.nav):
         ids, mask = answers_of(policy, decisions)
         return (decisions, frames, ids, mask), mask
-    dialogs = policy.spell(decisions)
     rows = [torch.tensor([own for own, answer in zip(d.learned, d.answers) for _ in answer])
-            for d in dialogs]
+            for d in decisions]
     mask = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return (dialogs, frames), mask.to(policy.device)
+    return (decisions, frames), mask.to(policy.device)
 
 
 # ---------------------------------------------------------------- validation
@@ -173,7 +172,8 @@ def validate_dialogs(policy, data, units, rank, world):
     """The same for whole walks: loss, and the share of answer tokens that are the likeliest."""
     sums = np.zeros(3)
     for unit in units[rank::world]:
-        asked, mask = question(policy, *load_batch(data, policy.nav, [unit]))
+        dialogs, frames = load_batch(data, policy.nav, [unit])
+        asked, mask = question(policy, policy.spell(dialogs), frames)
         logps, likeliest = policy(*asked, with_greedy=True)
         sums += (-(logps * mask).sum().item(), mask.sum().item(), (likeliest & mask).sum().item())
     loss, tokens, right = E.total(sums.tolist(), policy.device)
@@ -238,15 +238,14 @@ def main(args):
     def load(step):
         return [load_batch(data, policy.nav, [unit], args.vary_turns)
                 for unit in order(step)[rank::world]]
-    def size_of(unit):
-        decisions, frames = unit
-        return sum(policy.sizes(policy.spell(decisions) if dialogs else decisions, frames))
     def forwards(units):
         """Units -> what each forward is given, [(decisions, frames), ..]"""
-        return [E.together(some) for some in E.forwards(units, size_of, args.micro_tokens, device)]
-    E.tell_memory(engine, None, max(policy.activations(
-        policy.spell(decisions) if dialogs else decisions, frames)
-        for decisions, frames in forwards(load(first))), rank)
+        if dialogs:
+            units = [(policy.spell(some), frames) for some, frames in units]
+        return [E.together(some) for some in E.forwards(
+            units, lambda unit: sum(policy.sizes(*unit)), args.micro_tokens, device)]
+    E.tell_memory(engine, None, max(policy.activations(*part) for part in forwards(load(first))),
+                  rank)
     log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):

@@ -1154,8 +1154,7 @@ SIMULATORS = {"house": HouseSim, "habitat": HabitatSim}
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--scenes", default="data/houses/scenes", help="folder that scene_id starts from")
     add("--scene", help="scene id for --check; default: the first .glb below --scenes")

@@ -358,7 +358,8 @@ def test_what_the_expert_does_leaves_one_action_less_to_go(world):
         world.pool.submit(0, "try", episode=episode, poses=[pose],
                           plans=[[actions[:t] for t in range(len(actions) + 1)]])
         states, = world.pool.wait(0)["states"]
-        gains += (-np.diff([grpo_online.to_go(s, world.robot) for s in states])).tolist()
+        left = np.array([grpo_online.to_go(s, world.robot) for s in states])
+        gains += (-np.diff(left) / world.robot["forward_m"]).tolist()
     assert len(gains) > 60 and 0.7 < np.mean(gains) < 1.05 and np.percentile(gains, 10) > 0.3
 
 
@@ -432,7 +433,7 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
         walks[:1], world.judge_plans(walks[:1], policy), policy), args)
 
     def broken(pool, sims, jobs):
-        for walk, job in zip(walks, jobs):
+        for walk, job in zip(asking, jobs):
             _, asked = next(job)
             if walk.name == "failed":
                 answer = grpo_online.SimError("no such scene")
@@ -447,7 +448,12 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
                 for _ in range(5):
                     job.send(answer)
     monkeypatch.setattr(grpo_online, "drive", broken)
-    rewards = world.judge_plans(walks, policy)
+    tally, asking = Counter(), walks[2:3]
+    with pytest.raises(UserError, match="no such scene"):                       # nobody can tell
+        world.judge_plans(asking, policy)
+    asking = walks
+    rewards = world.judge_plans(walks, policy, tally)
+    assert tally == {"untried": 2, "deaths": 1 + args.retries}
     assert rewards[1][0] == [] and all(rewards[1][1:]) and rewards[2] == rewards[3] == []
     lessons, flat = grpo_online.compare_plans(
         walks, grpo_online.beyond_form(walks, rewards, policy), args)
