@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from reward import UserError, count
+from cli import UserError, count
 
 # ---------------------------------------------------------------- pure
 

@@ -30,7 +30,8 @@ import os
 import zlib
 from collections import Counter
 
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError
+from cli import UserError
+from reward import FORWARD, LEFT, RIGHT, STOP
 
 ROLES = ("guide", "follower")                                   # who walked: VLN-CE's task.py
 LANGUAGES = ("en-US", "en-IN", "hi-IN", "te-IN")                # ibid.

@@ -66,6 +66,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from cli import Help, UserError, count, run
 from episodes import (
     LANGUAGES,
     VLNCE_RADIUS_M,
@@ -80,7 +81,7 @@ from episodes import (
 )
 from lsm import pick_frames
 from pool import SimDied, SimPool, addresses, gpu_list
-from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, count, parse_control, run
+from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
 from sim import ROBOTS, add_robot_args, robot_from_args, visible_gpus, yaw_of
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",

@@ -45,9 +45,10 @@ import numpy as np
 import torch
 
 import engine as E
+from cli import Help, UserError, count, run
 from make_data import ShareGpt, VlnEgo
 from model import is_dialog, load_policy, resize, save_policy, window_prompt
-from reward import REWARDS, STOP, Help, UserError, count, run, score, uniform_reward
+from reward import REWARDS, STOP, score, uniform_reward
 
 
 def parse_args(argv=None):

@@ -71,6 +71,7 @@ import numpy as np
 import torch
 
 import engine as E
+from cli import Help, UserError, count, run
 from episodes import (
     VLNCE_RADIUS_M,
     add_episode_args,
@@ -97,7 +98,7 @@ from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_refere
 from make_data import Dialog, drive
 from model import is_dialog, load_policy, save_policy
 from pool import SimDied, SimError, SimPool, addresses, gpu_list
-from reward import STOP, Help, UserError, count, run
+from reward import STOP
 from sim import add_robot_args, visible_gpus
 
 

@@ -67,7 +67,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import sim as simulator
-from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, run
+from cli import Help, UserError, run
+from reward import FORWARD, LEFT, RIGHT, STOP
 
 SPLITS = ("train", "val_seen", "val_unseen")
 

@@ -36,7 +36,7 @@ Expect   past frames only (< t), chronological, no doubles, never more than the 
 """
 import math
 
-from reward import UserError
+from cli import UserError
 
 MEMORIES = ("lsm", "even", "exponential")
 

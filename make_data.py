@@ -63,6 +63,7 @@ import numpy as np
 from PIL import Image
 
 import lsm
+from cli import Help, UserError, count, run
 from episodes import (
     VLNCE_RADIUS_M,
     add_episode_args,
@@ -86,13 +87,9 @@ from reward import (
     LEFT,
     RIGHT,
     STOP,
-    Help,
-    UserError,
     action_phrases,
-    count,
     merged_phrases,
     parse_plan,
-    run,
     write_plan,
 )
 from sim import ROBOTS, add_robot_args, robot_from_args

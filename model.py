@@ -49,7 +49,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from reward import STOP, UserError, action_phrases, merged_phrases, parse_answer, write_plan
+from cli import UserError
+from reward import STOP, action_phrases, merged_phrases, parse_answer, write_plan
 
 HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
 

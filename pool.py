@@ -55,7 +55,7 @@ import traceback
 
 import numpy as np
 
-from reward import UserError
+from cli import UserError
 
 START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
 STALL_S = 10  # for a server to be reached, and for its part of the handshake

@@ -28,47 +28,9 @@ Imports  the standard library only, in Python 3.9 syntax: a simulator's interpre
 
 [1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3 of the method: TDR, eq. for R_nav)
 """
-import argparse
-import os
 import re
-import sys
 
 STOP, FORWARD, LEFT, RIGHT = 0, 1, 2, 3  # habitat's ids; ground-truth files use the same
-
-
-class UserError(Exception):
-    """A mistake that the user can mend: one sentence that says what is wrong and how to mend it."""
-
-
-def count(text):
-    """The type of flags that count something: a whole number above 0."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """-h shows the default of every flag that has one. argparse's own formatter leaves out flags
-    without words of help, and says "None" after words that tell what happens without the flag."""
-
-    def add_argument(self, action):
-        if not action.help and action.default is not None:
-            action.help = "default: %(default)s"
-        super().add_argument(action)
-
-    def _get_help_string(self, action):
-        if action.default is None or "default: " in action.help:
-            return action.help
-        return super()._get_help_string(action)
-
-
-def run(main, parse_args):
-    """main(parse_args()), and a UserError becomes `x.py: error: <sentence>` and exit status 2."""
-    try:
-        return main(parse_args())
-    except UserError as error:
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
 
 
 # ---------------------------------------------------------------- the language of plans

@@ -43,9 +43,10 @@ import torch
 
 import engine as E
 import lsm
+from cli import Help, UserError, count, run
 from make_data import ShareGpt, VlnEgo
 from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
-from reward import Help, UserError, count, parse_plan, run, write_plan
+from reward import parse_plan, write_plan
 from sim import ROBOTS
 
 

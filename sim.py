@@ -52,8 +52,9 @@ try:
 except ImportError as missing:  # --sim-python may name any Python
     sys.exit(f"{sys.executable}: {missing}; a simulator needs numpy and pillow there")
 
+from cli import Help, UserError, run
 from pool import SimDied, SimError, SimPool, address, addresses, gpu_list, read_key, serve, work
-from reward import FORWARD, LEFT, RIGHT, STOP, Help, UserError, run
+from reward import FORWARD, LEFT, RIGHT, STOP
 
 # ---------------------------------------------------------------- robots
 

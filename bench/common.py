@@ -44,9 +44,10 @@ if util.find_spec("torchvision") and not torch.version.cuda:
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import model  # noqa: E402
+from cli import Help  # noqa: E402
 from engine import learning_rate  # noqa: E402
 from make_data import VlnEgo  # noqa: E402
-from reward import Help, write_plan  # noqa: E402
+from reward import write_plan  # noqa: E402
 
 FRAME_PX = {"tiny": (84, 84), "2B": (480, 640), "7B": (480, 640)}       # height, width as recorded
 

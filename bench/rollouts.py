@@ -28,9 +28,9 @@ import torch  # noqa: E402
 from common import tell  # noqa: E402
 
 import grpo_online  # noqa: E402
+from cli import Help, run  # noqa: E402
 from evaluate import Walk, dialog_agent, walk_episodes  # noqa: E402
 from model import Thread  # noqa: E402
-from reward import Help, run  # noqa: E402
 
 
 def parse_args(argv=None):

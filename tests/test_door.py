@@ -25,7 +25,8 @@ import evaluate
 import make_data
 import pool
 import sim
-from reward import FORWARD, UserError
+from cli import UserError
+from reward import FORWARD
 
 KEY = b"k" * 20 + b"0123456789abcdef"
 STALL_S = 1

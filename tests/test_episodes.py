@@ -15,6 +15,7 @@ import sys
 import pytest
 
 import make_data
+from cli import UserError
 from episodes import (
     LANGUAGES,
     dataset_of,
@@ -27,7 +28,6 @@ from episodes import (
     verify,
     walked_turn_deg,
 )
-from reward import UserError
 from sim import ROBOTS, HouseSim
 from sim import record as record_walk
 

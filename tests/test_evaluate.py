@@ -20,9 +20,10 @@ import pytest
 
 import evaluate
 import houses
+from cli import UserError
 from evaluate import Walk, bootstrap, dtw, judge, ndtw, path_length, policy_agent, walk_episodes
 from lsm import pick_frames
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError, action_phrases
+from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases
 from sim import ROBOTS, SimDied, SimError, SimPool
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -656,7 +657,7 @@ def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_pat
 CHILD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import evaluate, test_evaluate
-from reward import run
+from cli import run
 evaluate.SimPool = test_evaluate.{pool}
 run(evaluate.main, lambda: evaluate.parse_args({argv!r}))
 """

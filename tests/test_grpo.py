@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 
 import engine
 import grpo
+from cli import UserError
 from grpo import group_advantages, grpo_loss
 from make_data import VlnEgo
 from model import NAV, load_policy, save_policy
-from reward import UserError, time_decayed_reward, write_plan
+from reward import time_decayed_reward, write_plan
 
 torch.set_num_threads(1)
 

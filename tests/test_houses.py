@@ -14,7 +14,8 @@ import trimesh
 
 import houses
 import sim as simulator
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError
+from cli import UserError
+from reward import FORWARD, LEFT, RIGHT, STOP
 
 R2R = Path(__file__).parents[2] / "shared/data/r2r_vlnce_v1-3_preprocessed/val_seen"
 TINY = ["--train-houses", "6", "--walks-per-house", "6", "--unseen-houses", "6",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import lsm
+from cli import UserError
 from lsm import MEMORIES, even, pick_frames
-from reward import UserError
 
 
 def random_settings(rng):

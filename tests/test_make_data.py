@@ -19,9 +19,9 @@ from PIL import Image
 
 import lsm
 import make_data
+from cli import UserError
 from episodes import read_episodes, read_ground_truth
 from make_data import ShareGpt, VlnEgo, window
-from reward import UserError
 from sim import HouseSim, SimDied, SimError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import model
+from cli import UserError
 from model import NAV, Policy, fit_pixels, load_policy, patchify, resize, save_policy, window_prompt
-from reward import UserError, write_plan
+from reward import write_plan
 
 torch.set_num_threads(1)
 NAV30 = dict(NAV, turn_deg=30)

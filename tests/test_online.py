@@ -20,10 +20,11 @@ from test_model import hf_inputs
 
 import grpo_online
 import sft
+from cli import UserError
 from evaluate import Walk, dialog_agent
 from make_data import Dialog, VlnEgo, merge_walk
 from model import DIALOG, load_policy, save_policy
-from reward import FORWARD, LEFT, STOP, UserError, merged_phrases, parse_answer
+from reward import FORWARD, LEFT, STOP, merged_phrases, parse_answer
 
 torch.set_num_threads(1)
 NAV30 = dict(DIALOG, turn_deg=30, dataset="houses")

@@ -119,7 +119,7 @@ def test_phrases_tell_the_robots_numbers():
 
 
 def test_a_user_error_is_a_sentence_and_exit_2():
-    code = ("from reward import UserError, run\n"
+    code = ("from cli import UserError, run\n"
             "def main(args): raise UserError('no house at data/x; run houses.py first')\n"
             "run(main, lambda: None)")
     root = Path(__file__).resolve().parents[1]

@@ -19,9 +19,9 @@ from conftest import ROOT
 
 import engine
 import sft
+from cli import UserError
 from make_data import VlnEgo
 from model import load_policy
-from reward import UserError
 
 torch.set_num_threads(1)
 TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",

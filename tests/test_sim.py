@@ -16,7 +16,8 @@ from scipy.sparse.csgraph import dijkstra
 
 import pool as pool_module
 import sim
-from reward import FORWARD, LEFT, RIGHT, STOP, UserError
+from cli import UserError
+from reward import FORWARD, LEFT, RIGHT, STOP
 
 ROBOT = dict(sim.ROBOTS["houses"], width=24, height=18)
 LIGHT = (0.75, 0.8, 0.55, 1.0, 0.9, 0.7)  # of the six faces, in the scene's order
