@@ -320,7 +320,7 @@ def consolidated(engine):
 # Flags that may change when a run is resumed: they touch no weight.
 FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every", "threads",
         "local_rank", "out", "device", "val_data", "deepspeed_config", "micro_tokens",
-        "sims", "sim_python", "sim_timeout", "sim_gpus", "sim_hosts", "sim_key", "retries",
+        "sims", "sim_python", "sim_command", "sim_timeout", "sim_gpus", "retries",
         "rollouts_every", "val_episodes",
         "gradient_checkpointing", "zero_stage", "dtype"}          # the last two: see made_by
 

@@ -67,7 +67,10 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from cli import Help, UserError, count, run
-from episodes import (
+from lsm import pick_frames
+from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
+from world import SimDied
+from world.episodes import (
     LANGUAGES,
     VLNCE_RADIUS_M,
     add_episode_args,
@@ -79,10 +82,16 @@ from episodes import (
     read_ground_truth,
     scenes_of,
 )
-from lsm import pick_frames
-from pool import SimDied, SimPool, addresses, gpu_list
-from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
-from sim import ROBOTS, add_robot_args, robot_from_args, visible_gpus, yaw_of
+from world.pool import SimPool
+from world.robots import (
+    ROBOTS,
+    add_robot_args,
+    add_simulator_args,
+    robot_from_args,
+    simulator_commands,
+    visible_gpus,
+    yaw_of,
+)
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -108,15 +117,7 @@ def parse_args(argv=None):
         "with --out FILE.json also write it, with the stages of minutes.jsonl beside that file")
 
     add = p.add_argument_group("simulator").add_argument
-    add("--sim", choices=("house", "habitat"), default="house")
-    add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
-    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
-    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
-        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
-    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
-    add("--sims", type=count, default=8, help="robots walking at once, a process each")
-    add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
-    add("--retries", type=int, default=2, help="times an episode is begun again after its sim died")
+    add_simulator_args(add, sims=8)
     add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, "
         "and refuse a difference above 1e-4; needs --sim habitat")
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
@@ -1014,13 +1015,14 @@ def prepare(args):
     episodes = spread(every, args.limit or len(every))
     scenes = args.scenes or scenes_of(source)
     robot = choose_robot(args, ckpt, nav, every[0])
-    if args.witness and (hidden or args.sim != "habitat" or args.sim_hosts or robot["turn_deg"] % 1
+    if args.witness and (hidden or args.sim != "habitat" or args.sim_command
+                         or robot["turn_deg"] % 1
                          or not shutil.which(args.sim_python or sys.executable)):
         raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, a "
                         "--sim-python that is there, the scenes on this machine, a split with "
                         "goals, and turns of whole degrees (habitat-lab knows no others)")
     check_episodes(episodes, truths, f"{source} ({args.split})")
-    if not args.sim_hosts:  # else its server is asked, later
+    if not args.sim_command:  # else the scenes may be elsewhere: the simulators are asked, later
         check_scenes(episodes, scenes)
     if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
         check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
@@ -1084,16 +1086,16 @@ def main(args):
         decide = load_agent(args, settings)
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
         gpus = args.sim_gpus
-        if not gpus and not args.sim_hosts and "LOCAL_RANK" in os.environ and visible_gpus():
+        if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
             gpus = [int(os.environ["LOCAL_RANK"])]
         look = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
-        with open(path, "a") as file, SimPool(args.sim, robot, scenes, sims, args.sim_python,
-                                              args.sim_timeout, gpus, args.sim_hosts,
-                                              args.sim_key) as pool, \
+        with open(path, "a") as file, SimPool(
+                args.sim, robot, scenes, sims, simulator_commands(args), args.sim_timeout,
+                gpus) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
-            if args.sim_hosts:
-                pool.require({episode["scene_id"] for episode in episodes})
+            if args.sim_command:
+                pool.hash_scenes({episode["scene_id"] for episode in episodes})
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       look, tally):
                 reference = truths and truths[walk.name]["locations"]

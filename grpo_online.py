@@ -72,16 +72,6 @@ import torch
 
 import engine as E
 from cli import Help, UserError, count, run
-from episodes import (
-    VLNCE_RADIUS_M,
-    add_episode_args,
-    check_scenes,
-    read_episodes,
-    read_ground_truth,
-    scenes_of,
-    turned,
-    yaw_deg,
-)
 from evaluate import (
     EPISODES,
     Walk,
@@ -97,9 +87,20 @@ from evaluate import (
 from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_reference, masked_mean
 from make_data import Dialog, drive
 from model import is_dialog, load_policy, save_policy
-from pool import SimDied, SimError, SimPool, addresses, gpu_list
 from reward import STOP
-from sim import add_robot_args, visible_gpus
+from world import SimDied, SimError
+from world.episodes import (
+    VLNCE_RADIUS_M,
+    add_episode_args,
+    check_scenes,
+    read_episodes,
+    read_ground_truth,
+    scenes_of,
+    turned,
+    yaw_deg,
+)
+from world.pool import SimPool
+from world.robots import add_robot_args, add_simulator_args, simulator_commands, visible_gpus
 
 
 def parse_args(argv=None):
@@ -116,17 +117,7 @@ def parse_args(argv=None):
     add("--draw", nargs="+", metavar="RUN", help="only draw the learning curves of these run "
         "folders (val/success over CPU minutes) into the picture --out X.png")
     add = p.add_argument_group("simulator").add_argument
-    add("--sim", choices=("house", "habitat"), default="house")
-    add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
-    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices; "
-        "default: a process's own")
-    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
-        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
-    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
-    add("--sims", type=count, default=8, help="robots walking at once, a simulator each, in every "
-        "process")
-    add("--sim-timeout", type=float, default=120, help="seconds of silence; then it is dead")
-    add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
+    add_simulator_args(add, sims=8)
     add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
     add_robot_args(add, "the checkpoint's")
     add = p.add_argument_group("rollout").add_argument
@@ -293,7 +284,7 @@ class World:
         self.scenes = args.scenes or scenes_of(source)
         self.robot = choose_robot(args, args.init, policy.nav, self.episodes[0])
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
-        if not args.sim_hosts:                             # else its server is asked, in open()
+        if not args.sim_command:                  # else the simulators are asked, in open()
             check_scenes(self.episodes, self.scenes)
         radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}
         if not args.success_m and len(radii) > 1:
@@ -303,12 +294,12 @@ class World:
 
     def open(self):
         args = self.args
-        own = ([int(os.environ.get("LOCAL_RANK", 0))] if visible_gpus() and not args.sim_hosts
+        own = ([int(os.environ.get("LOCAL_RANK", 0))] if visible_gpus() and not args.sim_command
                else None)
-        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims, args.sim_python,
-                            args.sim_timeout, args.sim_gpus or own, args.sim_hosts, args.sim_key)
-        if args.sim_hosts:
-            self.pool.require({episode["scene_id"] for episode in self.episodes})
+        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims,
+                            simulator_commands(args), args.sim_timeout, args.sim_gpus or own)
+        if args.sim_command:
+            self.pool.hash_scenes({episode["scene_id"] for episode in self.episodes})
         return self.pool
 
     def truth(self, episode):

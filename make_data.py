@@ -64,7 +64,18 @@ from PIL import Image
 
 import lsm
 from cli import Help, UserError, count, run
-from episodes import (
+from reward import (
+    FORWARD,
+    LEFT,
+    RIGHT,
+    STOP,
+    action_phrases,
+    merged_phrases,
+    parse_plan,
+    write_plan,
+)
+from world import SimDied
+from world.episodes import (
     VLNCE_RADIUS_M,
     add_episode_args,
     check_scenes,
@@ -81,18 +92,14 @@ from episodes import (
     walked_turn_deg,
     yaw_deg,
 )
-from pool import SimDied, SimPool, addresses, gpu_list
-from reward import (
-    FORWARD,
-    LEFT,
-    RIGHT,
-    STOP,
-    action_phrases,
-    merged_phrases,
-    parse_plan,
-    write_plan,
+from world.pool import SimPool
+from world.robots import (
+    ROBOTS,
+    add_robot_args,
+    add_simulator_args,
+    robot_from_args,
+    simulator_commands,
 )
-from sim import ROBOTS, add_robot_args, robot_from_args
 
 VERSION = 1  # of the layout above
 FRAME_BYTES = 54e3  # a 640x480 JPEG of quality 90: mean over the released walk's 65 frames
@@ -128,7 +135,6 @@ def parse_args(argv=None):
         "goals[].radius in the data (houses 1, R2R 3), 3 if it has none")
     add("--max-drift", type=float, default=0.25,
         help="metres between replay and ground truth; ours: a step. The same simulator has none")
-    add("--objects", action="store_true", help="also write what each frame shows (houses only)")
     add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
     add("--jpeg-quality", type=int, default=90, help="the released set has PIL's 75")
     add("--shard-walks", type=count, default=64, help="walks per zip: the unit of resumption")
@@ -136,18 +142,8 @@ def parse_args(argv=None):
     lsm.add_memory_args(add)  # for --export-sharegpt only: VLN-Ego itself holds whole walks
 
     add = p.add_argument_group("simulator").add_argument
-    add("--sim", choices=("house", "habitat"), default="house")
     add_robot_args(add, "that of the episodes' data set")
-    add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
-    add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices")
-    add("--sim-hosts", type=addresses, metavar="HOST:PORT,..",
-        help="take the simulators from these `sim.py --serve`, which say where the scenes are")
-    add("--sim-key", metavar="FILE", help="the key shared with them; default: $VLN_SIM_KEY")
-
-    add = p.add_argument_group("machine").add_argument
-    add("--sims", type=count, default=2, help="simulator processes; the files do not depend on it")
-    add("--sim-timeout", type=float, default=300.0, help="seconds for one walk; then it is dead")
-    add("--retries", type=int, default=2, help="times a walk is begun again after its sim died")
+    add_simulator_args(add, sims=2)
     return p.parse_args(argv)
 
 
@@ -399,7 +395,7 @@ def record_shard(name, walks, args, robot, out, threads):
     shard = Shard(out, name)
     for walk in walks:
         request = {k: walk[k] for k in ("episode", "actions", "noise", "seed", "waypoints")}
-        request |= {k: getattr(args, k) for k in ("horizon", "max_steps", "objects")}
+        request |= {k: getattr(args, k) for k in ("horizon", "max_steps")}
         for _ in range(1 + args.retries):                       # from its start: nothing is lost
             reply = yield "record", request
             if not isinstance(reply, SimDied):
@@ -419,7 +415,6 @@ def record_shard(name, walks, args, robot, out, threads):
                "poses": np.asarray(reply["poses"], dtype=float).round(6).tolist(),
                "distance_to_goal": round(reply["distance_to_goal"], 4), **drift}
         row |= {"labels": list(reply["labels"])} if walk["noise"] else {}
-        row |= {"objects": reply["objects"]} if args.objects else {}
         shard.add(row, threads.map(lambda f: encode(f, args.image_format, args.jpeg_quality),
                                    reply["frames"]), args.image_format)
     shard.commit()
@@ -809,12 +804,12 @@ def main(args):
             return verify_input(args, episodes, scenes, robot)
         truths = choose_expert(args, episodes, robot)
         walks, rows = plan_walks(episodes, truths, args)
-        if not args.sim_hosts:  # else its server is asked, later
+        if not args.sim_command:  # else the scenes may be elsewhere: the simulators are asked
             check_scenes(episodes, scenes)
         args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
         flags = ("split", "role", "languages", "sim", "expert", "waypoints", "noise",
                  "noise_copies", "horizon", "max_steps", "seed", "success_m", "max_drift",
-                 "image_format", "jpeg_quality", "objects", "shard_walks")
+                 "image_format", "jpeg_quality", "shard_walks")
     shards = make_shards(walks, args.shard_walks)
     settings = {k: getattr(args, k) for k in flags}
     settings["input_crc32"] = zlib.crc32(json.dumps(
@@ -832,10 +827,10 @@ def main(args):
     elif todo:
         sims = min(args.sims, len(todo))
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
-                SimPool(args.sim, robot, scenes, sims, args.sim_python, args.sim_timeout,
-                        args.sim_gpus, args.sim_hosts, args.sim_key) as pool:
-            if args.sim_hosts:
-                pool.require({walk["episode"]["scene_id"] for walk in walks})
+                SimPool(args.sim, robot, scenes, sims, simulator_commands(args),
+                        args.sim_timeout, args.sim_gpus) as pool:
+            if args.sim_command:
+                pool.hash_scenes({walk["episode"]["scene_id"] for walk in walks})
             drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
                                for name in todo))
 

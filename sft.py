@@ -47,7 +47,7 @@ from cli import Help, UserError, count, run
 from make_data import ShareGpt, VlnEgo
 from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
 from reward import parse_plan, write_plan
-from sim import ROBOTS
+from world.robots import ROBOTS
 
 
 def parse_args(argv=None):

@@ -83,7 +83,7 @@ def make_world(args):
     folders: all steps, and only those that see 17 frames."""
     houses = os.path.join(args.world, "houses")
     if not os.path.exists(os.path.join(houses, "train", "train_gt.json.gz")):
-        script("houses.py", "--out", houses, "--level", 3, "--train-houses", 4,
+        script("-m", "world.houses", "--out", houses, "--level", 3, "--train-houses", 4,
                "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 2)
     height, width = FRAME_PX[args.shape]
     ego = os.path.join(args.world, f"ego{width}x{height}")

@@ -22,8 +22,8 @@ from common import ROOT, in_turn, parser, tell
 import evaluate
 from lsm import pick_frames
 from model import load_policy, patchify, resize, window_prompt
-from pool import SimPool
 from reward import STOP, parse_control
+from world.pool import SimPool
 
 
 def parse_args(argv=None):

@@ -17,12 +17,13 @@ import time
 
 import numpy as np
 from common import ROOT, in_turn, parser, script, tell
+from episodes import read_episodes, read_ground_truth
 from PIL import Image
 
 import make_data
-from episodes import read_episodes, read_ground_truth
 from reward import STOP
-from sim import ROBOTS, HouseSim
+from world.house_sim import HouseSim
+from world.robots import ROBOTS
 
 
 def parse_args(argv=None):

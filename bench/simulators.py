@@ -26,11 +26,12 @@ import time
 
 import numpy as np
 from common import FRAME_PX, make_world, parser, spelling_policy, tell
-
 from episodes import read_episodes, read_ground_truth
+
 from evaluate import Walk, policy_agent, walk_episodes
 from model import load_policy, window_prompt
-from sim import ROBOTS, SimPool
+from world.pool import SimPool
+from world.robots import ROBOTS
 
 LAB = """
 import json, os, sys, time
@@ -94,7 +95,8 @@ def record_all(pool, sims, jobs):
 def workers(args, robot, scenes, jobs):
     rates, equal, first = {}, True, None
     for sims in (1, 2, 4):
-        with SimPool(args.sim, robot, scenes, sims, args.sim_python) as pool:
+        with SimPool(args.sim, robot, scenes, sims, args.sim_python and [
+                [args.sim_python, "-m", "world.worker"]]) as pool:
             record_all(pool, sims, jobs[:1])                            # load, compile
             found = [record_all(pool, sims, jobs) for _ in range(args.repeats)]
         rates[sims] = [rate for rate, _ in found]
@@ -129,7 +131,8 @@ def overlap(args, robot, scenes, episodes):
     def walk_all(decide, sims):
         spent = {"deciding_s": 0.0}
         walks = [Walk(e, e["instruction"]["instruction_text"]) for e in episodes]
-        with SimPool(args.sim, robot, scenes, sims, args.sim_python) as pool:
+        with SimPool(args.sim, robot, scenes, sims, args.sim_python and [
+                [args.sim_python, "-m", "world.worker"]]) as pool:
             for i in range(sims):                                     # load, compile
                 pool.submit(i, "reset", episode=episodes[0])
             for i in range(sims):

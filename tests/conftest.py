@@ -22,8 +22,8 @@ def ego(tmp_path_factory):
     """A VLN-Ego folder recorded in two tiny houses, by the project's own scripts; the houses lie
     in ../../houses."""
     root = tmp_path_factory.mktemp("ego")
-    script("houses.py", "--out", root / "houses", "--train-houses", 2, "--walks-per-house", 4,
-           "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 1)
+    script("-m", "world.houses", "--out", root / "houses", "--train-houses", 2,
+           "--walks-per-house", 4, "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 1)
     script("make_data.py", "--episodes", root / "houses", "--out", root / "ego", "--sims", 1)
     return str(root / "ego" / "train")
 

@@ -111,7 +111,7 @@ def test_a_run_is_not_resumed_with_other_flags(ego, tmp_path):
 
 
 @pytest.mark.parametrize("command", [
-    ["houses.py", "--train-houses", 1], ["make_data.py"], ["sft.py", "--model", "tiny"],
+    ["-m", "world.houses", "--train-houses", 1], ["make_data.py"], ["sft.py", "--model", "tiny"],
     ["evaluate.py", "--agent", "stop"]])
 def test_a_folder_that_cannot_be_written(ego, command):
     root = os.path.join(ego, "..", "..")

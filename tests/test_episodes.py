@@ -16,7 +16,7 @@ import pytest
 
 import make_data
 from cli import UserError
-from episodes import (
+from world.episodes import (
     LANGUAGES,
     dataset_of,
     language_list,
@@ -28,8 +28,9 @@ from episodes import (
     verify,
     walked_turn_deg,
 )
-from sim import ROBOTS, HouseSim
-from sim import record as record_walk
+from world.house_sim import HouseSim
+from world.robots import ROBOTS
+from world.worker import record as record_walk
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL = os.path.join(ROOT, "..", "shared", "data", "r2r_vlnce_v1-3_preprocessed")
@@ -273,9 +274,10 @@ def test_verify_on_the_real_val_seen(tmp_path):
 def houses_at_15(tmp_path_factory):
     """One house whose ground truth was walked by a robot that turns 15 degrees, as R2R's was."""
     folder = tmp_path_factory.mktemp("houses15")
-    subprocess.run([sys.executable, "houses.py", "--out", str(folder), "--train-houses", "1",
-                    "--walks-per-house", "6", "--unseen-houses", "1", "--val-episodes", "1",
-                    "--jobs", "1"], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "world.houses", "--out", str(folder),
+                    "--train-houses", "1", "--walks-per-house", "6", "--unseen-houses", "1",
+                    "--val-episodes", "1", "--jobs", "1"],
+                   cwd=ROOT, check=True, capture_output=True)
     sim, truths = HouseSim(dict(ROBOTS["houses"], turn_deg=15), f"{folder}/scenes"), {}
     for episode in read_episodes(folder, "train"):
         walked = record_walk(sim, episode)

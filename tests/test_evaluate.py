@@ -19,12 +19,13 @@ import numpy as np
 import pytest
 
 import evaluate
-import houses
 from cli import UserError
 from evaluate import Walk, bootstrap, dtw, judge, ndtw, path_length, policy_agent, walk_episodes
 from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases
-from sim import ROBOTS, SimDied, SimError, SimPool
+from world import SimDied, SimError, houses
+from world.pool import SimPool
+from world.robots import ROBOTS
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 PHRASES = action_phrases(30, 0.25)
@@ -53,8 +54,8 @@ class FakePool:
     "distance" (what state() reports instead of the truth).
     """
 
-    def __init__(self, kind, robot, scenes_dir, sims=2, sim_python=None, timeout_s=120,
-                 gpus=None, hosts=None, key_file=None, seed=0):
+    def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120,
+                 gpus=None, seed=0):
         self.dice, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
         self.place = {}
 

@@ -16,10 +16,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, script
 
-import sim
 from reward import FORWARD, STOP
+from world import SimError
+from world.house_sim import HouseSim
+from world.pool import SimPool
+from world.robots import ROBOTS, rotation_of
 
-ROBOT = sim.ROBOTS["houses"]
+ROBOT = ROBOTS["houses"]
 HOUSES, POSES = 10, 6
 
 
@@ -27,7 +30,7 @@ HOUSES, POSES = 10, 6
 def houses(tmp_path_factory):
     """Ten unseen houses with ten walks each -> folder, episodes, ground truth."""
     root = tmp_path_factory.mktemp("habitat") / "houses"
-    script("houses.py", "--out", root, "--train-houses", 1, "--walks-per-house", 4,
+    script("-m", "world.houses", "--out", root, "--train-houses", 1, "--walks-per-house", 4,
            "--val-episodes", 100, "--unseen-houses", HOUSES, "--jobs", 1)
     with gzip.open(root / "val_unseen/val_unseen.json.gz") as file:
         episodes = json.load(file)["episodes"]
@@ -37,7 +40,8 @@ def houses(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def habitat(houses, habitat_python):
-    with sim.SimPool("habitat", ROBOT, houses[0] / "scenes", 1, habitat_python) as pool:
+    with SimPool("habitat", ROBOT, houses[0] / "scenes", 1,
+                 [[habitat_python, "-m", "world.worker"]]) as pool:
         def ask(verb, **arguments):
             pool.submit(0, verb, **arguments)
             return pool.wait(0)
@@ -46,7 +50,7 @@ def habitat(houses, habitat_python):
 
 @pytest.fixture(scope="module")
 def ours(houses):
-    return sim.HouseSim(ROBOT, houses[0] / "scenes")
+    return HouseSim(ROBOT, houses[0] / "scenes")
 
 
 def somewhere(ours, episodes):
@@ -55,9 +59,9 @@ def somewhere(ours, episodes):
     for scene in sorted({episode["scene_id"] for episode in episodes}):
         ours.load(scene)
         for i in range(POSES):
-            start, *goals = (ours.somewhere(rng) for _ in range(3))
+            start, *goals = (ours.random_point(rng) for _ in range(3))
             yield {"episode_id": i, "scene_id": scene, "start_position": start,
-                   "start_rotation": sim.rotation_of(rng.uniform(-math.pi, math.pi)),
+                   "start_rotation": rotation_of(rng.uniform(-math.pi, math.pi)),
                    "goals": [{"position": goal} for goal in goals]}
 
 
@@ -109,8 +113,9 @@ def test_no_way_leads_onto_the_roof(houses, habitat_python):
     code = f"""if True:
         import json, sys
         sys.path.insert(0, {ROOT!r})
-        import sim
-        world, told = sim.HabitatSim(sim.ROBOTS["houses"], {str(houses[0] / "scenes")!r}), []
+        from world.habitat_sim import HabitatSim
+        from world.robots import ROBOTS
+        world, told = HabitatSim(ROBOTS["houses"], {str(houses[0] / "scenes")!r}), []
         for scene in {scenes!r}:
             world.load(scene)
             finder, way = world.sim.pathfinder, world.habitat.ShortestPath()
@@ -130,7 +135,7 @@ def test_no_way_leads_onto_the_roof(houses, habitat_python):
 
 
 def test_check_finds_what_is_there(houses, habitat_python):
-    told = script("sim.py", "--check", "--sim", "habitat", "--sim-python", habitat_python,
+    told = script("-m", "world.check", "--sim", "habitat", "--sim-python", habitat_python,
                   "--scenes", houses[0] / "scenes").stdout
     print(told)
     assert "gl_device" in told and "navmesh" in told and told.endswith("ready\n")
@@ -175,11 +180,12 @@ def test_a_damaged_scene_or_navmesh_costs_its_own_episodes_only(houses, habitat_
     os.truncate(tmp_path / scenes[0], 20000)
     (tmp_path / scenes[1]).with_suffix(".navmesh").write_bytes(bytes(100))
     one_of = [next(e for e in episodes if e["scene_id"] == scene) for scene in scenes]
-    with sim.SimPool("habitat", ROBOT, tmp_path, 1, habitat_python) as pool:
+    with SimPool("habitat", ROBOT, tmp_path, 1,
+                 [[habitat_python, "-m", "world.worker"]]) as pool:
         for episode, problem in zip(one_of, ("copy it again", "navmesh: habitat-sim cannot", None)):
             pool.submit(0, "reset", episode=episode)
             _, reply = pool.wait_any()
-            assert isinstance(reply, sim.SimError) == bool(problem), reply
+            assert isinstance(reply, SimError) == bool(problem), reply
             assert not problem or problem in str(reply)
 
 

@@ -20,9 +20,10 @@ from PIL import Image
 import lsm
 import make_data
 from cli import UserError
-from episodes import read_episodes, read_ground_truth
 from make_data import ShareGpt, VlnEgo, window
-from sim import HouseSim, SimDied, SimError
+from world import SimDied, SimError
+from world.episodes import read_episodes, read_ground_truth
+from world.house_sim import HouseSim
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NAV = {"turn_deg": 30, "forward_m": 0.25, "horizon": 6,
@@ -56,7 +57,7 @@ class FakePool:
     """SimPool's three methods over dead_reckon. Replies in a random order; dies when told to."""
     turn_deg, distance, drift = 30, 0.1, 0.0
 
-    def __init__(self, kind, robot, scenes_dir, sims, sim_python, timeout_s, *more):
+    def __init__(self, kind, robot, scenes_dir, sims, commands, timeout_s, *more):
         self.jobs, self.random = {}, random.Random(sims)
 
     def __enter__(self):
@@ -65,8 +66,7 @@ class FakePool:
     def __exit__(self, *error):
         pass
 
-    def submit(self, i, verb, episode, actions, noise, seed, waypoints, horizon, max_steps,
-               objects):
+    def submit(self, i, verb, episode, actions, noise, seed, waypoints, horizon, max_steps):
         assert verb == "record" and i not in self.jobs, "one outstanding request per simulator"
         self.jobs[i] = (episode, actions, noise)
 
@@ -435,7 +435,7 @@ def test_sharegpt_bad_records(tmp_path):
 @pytest.fixture(scope="module")
 def houses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("houses")
-    subprocess.run([sys.executable, "houses.py", "--out", str(folder), "--level", "1",
+    subprocess.run([sys.executable, "-m", "world.houses", "--out", str(folder), "--level", "1",
                     "--train-houses", "2", "--walks-per-house", "12", "--unseen-houses", "1",
                     "--val-episodes", "2", "--jobs", "1"], cwd=ROOT, check=True, timeout=120,
                    capture_output=True)

@@ -14,9 +14,9 @@ from scipy.ndimage import map_coordinates
 import lsm
 import make_data
 from cli import UserError
-from episodes import check_turn_deg, heading_fit, read_episodes, read_ground_truth
 from make_data import ShareGpt, VlnEgo, window
 from reward import FORWARD, LEFT, RIGHT, STOP
+from world.episodes import check_turn_deg, heading_fit, read_episodes, read_ground_truth
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DATA = os.path.join(ROOT, "..", "shared", "data")

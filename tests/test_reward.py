@@ -120,11 +120,11 @@ def test_phrases_tell_the_robots_numbers():
 
 def test_a_user_error_is_a_sentence_and_exit_2():
     code = ("from cli import UserError, run\n"
-            "def main(args): raise UserError('no house at data/x; run houses.py first')\n"
+            "def main(args): raise UserError('no house at data/x; run world.houses first')\n"
             "run(main, lambda: None)")
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr.endswith("error: no house at data/x; run houses.py first\n")
+    assert done.stderr.endswith("error: no house at data/x; run world.houses first\n")
     assert "Traceback" not in done.stderr

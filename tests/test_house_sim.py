@@ -1,11 +1,7 @@
-"""sim.py: pictures, distances, motion and the pool, each against something simpler than itself."""
+"""world/house_sim.py and the expert walks of world/worker.py: pictures, distances and motion, each
+against something simpler than itself."""
 import math
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
@@ -14,12 +10,12 @@ from PIL import Image
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import dijkstra
 
-import pool as pool_module
-import sim
-from cli import UserError
 from reward import FORWARD, LEFT, RIGHT, STOP
+from world import SimError, house_sim
+from world.robots import ROBOTS, rotation_of, yaw_of
+from world.worker import record
 
-ROBOT = dict(sim.ROBOTS["houses"], width=24, height=18)
+ROBOT = dict(ROBOTS["houses"], width=24, height=18)
 LIGHT = (0.75, 0.8, 0.55, 1.0, 0.9, 0.7)  # of the six faces, in the scene's order
 UV = ((2, 1), (0, 2), (0, 1))  # texture axes of x-, y- and z-faces
 
@@ -92,13 +88,13 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def house(scenes):
-    simulator = sim.HouseSim(ROBOT, scenes)
+    simulator = house_sim.HouseSim(ROBOT, scenes)
     simulator.reset(EPISODE)
     return simulator
 
 
 def random_pose(house, rng):
-    return house.somewhere(rng) + sim.rotation_of(rng.uniform(-math.pi, math.pi))
+    return house.random_point(rng) + rotation_of(rng.uniform(-math.pi, math.pi))
 
 
 # ---------------------------------------------------------------- poses and motion
@@ -114,20 +110,20 @@ def test_the_identity_looks_along_minus_z_and_left_is_positive_yaw(house):
     house.act(FORWARD)
     assert np.allclose(house.state()["position"], [-3.25, 0, -0.25])
     house.act(RIGHT)
-    assert math.degrees(sim.yaw_of(house.state()["rotation"])) == pytest.approx(60)
+    assert math.degrees(yaw_of(house.state()["rotation"])) == pytest.approx(60)
     with pytest.raises(ValueError, match="not a motion"):
         house.act(STOP)
 
 
 def test_sliding_keeps_what_goes_along_the_wall(house):
     beside = [-4 + 0.18 + 0.05, 0, 0]  # 5 cm of room before the west wall
-    house.set_pose(beside, sim.rotation_of(math.radians(60)))
+    house.set_pose(beside, rotation_of(math.radians(60)))
     assert house.act(FORWARD)
     x, _, z = house.state()["position"]
     assert (x, z) == pytest.approx((-3.82, -0.25 * math.cos(math.radians(60))), abs=1e-3)
 
     house.robot = dict(ROBOT, sliding=False)
-    house.set_pose(beside, sim.rotation_of(math.radians(60)))
+    house.set_pose(beside, rotation_of(math.radians(60)))
     assert house.act(FORWARD) and house.state()["collided"]
     x, _, z = house.state()["position"]
     assert (x, z) == pytest.approx((-3.82, -0.05 / math.tan(math.radians(60))), abs=1e-3)
@@ -201,7 +197,7 @@ def test_geodesics_are_those_of_a_fine_grid_and_paths_are_as_long_as_they_say(ho
 def test_geodesics_are_symmetric_and_the_nearest_goal_counts(house):
     rng = np.random.default_rng(2)
     for _ in range(30):
-        a, b = house.somewhere(rng), house.somewhere(rng)
+        a, b = house.random_point(rng), house.random_point(rng)
         house.set_pose(a, [0, 0, 0, 1])
         there, nearest = house.geodesic([b]), house.geodesic([b, [-3, 0, -1]])
         assert nearest == min(there, house.geodesic([[-3, 0, -1]]))
@@ -210,13 +206,13 @@ def test_geodesics_are_symmetric_and_the_nearest_goal_counts(house):
 
 
 def test_a_goal_without_a_way_is_infinitely_far_and_said_so(scenes):
-    house = sim.HouseSim(ROBOT, scenes)
+    house = house_sim.HouseSim(ROBOT, scenes)
     for place in ([30, 0, 0], [-2.1, 0, 0.95]):  # outside of the house; in the middle of the table
         house.reset(dict(EPISODE, goals=[{"position": place}]))
         assert house.state()["distance_to_goal"] == math.inf and house.path(place) == []
-        with pytest.raises(sim.SimError, match="no way to the goal"):
+        with pytest.raises(SimError, match="no way to the goal"):
             house.expert_action()
-    with pytest.raises(sim.SimError, match="two.glb.*inside an obstacle"):
+    with pytest.raises(SimError, match="two.glb.*inside an obstacle"):
         house.reset(dict(EPISODE, start_position=[-2.1, 0, 0.95]))
     house.reset({key: EPISODE[key] for key in EPISODE if key != "goals"})
     assert house.state()["distance_to_goal"] is None
@@ -224,12 +220,12 @@ def test_a_goal_without_a_way_is_infinitely_far_and_said_so(scenes):
 
 @pytest.mark.parametrize("turn_deg, sliding", [(30, True), (30, False), (15, True), (15, False)])
 def test_the_expert_arrives_by_a_short_way_and_never_dithers(scenes, turn_deg, sliding):
-    house = sim.HouseSim(dict(ROBOT, turn_deg=turn_deg, sliding=sliding), scenes)
+    house = house_sim.HouseSim(dict(ROBOT, turn_deg=turn_deg, sliding=sliding), scenes)
     house.load(SCENE_ID)
     rng = np.random.default_rng(3)
     spl = []
     while len(spl) < 25:
-        start, goal = random_pose(house, rng), house.somewhere(rng)
+        start, goal = random_pose(house, rng), house.random_point(rng)
         house.reset(dict(EPISODE, start_position=start[:3], start_rotation=start[3:],
                          goals=[{"position": goal}]))
         metres, walked, actions = house.geodesic([goal]), 0.0, ""
@@ -285,7 +281,7 @@ def test_the_picture_is_that_of_one_ray_per_pixel(house, hfov_deg):
     views = house.render(poses)
     assert views.shape == (5, 18, 24, 3) and views.dtype == np.uint8
     for pose, view in zip(poses, views):
-        slow = slow_picture(house.scene, np.array(pose[:3]) + [0, 1.25, 0], sim.yaw_of(pose[3:]),
+        slow = slow_picture(house.scene, np.array(pose[:3]) + [0, 1.25, 0], yaw_of(pose[3:]),
                             24, 18, hfov_deg)
         assert (view != slow).any(axis=-1).mean() < 0.006  # a ray on an edge may fall off it
         house.set_pose(pose[:3], pose[3:])
@@ -299,29 +295,6 @@ def test_colours_are_vertex_colour_times_texture(house):
     wall = np.array([int(v * LIGHT[4]) for v in (200, 190, 160)])
     grey = middle[:, :1] / wall[0] * 255
     assert (abs(middle - wall * grey / 255) <= 1.0).all() and (grey >= 149).all()
-
-
-def test_supersampling_averages_the_larger_picture(house):
-    large = house.robot = dict(ROBOT, width=48, height=36)
-    pose = [[-1, 0, 0.3] + sim.rotation_of(-1.2)]
-    expected = house.render(pose).reshape(18, 2, 24, 2, 3).mean(axis=(1, 3))
-    house.robot = dict(large, width=24, height=18, supersample=2)
-    assert abs(house.render(pose)[0] - expected).max() <= 0.5
-
-
-def test_objects_are_named_with_their_side_and_distance(house):
-    house.robot = dict(ROBOT, width=112, height=84)
-    house.set_pose([-1.2, 0, 0.0], sim.rotation_of(math.radians(-90)))  # in the door's line, to +x
-    seen = {thing["name"]: thing for thing in house.objects()}
-    assert set(seen) == {"red sofa", "pink room"}  # its own room and the table behind are not
-    sofa = seen["red sofa"]
-    assert sofa["kind"] == "object" and seen["pink room"]["kind"] == "room"
-    assert abs(sofa["bearing_deg"]) < 5 and 2.6 < sofa["distance_m"] < 3.5
-    house.act(RIGHT)
-    turned = {thing["name"]: thing for thing in house.objects()}["red sofa"]
-    assert turned["bearing_deg"] == pytest.approx(sofa["bearing_deg"] + 30, abs=4)
-    pixels = (house.observe().astype(int) @ [1, -1, -1] > 0).mean()  # red ones
-    assert turned["share"] == pytest.approx(pixels, abs=0.003)
 
 
 def test_the_plan_shows_walls_doors_and_furniture_where_they_are(house):
@@ -349,7 +322,7 @@ def test_the_reader_gives_back_the_boxes(house):
 
 def test_a_damaged_scene_is_refused_in_a_sentence(scenes, tmp_path):
     data = open(os.path.join(scenes, SCENE_ID), "rb").read()
-    house = sim.HouseSim(ROBOT, str(tmp_path))
+    house = house_sim.HouseSim(ROBOT, str(tmp_path))
     triangle = trimesh.Scene(trimesh.creation.icosphere(1))
     for name, content, sentence in (
             ("missing", None, "no such scene"), ("half", data[:len(data) // 2], "truncated"),
@@ -358,7 +331,7 @@ def test_a_damaged_scene_is_refused_in_a_sentence(scenes, tmp_path):
             ("ball", triangle.export(file_type="glb"), "not a house of houses.py")):
         if content is not None:
             (tmp_path / f"{name}.glb").write_bytes(content)
-        with pytest.raises(sim.SimError, match=f"{name}.glb.*{sentence}"):
+        with pytest.raises(SimError, match=f"{name}.glb.*{sentence}"):
             house.reset(dict(EPISODE, scene_id=f"{name}.glb"))
 
 
@@ -366,7 +339,7 @@ def test_a_damaged_scene_is_refused_in_a_sentence(scenes, tmp_path):
 
 
 def test_a_recorded_walk_is_what_was_seen_and_done(house):
-    walk = sim.record(house, EPISODE)
+    walk = record(house, EPISODE)
     assert walk["actions"][-1] == STOP and STOP not in walk["actions"][:-1]
     assert len(walk["frames"]) == len(walk["poses"]) == len(walk["actions"])
     assert walk["labels"] is None and walk["distance_to_goal"] < 0.25
@@ -375,27 +348,26 @@ def test_a_recorded_walk_is_what_was_seen_and_done(house):
         assert (house.observe() == frame).all()  # the view BEFORE the action
         if action != STOP:
             house.act(action)
-    again = sim.record(house, EPISODE, actions=walk["actions"])
+    again = record(house, EPISODE, actions=walk["actions"])
     assert (again["frames"] == walk["frames"]).all() and again["poses"] == walk["poses"]
-    with pytest.raises(sim.SimError, match="stop midway"):
-        sim.record(house, EPISODE, actions=[1, 0, 1, 0])
-    with pytest.raises(sim.SimError, match="did not stop within 5"):
-        sim.record(house, EPISODE, max_steps=5)
+    with pytest.raises(SimError, match="stop midway"):
+        record(house, EPISODE, actions=[1, 0, 1, 0])
+    with pytest.raises(SimError, match="did not stop within 5"):
+        record(house, EPISODE, max_steps=5)
 
 
 def test_the_walk_goes_by_the_waypoints(house):
     way = [[-3, 0, 1.5], [3.2, 0, 0.2]]
-    poses = np.array(sim.record(house, EPISODE, waypoints=way)["poses"])[:, :3]
+    poses = np.array(record(house, EPISODE, waypoints=way)["poses"])[:, :3]
     assert np.linalg.norm(poses - way[0], axis=1).min() < 0.25
     assert np.linalg.norm(poses[-1] - way[1]) < 0.25
 
 
-def test_labels_of_a_stumbling_walk_are_what_the_expert_would_do_there(house):
-    walk = sim.record(house, EPISODE, noise=0.15, seed=5, objects=True)
-    assert walk == walk | sim.record(house, EPISODE, noise=0.15, seed=5) | {
-        key: walk[key] for key in ("frames", "objects")}
+def test_labels_of_a_perturbed_walk_are_what_the_expert_would_do_there(house):
+    walk = record(house, EPISODE, noise=0.15, seed=5)
+    assert walk == walk | record(house, EPISODE, noise=0.15, seed=5) | {
+        "frames": walk["frames"]}
     assert 3 < walk["labels"].count("") < len(walk["labels"]) / 2
-    assert len(walk["objects"]) == len(walk["actions"])
     for pose, label in zip(walk["poses"], walk["labels"]):
         house.set_pose(pose[:3], pose[3:])
         plan = ""
@@ -405,183 +377,3 @@ def test_labels_of_a_stumbling_walk_are_what_the_expert_would_do_there(house):
             if action != STOP:
                 house.act(action)
         assert plan == label
-
-
-# ---------------------------------------------------------------- the pool
-
-
-@pytest.fixture
-def pool(scenes):
-    with sim.SimPool("house", ROBOT, scenes, sims=2, timeout_s=30) as pool:
-        yield pool
-
-
-def test_the_pool_says_what_one_simulator_says(pool, house):
-    pool.submit(0, "reset", episode=EPISODE)
-    pool.submit(1, "record", episode=EPISODE, noise=0.1, seed=1)
-    assert pool.wait_any(0) is None                            # a house takes longer to load
-    answers = dict([pool.wait_any(), pool.wait_any(60)])
-    house.reset(EPISODE)
-    assert (answers[0]["frame"] == house.observe()).all()
-    assert answers[0]["state"] == house.state()
-    expected = sim.record(house, EPISODE, noise=0.1, seed=1)
-    assert (answers[1].pop("frames") == expected.pop("frames")).all() and answers[1] == expected
-
-    house.reset(EPISODE)
-    pool.submit(0, "step", actions=[RIGHT, RIGHT, FORWARD])
-    step = pool.wait(0)
-    for action, frame, state in zip([RIGHT, RIGHT, FORWARD], step["frames"], step["states"]):
-        house.act(action)
-        assert (frame == house.observe()).all() and state == house.state()
-    goal = EPISODE["goals"][0]["position"]
-    for verb, arguments, expected in (
-            ("expert", {}, {"action": house.expert_action()}),
-            ("distance", {"goals": [goal]}, {"distance": house.geodesic([goal])}),
-            ("path", {"goal": goal}, {"points": house.path(goal)}),
-            ("distance", {"goals": [[30, 0, 0]]}, {"distance": math.inf}),
-            ("objects", {}, {"objects": house.objects()})):
-        pool.submit(0, verb, **arguments)
-        assert pool.wait(0) == expected
-    pool.submit(0, "topdown")
-    assert (pool.wait(0)["image"] == house.topdown()[0]).all()
-
-
-def test_a_bad_episode_is_the_episodes_fault_and_a_bug_is_a_bug(pool):
-    bad = dict(EPISODE, scene_id="houses/none/none.glb")
-    pool.submit(0, "reset", episode=bad)
-    with pytest.raises(sim.SimError, match="none.glb.*no such scene"):
-        pool.wait(0)
-    pool.submit(0, "reset", episode=bad)
-    i, error = pool.wait_any()
-    assert i == 0 and isinstance(error, sim.SimError)
-    pid = pool.workers[0].process.pid
-    pool.submit(0, "step", actions=[STOP])
-    with pytest.raises(RuntimeError, match="(?s)'step'.*ValueError.*not a motion"):
-        pool.wait(0)
-    pool.submit(0, "reset", episode=EPISODE, frame=False)
-    assert "frame" not in pool.wait(0) and pool.workers[0].process.pid == pid
-
-
-def test_killed_and_hung_simulators_are_noticed_named_and_restarted(pool):
-    for i in range(2):
-        pool.submit(i, "reset", episode=EPISODE)
-        pool.wait(i)
-    killed, hung = (worker.process.pid for worker in pool.workers)
-
-    os.kill(killed, signal.SIGKILL)  # while idle: its next user hears of it, once
-    pool.submit(0, "step", actions=[FORWARD])
-    with pytest.raises(sim.SimDied, match=f"simulator 0 .process {killed}.*SIGKILL.*'step'"):
-        pool.wait(0)
-
-    pool.timeout_s = 1.5
-    os.kill(hung, signal.SIGSTOP)
-    pool.submit(1, "step", actions=[FORWARD])
-    pool.timeout_s = 30
-    pool.submit(0, "reset", episode=EPISODE)
-    answers = dict([pool.wait_any(), pool.wait_any()])  # the healthy one is served meanwhile
-    assert "frame" in answers[0]
-    assert isinstance(answers[1], sim.SimDied)
-    assert f"simulator 1 (process {hung}) gave no answer in 1.5 s" in str(answers[1])
-    for pid in (killed, hung):
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    pool.submit(1, "reset", episode=EPISODE)
-    assert pool.wait(1)["state"]["position"] == [-3.0, 0.0, -1.0]
-
-
-def test_a_simulator_that_dies_while_another_is_awaited_is_reported_to_its_own_user(pool):
-    pool.submit(0, "reset", episode=EPISODE)
-    pool.wait(0)
-    os.kill(pool.workers[0].process.pid, signal.SIGKILL)
-    time.sleep(0.2)
-    pool.submit(1, "record", episode=EPISODE)
-    assert len(pool.wait(1)["actions"]) > 10
-    pool.submit(0, "step", actions=[FORWARD])  # its state is gone: this must not be answered
-    i, error = pool.wait_any()
-    assert i == 0 and isinstance(error, sim.SimDied)
-
-
-def worker_that(does, scenes):
-    """A worker with one more verb, in a process that runs `does` first."""
-    ours, theirs = socket.socketpair()
-    code = f"import sim; {does}; sim.work(sim.SIMULATORS, sim.VERBS, {str(scenes)!r})"
-    with theirs:
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=os.path.dirname(sim.__file__),
-                                   stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL)
-    worker = pool_module.Worker(ours, "process", process)
-    worker.send({"verb": "start", "kind": "house", "robot": ROBOT, "gpu": None})
-    return worker
-
-
-def test_what_libraries_print_does_not_reach_the_answers(scenes):
-    chatty = "import os; sim.VERBS['chat'] = lambda s: os.system('echo hello') or print('hi') or {}"
-    worker = worker_that(chatty, scenes)
-    worker.send({"verb": "chat"})
-    answers = []
-    while len(answers) < 2:
-        message = worker.receive()
-        answers += [] if message is None else [message]
-    assert answers == [{"pid": worker.process.pid}, {}]
-    worker.line.close()
-    assert worker.process.wait(10) == 0
-
-
-def test_a_worker_ends_with_its_parent_even_while_it_is_busy(scenes):
-    busy = "import time; sim.VERBS['sleep'] = lambda s: time.sleep(600)"
-    worker = worker_that(busy, scenes)
-    while worker.receive() is None:
-        pass
-    worker.send({"verb": "sleep"})
-    time.sleep(0.2)
-    worker.line.close()
-    assert worker.process.wait(10) == 0
-
-
-def test_messages_survive_being_cut_anywhere():
-    rng = np.random.default_rng(6)
-    sent = [{"verb": "x", "far": math.inf, "n": k, "frames": rng.integers(0, 255, (k, 3, 2, 3),
-                                                                     dtype=np.uint8),
-             "empty": np.zeros((0, 4))} for k in range(4)]
-    stream, data, got = b"".join(map(pool_module.encode, sent)), bytearray(), []
-    while stream:
-        cut = int(rng.integers(1, 40))
-        data += stream[:cut]
-        stream = stream[cut:]
-        while True:
-            message, used = pool_module.decode(data)
-            del data[:used]
-            if message is None:
-                break
-            got.append(message)
-    assert len(got) == 4 and not data
-    for a, b in zip(sent, got):
-        assert set(a) == set(b) and (a["frames"] == b["frames"]).all()
-        assert b["frames"].dtype == np.uint8 and b["far"] == math.inf and b["n"] == a["n"]
-
-
-# ---------------------------------------------------------------- the command, and habitat
-
-
-def command(*flags):
-    return subprocess.run([sys.executable, sim.__file__, *flags], capture_output=True, text=True,
-                          timeout=60)
-
-
-def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_path):
-    done = command("--check", "--scenes", scenes)
-    assert done.returncode == 0 and done.stdout.rstrip().endswith("ready"), done.stderr
-    done = command("--check", "--scenes", str(tmp_path))
-    assert done.returncode == 2 and "houses.py" in done.stderr
-    done = command("--check", "--scenes", scenes, "--sim-python", "/no/such/python")
-    assert done.returncode == 2 and "--sim-python /no/such/python" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_without_habitat_the_conda_line_is_given(scenes):
-    try:
-        import habitat_sim  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match="(?s)habitat_sim does not import.*conda create"):
-            sim.SimPool("habitat", ROBOT, scenes, sims=1)
-    else:
-        pytest.skip("habitat_sim is here, so it cannot be missed")

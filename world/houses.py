@@ -23,8 +23,8 @@ to the middle of the named thing comes within half a metre of it: "walk up to it
 the words say and what the goal asks. Walks that need no turn at the start are halved, or else
 walking straight on and stopping after the usual distance would arrive too often.
 
-Run it   python houses.py                                   # 500 houses, 4000 walks: the demo's
-         python houses.py --level 3 --train-houses 200 --out data/houses3
+Run it   python -m world.houses                              # 500 houses, 4000 walks: the demo's
+         python -m world.houses --level 3 --train-houses 200 --out data/houses3
 Reads    nothing
 Writes   <out>/scenes/houses/<name>/<name>.glb              one scene per house, about 45 kB
          <out>/<split>/<split>.json.gz, <split>_gt.json.gz  train, val_seen (train's houses, new
@@ -66,9 +66,10 @@ import trimesh
 from PIL import Image
 from tqdm import tqdm
 
-import sim as simulator
 from cli import Help, UserError, run
 from reward import FORWARD, LEFT, RIGHT, STOP
+from world import house_sim as simulator
+from world.robots import ROBOTS, rotation_of
 
 SPLITS = ("train", "val_seen", "val_unseen")
 
@@ -503,7 +504,7 @@ def draw_walk(rng, sim, house, scene_id, level, crosses):
         return None
     turns = round(360 / sim.robot["turn_deg"])
     start = [float(spot[0]), 0.0, float(spot[1])]
-    rotation = simulator.rotation_of(2 * math.pi / turns * int(rng.integers(turns)))
+    rotation = rotation_of(2 * math.pi / turns * int(rng.integers(turns)))
     sim.reset({"scene_id": scene_id, "start_position": start, "start_rotation": rotation})
 
     # 2. of the points around the thing, the one through which the shortest way to its middle goes
@@ -659,7 +660,7 @@ def make_house(task):
     for attempt in range(100):
         house = build_house(np.random.default_rng([*task["draw"], attempt]), level)
         write_glb(scene, house.boxes)
-        sim = simulator.HouseSim(simulator.ROBOTS["houses"], os.path.join(task["out"], "scenes"))
+        sim = simulator.HouseSim(ROBOTS["houses"], os.path.join(task["out"], "scenes"))
         walks = {}
         for number, (split, wanted) in enumerate(task["walks"].items()):
             # each split has dice of its own: more training walks leave the validation walks alone

@@ -1,0 +1,323 @@
+"""
+Many simulators at once: each a process of its own, started by a command, asked one thing at a time.
+
+A process of its own, for three reasons: habitat-sim often needs another Python than the training
+stack, a simulator may crash, and several are faster than one. How it is started is a command
+(worker.py); by default this interpreter's `-m world.worker`. Any command that connects standard
+input and output to a worker will do: ssh, docker run -i, srun, kubectl exec -i, conda run
+--no-capture-output. Encryption and access are then that program's affair.
+
+The worker's greeting holds a hash of its code. Another hash is refused: the same request would have
+other answers. A worker that dies or hangs is killed, with all processes of its group, and started
+again; its caller gets SimDied.
+"""
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+
+from cli import UserError
+from world import SimDied, SimError
+from world.worker import MAGIC, ProtocolError, code_hash, decode, encode, write_all
+
+START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
+RESTARTS = 3  # tries to start a lost simulator again: a remote machine may be starting, too
+
+
+def ending(code):
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+
+
+class Worker:
+    """One worker's process, seen from here."""
+
+    def __init__(self, command):
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
+        try:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+                env=dict(os.environ, **threads, PYTHONPATH=path),
+                start_new_session=True)  # Ctrl-C is for the parent; a worker ends with its input
+        except OSError as error:
+            raise UserError(f"the simulator's command {' '.join(command)!r} does not start: "
+                            f"{error.strerror}; see --sim-python and --sim-command") from None
+        self.name, self.greeting = f"process {self.process.pid}", None
+        self.data, self.magic = bytearray(), False  # data: the beginning of an answer
+        self.verb = self.episode = self.timeout_s = self.deadline = None  # what it is busy with
+        self.reply = None  # a dict or a SimDied, once there is one
+
+    def fileno(self):
+        return self.process.stdout.fileno()
+
+    def send(self, message):
+        try:
+            write_all(self.process.stdin.fileno(), encode(message))
+        except OSError:
+            pass  # it is dead, and receive() will raise
+
+    def receive(self):
+        """Read once -> a message, or None if it is not complete yet. EOFError if it died,
+        ProtocolError if it sends something else."""
+        chunk = os.read(self.fileno(), 1 << 20)
+        if not chunk:
+            raise EOFError(self.kill(grace_s=1))
+        self.data += chunk
+        if not self.magic:
+            if self.data[:len(MAGIC)] != MAGIC[:len(self.data)]:
+                self.kill()
+                raise ProtocolError(
+                    f"printed {bytes(self.data[:80])!r} before the worker answered: its standard "
+                    "output must be the worker's alone; send banners of its login to stderr")
+            if len(self.data) < len(MAGIC):
+                return None
+            del self.data[:len(MAGIC)]
+            self.magic = True
+        try:
+            message, used = decode(self.data)
+        except ProtocolError as error:
+            self.kill()
+            raise ProtocolError(f"sent {error}") from None
+        del self.data[:used]
+        return message
+
+    def kill(self, grace_s=0):
+        """Make sure that it is dead, with every process that its command has started -> how it
+        ended."""
+        try:
+            self.process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        return ending(self.process.wait())
+
+    def close(self, grace_s):
+        self.process.stdin.close()
+        self.kill(grace_s)
+        self.process.stdout.close()
+
+
+class SimPool:
+    """`sims` simulators, each a process of its own, each asked one thing at a time.
+
+        with SimPool("house", ROBOTS["houses"], "data/houses/scenes", sims=2) as pool:
+            pool.submit(0, "reset", episode=episode)      # returns at once
+            pool.submit(1, "reset", episode=another)
+            i, reply = pool.wait_any()                    # the first that answers
+
+    wait raises SimError if the episode is at fault, SimDied if the process was lost (it has been
+    started again by then, but the episode is gone: reset it); wait_any returns these instead, with
+    the simulator's number. Any other error inside a simulator is a bug: both raise RuntimeError
+    with the worker's traceback.
+
+    commands: argv lists that start a worker, used in turn; default: this interpreter. scenes_dir is
+    a folder where the worker runs. gpus: CUDA indices to spread the simulators over (habitat only).
+    """
+
+    def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120, gpus=None):
+        self.commands = commands or [[sys.executable, "-m", "world.worker"]]
+        self.start = {"verb": "start", "kind": kind, "robot": robot, "scenes": str(scenes_dir)}
+        self.timeout_s, self.gpus, self.code = timeout_s, gpus or [None], code_hash()
+        self.workers, self.arrived = [], []  # arrived: numbers with an answer, oldest first
+        self.selector = selectors.DefaultSelector()
+        try:
+            for i in range(sims):
+                self.workers.append(self.launch(i))
+            for i in range(sims):
+                self.wait_ready(i)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    # ------------------------------------------------------------ start
+
+    def launch(self, i):
+        """Start worker i and send it its robot and scenes, without waiting for it."""
+        turn, card = i % len(self.commands), i // len(self.commands)
+        worker = Worker(self.commands[turn])
+        self.selector.register(worker, selectors.EVENT_READ, i)
+        worker.send(dict(self.start, gpu=self.gpus[card % len(self.gpus)]))
+        return worker
+
+    def wait_ready(self, i):
+        """Wait for worker i's greeting and its answer to "start". UserError if it cannot start."""
+        worker, deadline = self.workers[i], time.monotonic() + START_S
+        who = f"simulator {i} ({worker.name}, {' '.join(self.commands[i % len(self.commands)])})"
+        worker.greeting = self.first_reply(worker, who, deadline)
+        if worker.greeting.get("code") != self.code:
+            raise UserError(f"{who} runs other code (hash {worker.greeting.get('code')}, here "
+                            f"{self.code}): copy this checkout's scripts to where it runs")
+        worker.name = f"process {worker.greeting['pid']} on {worker.greeting['host']}"
+        reply = self.first_reply(worker, who, deadline)
+        if "error" in reply:
+            raise UserError(reply["text"])
+
+    def first_reply(self, worker, who, deadline):
+        reply = None
+        with selectors.DefaultSelector() as only:
+            only.register(worker, selectors.EVENT_READ)
+            while reply is None:
+                reply = self.next_message(worker)
+                if reply is not None:
+                    break
+                if not only.select(max(0.0, deadline - time.monotonic())):
+                    raise UserError(f"{who} did not start in {START_S} s")
+                try:
+                    reply = worker.receive()
+                except (EOFError, ProtocolError) as error:
+                    raise UserError(f"{who} {error} while starting; what it printed is above, and "
+                                    "`python -m world.check` says more") from None
+        return reply
+
+    @staticmethod
+    def next_message(worker):
+        """A second message that arrived together with the first."""
+        if not worker.magic:
+            return None
+        message, used = decode(worker.data)
+        del worker.data[:used]
+        return message
+
+    def versions(self):
+        """What the simulators run with, for the results: the greeting of the first."""
+        return {key: value for key, value in self.workers[0].greeting.items() if key != "pid"}
+
+    def hash_scenes(self, scenes):
+        """{scene_id: hash}, read where the simulators read. UserError if one is missing, or if two
+        of the machines hold different files."""
+        found = {}
+        for i in range(min(len(self.commands), len(self.workers))):
+            self.submit(i, "hash_scenes", scenes=sorted(scenes))
+            for scene, digest in self.wait(i)["hashes"].items():
+                if digest is None:
+                    raise UserError(f"scene {scene} is missing below {self.start['scenes']} for "
+                                    f"{self.workers[i].name}: see --scenes")
+                if found.setdefault(scene, digest) != digest:
+                    raise UserError(f"scene {scene} is another file for {self.workers[i].name} "
+                                    f"than for {self.workers[0].name}: copy the scenes again")
+        return found
+
+    # ------------------------------------------------------------ ask, and wait for answers
+
+    def submit(self, i, verb, **arguments):
+        """Ask worker i for something, without waiting for the answer."""
+        worker = self.workers[i]
+        assert worker.verb is None, f"simulator {i} is still busy with {worker.verb!r}: wait for it"
+        if "episode" in arguments:  # only what a simulator reads
+            keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
+            episode = arguments["episode"]
+            arguments["episode"] = {key: episode[key] for key in keys if key in episode}
+            worker.episode = episode.get("episode_id")
+        first = worker.timeout_s is None and self.start["kind"] == "habitat"  # makes a renderer
+        worker.verb, worker.timeout_s = verb, max(self.timeout_s, START_S if first else 0)
+        worker.deadline = time.monotonic() + worker.timeout_s
+        if worker.reply is None:
+            worker.send(dict(arguments, verb=verb))
+        else:
+            self.arrived.append(i)  # it was lost while idle, and so was its state: report it now
+
+    def wait(self, i):
+        """The answer of worker i, a dict. Raises SimError, SimDied."""
+        while i not in self.arrived:
+            self.collect(i)
+        self.arrived.remove(i)
+        reply = self.take(i)
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
+
+    def wait_any(self, within_s=math.inf):
+        """(i, answer) of the worker that answers first; a SimError or SimDied is returned. None if
+        no worker answers within so many seconds."""
+        until = time.monotonic() + within_s
+        while not self.arrived:
+            self.collect(within_s=until - time.monotonic())
+            if not self.arrived and time.monotonic() >= until:
+                return None
+        i = self.arrived.pop(0)
+        reply = self.take(i)
+        if isinstance(reply, RuntimeError):
+            raise reply
+        return i, reply
+
+    def take(self, i):
+        worker = self.workers[i]
+        reply, worker.reply = worker.reply, None
+        verb, worker.verb = worker.verb, None
+        if not isinstance(reply, dict) or "error" not in reply:
+            return reply
+        if reply["error"] == "bug":
+            return RuntimeError(f"simulator {i}, {verb!r}: {reply['text']}")
+        return SimError(reply["text"])
+
+    def collect(self, i=None, within_s=math.inf):
+        """Wait for news (of worker i, or of any), and replace workers that died or hung."""
+        busy = [w.deadline for k, w in enumerate(self.workers)
+                if w.verb is not None and i in (None, k)]
+        assert busy, "no request is under way: submit() comes before wait()"
+        for key, _ in self.selector.select(max(0.0, min(within_s, min(busy) - time.monotonic()))):
+            worker = self.workers[key.data]
+            if worker.verb is not None:  # part of its answer came: the rest has time, too
+                worker.deadline = time.monotonic() + worker.timeout_s
+            try:
+                worker.reply = worker.receive()
+            except (EOFError, ProtocolError) as error:
+                self.replace(key.data, error)
+                continue
+            if worker.reply is not None:
+                self.arrived.append(key.data)
+        for k, worker in enumerate(self.workers):
+            late = worker.verb is not None and time.monotonic() > (worker.deadline or math.inf)
+            if late and worker.reply is None and not readable(worker):
+                worker.kill()
+                self.replace(k, f"gave no answer in {worker.timeout_s:g} s and was killed")
+
+    def replace(self, i, how):
+        """A new worker for a lost one, and the SimDied that its caller will get."""
+        lost = self.workers[i]
+        work = "while idle" if lost.verb is None else (
+            f"during {lost.verb!r}, episode {lost.episode}")
+        error = SimDied(f"simulator {i} ({lost.name}) {how} {work}; it was started again")
+        for tries in range(1, RESTARTS + 1):
+            self.selector.unregister(self.workers[i])
+            self.workers[i].close(0)
+            self.workers[i] = self.launch(i)
+            try:
+                self.wait_ready(i)
+                break
+            except UserError:
+                if tries == RESTARTS:
+                    raise
+                time.sleep(5 * tries)
+        self.workers[i].verb, self.workers[i].reply = lost.verb, error
+        if lost.verb is not None:
+            self.arrived.append(i)
+
+    def close(self):
+        """End all workers: their inputs close, which they obey even while busy."""
+        for worker in self.workers:
+            worker.process.stdin.close()
+        for worker in self.workers:
+            worker.close(5)
+        self.workers = []
+        self.selector.close()
+
+
+def readable(worker):
+    """Has it answered meanwhile, while its caller was busy with something else?"""
+    with selectors.DefaultSelector() as only:
+        only.register(worker, selectors.EVENT_READ)
+        return bool(only.select(0))

@@ -1,0 +1,359 @@
+"""
+One simulator as a command: requests on standard input, answers on standard output.
+
+    python -m world.worker                                  # what SimPool starts by default
+    ssh gpu-box 'cd vln-r1 && python -m world.worker'       # the same on another machine
+
+A worker begins with the line MAGIC, so that a banner in front of it is noticed, and a greeting that
+says which code it runs. Then both sides send messages: two sizes, a JSON header, and the bytes of
+arrays. Nothing is unpickled, and sizes, types and shapes are checked before they are used. A worker
+is asked one thing at a time and ends when its standard input closes, even while it is busy.
+
+Imports  numpy and pillow, in Python 3.9 syntax: the simulator's interpreter loads this file
+"""
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import queue
+import re
+import struct
+import sys
+import threading
+import time
+import traceback
+
+try:
+    import numpy as np
+    from PIL import __version__ as pillow_version
+except ImportError as missing:  # --sim-python may name any Python
+    sys.exit(f"{sys.executable}: {missing}; a simulator needs numpy and pillow there")
+
+from cli import UserError, hash_file
+from reward import FORWARD, RIGHT, STOP
+from world import SimError
+from world.habitat_sim import HabitatSim
+from world.house_sim import HouseSim
+from world.robots import rotation_of
+
+SIMULATORS = {"house": HouseSim, "habitat": HabitatSim}
+
+# ---------------------------------------------------------------- messages
+
+MAGIC = b"vln-worker 2\n"
+SIZES = struct.Struct("<IQ")  # bytes of JSON, bytes of arrays after it
+# at most so many bytes of JSON and of arrays; a recorded walk of 500 640x480 frames has 0.5e9
+LIMITS = (1 << 24, 1 << 32)
+
+
+class ProtocolError(Exception):
+    """What arrived is no message of this protocol. The connection cannot be used any further."""
+
+
+def encode(message):
+    """A dict whose top-level values may be arrays -> bytes."""
+    arrays = {k: np.ascontiguousarray(v) for k, v in message.items() if isinstance(v, np.ndarray)}
+    header = {k: v for k, v in message.items() if k not in arrays}
+    header["arrays"] = [[k, a.dtype.str, a.shape] for k, a in arrays.items()]
+    text = json.dumps(header).encode()
+    body = [a.tobytes() for a in arrays.values()]
+    return b"".join([SIZES.pack(len(text), sum(map(len, body))), text, *body])
+
+
+def decode(data):
+    """The first message in some bytes and how many it took, or (None, 0) if it is not complete.
+    ProtocolError as soon as it is clear that no message begins here.
+
+    >>> decode(encode({"verb": "step", "frames": np.zeros((1, 2))}))[0]
+    {'verb': 'step', 'frames': array([[0., 0.]])}
+    """
+    if len(data) < SIZES.size:
+        return None, 0
+    head, body = SIZES.unpack_from(data)
+    if head > LIMITS[0] or body > LIMITS[1]:
+        raise ProtocolError(f"a message of {head} + {body} bytes; at most {LIMITS[0]} + "
+                            f"{LIMITS[1]}; it begins with {bytes(data[:60])!r}")
+    end = SIZES.size + head + body
+    if len(data) < end:
+        return None, 0
+    try:
+        message, at = json.loads(bytes(data[SIZES.size:SIZES.size + head])), SIZES.size + head
+        for key, dtype, shape in message.pop("arrays"):
+            count = math.prod(shape)
+            if not re.fullmatch("[<>|][biuf][1248]", dtype) or key in message or len(shape) > 8 \
+                    or not all(type(n) is int and 0 <= n <= LIMITS[1] for n in shape) \
+                    or at + count * int(dtype[2]) > end:
+                raise ValueError(f"array {key!r} of type {dtype!r} and shape {shape}")
+            message[key] = np.frombuffer(data, dtype, count, at).reshape(shape).copy()
+            at += message[key].nbytes
+        if at != end:
+            raise ValueError(f"{end - at} bytes that belong to no array")
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:
+        text = f"{type(error).__name__}: {error}"
+        raise ProtocolError(f"not a message of this protocol ({text[:200]!r})") from None
+    return message, end
+
+
+def code_hash():
+    """A hash of the sources that a worker runs: the same on both sides, or their walks differ."""
+    root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
+    for name in ("reward.py", "world/house_sim.py", "world/habitat_sim.py", "world/worker.py",
+                 "world/robots.py"):
+        with open(os.path.join(root, name), "rb") as file:
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- requests
+
+
+def do_reset(sim, episode, frame=True):
+    """-> {"frame" (H, W, 3), "state"}"""
+    sim.reset(episode)
+    return dict({"frame": sim.observe()} if frame else {}, state=sim.state())
+
+
+def do_step(sim, actions, frames=True):
+    """Several motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]};
+    frames "last": the view after the last of them only, False: none."""
+    states, poses = [], []
+    for action in actions:
+        sim.act(action)
+        states.append(sim.state())
+        poses.append(states[-1]["position"] + states[-1]["rotation"])
+    seen = poses[-1:] if frames == "last" else poses
+    return dict({"frames": sim.render(seen)} if frames else {}, states=states)
+
+
+def do_load(sim, scene_id):
+    """Enter a scene ahead of its walks -> {"cpu_s": what this simulator has used so far}"""
+    sim.load(scene_id)
+    return {"cpu_s": time.process_time()}
+
+
+def do_try(sim, episode, poses, plans):
+    """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
+    pose and plan where it ends: the state, and "way", the shortest way on from there}"""
+    sim.reset(episode)
+    goal, ends = min(sim.goals, key=lambda goal: sim.geodesic([goal])), []
+    for pose, some in zip(poses, plans):
+        ends.append([])
+        for plan in some:
+            sim.set_pose(pose[:3], pose[3:])
+            for action in plan:
+                sim.act(action)
+            ends[-1].append(dict(sim.state(), way=sim.path(goal)))
+    return {"states": ends}
+
+
+def do_check(sim, scene_id):
+    """Stand somewhere, look around, walk somewhere else. -> facts for world/check.py"""
+    rng = np.random.default_rng(0)
+    began = time.perf_counter()
+    sim.load(scene_id)
+    loaded = time.perf_counter()
+    places = [sim.random_point(rng) for _ in range(40)]
+    turned = [rotation_of(yaw) for yaw in rng.uniform(-math.pi, math.pi, len(places))]
+    sim.set_pose(places[0], turned[0])
+    sim.observe()  # the first picture may compile shaders
+    ready = time.perf_counter()
+    views = sim.render([p + q for p, q in zip(places, turned)])
+    rendered = time.perf_counter()
+    goal, metres, actions = places[0], 0.0, 0
+    for start, yaw in zip(places, turned):  # the first may be on top of a table
+        sim.set_pose(start, yaw)
+        goal = max((p for p in places if sim.geodesic([p]) < math.inf), default=start,
+                   key=lambda p: sim.geodesic([p]))
+        metres = sim.geodesic([goal])
+        if metres > 2:
+            break
+    while actions < 500:
+        action = sim.expert_action(goal)
+        if action == STOP:
+            break
+        sim.act(action)
+        actions += 1
+    walked = time.perf_counter()
+    return dict(sim.info(), python=platform.python_version(), numpy=np.__version__, scene=scene_id,
+                load_s=round(loaded - began, 2), first_picture_s=round(ready - loaded, 2),
+                frames_per_s=round(len(views) / (rendered - ready)), size=list(views.shape[1:]),
+                mean_grey=round(float(views.mean()), 1), goal_m=round(metres, 2), actions=actions,
+                ended_m=round(sim.geodesic([goal]), 2),
+                expert_ms=round(1e3 * (walked - rendered) / (actions + 1), 2))
+
+
+def record(sim, episode, actions=None, noise=0.0, seed=0, horizon=6, max_steps=500, waypoints=None):
+    """Walk a whole episode; frame t is the view BEFORE actions[t].
+
+    actions given: replay them. None: the expert walks along the waypoints (default: the nearest
+    goal), and with probability `noise` per step 1 to 4 random motions replace its own (a
+    perturbation).
+    -> {"frames" (T, H, W, 3), "actions" [..., 0], "poses" [[x, y, z, qx, qy, qz, qw] ...],
+        "labels": with noise, for each step what the expert would do next from that very place, as
+                  `horizon` digits; "" inside a perturbation, without a label. Without noise: None,
+        "distance_to_goal": at the end}
+    SimError if the expert does not stop within max_steps actions.
+    """
+    sim.reset(episode)
+    if actions is None:
+        goals = sim.goals
+        way = waypoints or [min(goals, key=lambda goal: sim.geodesic([goal]))]
+        actions, poses, labels = expert_walk(sim, way, noise, seed, horizon, max_steps)
+    else:
+        actions, labels = list(actions), None
+        actions += [] if actions[-1:] == [STOP] else [STOP]
+        poses = [sim.pose()]
+        for action in actions[:-1]:
+            if action == STOP:
+                raise SimError(f"episode {episode.get('episode_id')}: its actions stop midway")
+            sim.act(action)
+            poses.append(sim.pose())
+    end = sim.state()["distance_to_goal"]
+    return {"frames": sim.render(poses), "actions": actions, "poses": poses, "labels": labels,
+            "distance_to_goal": end}
+
+
+def expert_walk(sim, way, noise, seed, horizon, max_steps):
+    """The expert's walk along the points of `way`, with perturbations. -> actions, poses, labels"""
+    rng = np.random.default_rng(seed)
+
+    def expert(leg):
+        action = sim.expert_action(way[leg])
+        while action == STOP and leg < len(way) - 1:  # there: on to the next point
+            leg += 1
+            action = sim.expert_action(way[leg])
+        return action, leg
+
+    def rollout(leg):
+        here, ahead = sim.pose(), []
+        while len(ahead) < horizon and STOP not in ahead:
+            action, leg = expert(leg)
+            ahead.append(action)
+            if action != STOP:
+                sim.act(action)
+        sim.set_pose(here[:3], here[3:])
+        return ahead
+
+    actions, poses, perturbation, leg = [], [], [], 0
+    plans = {}  # first step of a perturbation -> the expert's plan there; None inside of it
+    while STOP not in actions[-1:]:
+        if len(actions) == max_steps:
+            raise SimError(f"the expert did not stop within {max_steps} actions")
+        poses.append(sim.pose())
+        if perturbation:
+            plans[len(actions)] = None
+            action = perturbation.pop()
+        else:
+            action, leg = expert(leg)
+            if action != STOP and rng.random() < noise:
+                plans[len(actions)] = rollout(leg)
+                perturbation = rng.integers(FORWARD, RIGHT + 1, rng.integers(1, 5)).tolist()
+                action = perturbation.pop()
+        actions.append(int(action))
+        if action != STOP:
+            sim.act(action)
+    if not noise:
+        return actions, poses, None
+    # the expert is deterministic: up to the next perturbation it did what it would have done, and
+    # its plan at that place is known
+    labels, after = [], ""
+    for t in reversed(range(len(actions))):
+        plan = plans.get(t, actions[t:t + 1])
+        after = "" if plan is None else ("".join(map(str, plan)) + after * (t not in plans)
+                                         )[:horizon].ljust(horizon, str(STOP))
+        labels.append(after)
+    return actions, poses, labels[::-1]
+
+
+def hash_scenes(scenes_dir, scenes):
+    """{scene_id: hash of its file, None where it is missing}: what was measured depends on them."""
+    return {scene_id: hash_file(os.path.join(scenes_dir, scene_id)) for scene_id in scenes}
+
+
+VERBS = {
+    "reset": do_reset,
+    "step": do_step,
+    "try": do_try,
+    "load": do_load,
+    "record": record,
+    "check": do_check,
+    "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},
+    "topdown": lambda sim: dict(zip(("image", "bounds"), sim.topdown())),
+    "hash_scenes": lambda sim, scenes: {"hashes": hash_scenes(sim.scenes_dir, scenes)},
+}
+
+# ---------------------------------------------------------------- the process
+
+
+def write_all(fd, data):
+    with memoryview(data) as view:
+        at = 0
+        while at < len(view):
+            at += os.write(fd, view[at:])
+
+
+def read_requests(fd, requests):
+    """Put every message that arrives into the queue; end the process when the input closes. It runs
+    in a thread of its own, so that a closed input ends the worker even while it is busy."""
+    data = bytearray()
+    while True:
+        chunk = os.read(fd, 1 << 20)
+        if not chunk:
+            os._exit(0)
+        data += chunk
+        try:
+            message, used = decode(data)
+            while used:
+                del data[:used]
+                requests.put(message)
+                message, used = decode(data)
+        except ProtocolError as error:
+            print(f"simulator: {error}", file=sys.stderr, flush=True)
+            os._exit(3)
+
+
+def answer(sim, request, scenes_dir):
+    """One request -> the simulator (made by "start") and the answer, a dict."""
+    verb = request.pop("verb", None)
+    try:
+        if verb == "start":
+            where = scenes_dir or request["scenes"]
+            return SIMULATORS[request["kind"]](request["robot"], where, request["gpu"]), {}
+        return sim, VERBS[verb](sim, **request)
+    except (SimError, UserError) as error:
+        return sim, {"error": type(error).__name__, "text": str(error)}
+    except Exception:
+        return sim, {"error": "bug", "text": traceback.format_exc()}
+
+
+def serve(scenes_dir=None):
+    """A worker's whole life: answer requests until standard input closes."""
+    ins, out = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the answers
+    requests, sim = queue.Queue(2), None  # a user asks one thing at a time
+    threading.Thread(target=read_requests, args=(ins, requests), daemon=True).start()
+    greeting = {"code": code_hash(), "pid": os.getpid(), "python": platform.python_version(),
+                "numpy": np.__version__, "pillow": pillow_version, "host": platform.node()}
+    try:
+        write_all(out, MAGIC + encode(greeting))
+        while True:
+            sim, reply = answer(sim, requests.get(), scenes_dir)
+            write_all(out, encode(reply))
+    except OSError:  # nobody reads any more
+        os._exit(0)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="One simulator on standard input and output, for "
+                                     "SimPool (see --sim-command of the scripts that walk).")
+    parser.add_argument("--scenes", help="folder that scene_id starts from on this machine; "
+                        "default: what the caller's --scenes says")
+    serve(parser.parse_args().scenes)
+
+
+if __name__ == "__main__":
+    main()
