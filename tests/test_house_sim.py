@@ -244,6 +244,29 @@ def test_the_expert_arrives_by_a_short_way_and_never_dithers(scenes, turn_deg, s
     assert np.mean(spl) >= 0.93
 
 
+def test_a_half_turn_goes_left_or_right_by_the_start_and_always_the_same_way(scenes):
+    """A goal straight behind is as near by six turns to the left as by six to the right."""
+    house, sides = house_sim.HouseSim(ROBOT, scenes), []
+    for k in range(40):
+        x = round(-3.5 + 0.05 * k, 2)
+        episode = {"scene_id": SCENE_ID, "start_position": [x, 0, 0],
+                   "start_rotation": rotation_of(math.pi / 2), "goals": [{"position": [3.2, 0, 0]}]}
+        episode["goals"][0]["position"] = [min(x + 1.2, -0.4), 0, 0]
+        walks = []
+        for _ in range(2):
+            house.reset(episode)
+            walks.append([])
+            while len(walks[-1]) < 30 and STOP not in walks[-1]:
+                walks[-1].append(house.expert_action())
+                if walks[-1][-1] != STOP:
+                    house.act(walks[-1][-1])
+        assert walks[0] == walks[1]
+        turns = [action for action in walks[0] if action in (LEFT, RIGHT)]
+        assert len(turns) == 6 and len(set(turns)) == 1        # half a turn, and no dithering
+        sides.append(turns[0])
+    assert 10 < sides.count(LEFT) < 30
+
+
 # ---------------------------------------------------------------- pictures
 
 
