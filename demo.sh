@@ -36,7 +36,7 @@ walk() {       # name, flags...: evaluate.py on both splits
 [ -e results/minutes.jsonl ] || minutes setup "$started" > results/minutes.jsonl
 
 # 1. A world: 500 houses to learn in, 50 others, and walks in them with what somebody would say.
-stage houses python houses.py --train-houses 500 --val-episodes 200
+stage houses python -m world.houses --train-houses 500 --val-episodes 200
 stage record python make_data.py --split train --noise 0.1
 stage record_val python make_data.py --split val_seen
 

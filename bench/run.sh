@@ -35,7 +35,7 @@ ckpt=${CKPT:-ckpt/sft} dialog=${DIALOG:-ckpt/sft_dialog} houses=${HOUSES:-data/h
 if [ ! -e "$ckpt/nav.json" ] || [ ! -e "$houses/val_unseen" ]; then
   ckpt=$world/sft houses=$world/demo-houses
   if [ ! -e $ckpt/nav.json ]; then
-    "$BENCH_PYTHON" houses.py --out $houses --train-houses 60 --val-episodes 48 --unseen-houses 6
+    "$BENCH_PYTHON" -m world.houses --out $houses --train-houses 60 --val-episodes 48 --unseen-houses 6
     "$BENCH_PYTHON" make_data.py --episodes $houses --out $world/demo-ego
     "$BENCH_PYTHON" sft.py --model tiny --data $world/demo-ego/train --out $ckpt --device cpu \
       --steps-per-walk 4 --memory-budget 4 --memory-recent 4 --lr 2e-3 --beta2 0.99 --max-steps 500

@@ -347,13 +347,13 @@ def serve(scenes_dir=None):
         os._exit(0)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="One simulator on standard input and output, for "
-                                     "SimPool (see --sim-command of the scripts that walk).")
-    parser.add_argument("--scenes", help="folder that scene_id starts from on this machine; "
-                        "default: what the caller's --scenes says")
-    serve(parser.parse_args().scenes)
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="One simulator on standard input and output, for "
+                                "SimPool: see --sim-command of the scripts that walk.")
+    p.add_argument("--scenes", help="folder that scene_id starts from on this machine; default: "
+                   "what the caller's --scenes says")
+    return p.parse_args(argv)
 
 
 if __name__ == "__main__":
-    main()
+    serve(parse_args().scenes)

@@ -1,6 +1,6 @@
-"""README.md: what it names exists, what it commands parses, what it shows was really pasted.
+"""README.md and docs/: what they name exists, their commands parse, their tables hold every key.
 
-Run it   python -m pytest tests/test_readme.py
+Run it   python -m pytest tests/test_docs.py
 """
 import argparse
 import doctest
@@ -17,11 +17,20 @@ import sys
 import pytest
 from conftest import ROOT
 
-with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as file:
-    README = file.read()
-MODULES = sorted(os.path.basename(path)[:-3] for path in glob.glob(os.path.join(ROOT, "*.py")))
-FENCES = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
-PROSE = re.sub(r"^ *```.*?^ *```$", "", README, flags=re.DOTALL | re.MULTILINE)
+PAGES = ["README.md", *sorted(f"docs/{name}" for name in os.listdir(os.path.join(ROOT, "docs"))
+                               if name.endswith(".md"))]
+TEXTS = {}
+for page in PAGES:
+    with open(os.path.join(ROOT, page), encoding="utf-8") as file:
+        TEXTS[page] = file.read()
+README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
+ROOT_MODULES = sorted(os.path.basename(path)[:-3]
+                      for path in glob.glob(os.path.join(ROOT, "*.py")))
+MODULES = ROOT_MODULES + sorted(
+    f"{folder}.{os.path.basename(path)[:-3]}" for folder in ("world", "tools", "activevln")
+    for path in glob.glob(os.path.join(ROOT, folder, "*.py")) if "__" not in path)
+FENCES = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", ALL, re.DOTALL | re.MULTILINE)
+PROSE = re.sub(r"^ *```.*?^ *```$", "", ALL, flags=re.DOTALL | re.MULTILINE)
 SNIPPET = re.compile(r'python -c "(.*?)"\n', re.DOTALL)
 SPANS = re.findall(r"`([^`\n]+)`", PROSE)
 
@@ -29,17 +38,20 @@ SPANS = re.findall(r"`([^`\n]+)`", PROSE)
 def script_of(words):
     """Words of a command -> (our module that it runs, its arguments); None if it runs none."""
     for i, word in enumerate(words):
-        if word.endswith(".py"):
-            return (word[:-3], words[i + 1:]) if word[:-3] in MODULES else None
+        name = word[:-3] if word.endswith(".py") else word
+        runs = word.endswith(".py") or (i and words[i - 1] in ("-m", "--module"))
+        if runs and (name in MODULES or word.endswith(".py")):
+            return (name, words[i + 1:]) if name in MODULES else None
     return None
 
 
 def commands():
-    """Every command of the README that runs a script of ours, fenced or in a line of prose."""
+    """Every command of the docs that runs a script of ours, fenced or in a line of prose."""
     fenced = "".join(text for language, text in FENCES if language == "bash")
     fenced = re.sub(r"\\\n", " ", SNIPPET.sub("", fenced))                # joined where it goes on
     shell = dict(re.findall(r'^(\w+)="(.*)"$', fenced, re.M), seed="0")      # X=".." and the loop's
-    for line in fenced.splitlines() + [span for span in SPANS if ".py -" in span]:
+    for line in fenced.splitlines() + [
+            span for span in SPANS if ".py -" in span or " -m " in span]:
         line = re.sub(r"\$\{?(\w+)\}?", lambda found: shell.get(found[1], found[0]), line)
         found = script_of(shlex.split(line.split(" | ")[0], comments=True))
         if found and "-m" not in found[1]:
@@ -105,17 +117,20 @@ def test_the_file_list_is_complete_and_every_file_is_there():
     assert len(set(listed)) == len(listed)
     for name in listed:
         assert os.path.exists(os.path.join(ROOT, name)), name
-    assert {name[:-3] for name in listed if name.endswith(".py")} == set(MODULES)
+    assert {name[:-3] for name in listed if name.endswith(".py")} == set(ROOT_MODULES)
     scripts = glob.glob(os.path.join(ROOT, "*.sh"))
     assert {name for name in listed if name.endswith(".sh")} == set(map(os.path.basename, scripts))
 
 
 def test_links_and_files_that_are_named_exist():
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if "://" not in link]
-    named = [span for span in SPANS if re.fullmatch(r"(tests/)?\w+\.py|LICENSE|tests/", span)]
-    assert "docs/figure.png" in links and "tests/test_real_data.py" in named
-    for path in links + [name for name in named if name != "x.py"]:
-        assert os.path.exists(os.path.join(ROOT, path)), path
+    for page, text in TEXTS.items():
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            if "://" not in link:
+                assert os.path.exists(os.path.join(ROOT, os.path.dirname(page), link)), (page, link)
+    named = [span for span in SPANS if re.fullmatch(r"([a-z]+/)?\w+\.py|LICENSE|tests/", span)]
+    assert "tests/test_real_data.py" in named
+    for path in named:
+        assert path == "x.py" or os.path.exists(os.path.join(ROOT, path)), path
 
 
 def test_the_contract_is_the_one_that_is_written():
@@ -125,7 +140,7 @@ def test_the_contract_is_the_one_that_is_written():
 
 
 def test_every_logged_key_has_its_line():
-    table = README.split("| key | meaning |")[1].split("\n\n")[0]
+    table = TEXTS["docs/training.md"].split("| key | meaning |")[1].split("\n\n")[0]
     told = {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line)}
     source = ""
     for name in ("sft", "grpo", "grpo_online", "engine"):
@@ -147,7 +162,8 @@ def test_every_logged_key_has_its_line():
 
 
 def test_nothing_is_left_to_fill_in():
-    paths = ["README.md", *(module + ".py" for module in MODULES), "demo.sh", "test.sh", "setup.sh"]
+    paths = PAGES + [module.replace(".", "/") + ".py" for module in MODULES]
+    paths += ["demo.sh", "test.sh", "setup.sh"]
     for path in paths:
         with open(os.path.join(ROOT, path), encoding="utf-8") as file:
             text = file.read()
