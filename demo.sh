@@ -13,7 +13,7 @@ export DS_ACCELERATOR=cpu
 
 # One process per core beats one process with two threads. (nproc would obey OMP_NUM_THREADS.)
 RANKS=$(( $(getconf _NPROCESSORS_ONLN) < 2 ? 1 : 2 ))
-TRAIN="deepspeed --log_level error --num_gpus $RANKS --master_port 29511"
+TRAIN="python -m deepspeed.launcher.runner --log_level error --num_gpus $RANKS --master_port 29511"
 CPU="--device cpu --dtype float32 --beta2 0.99"
 LEARN="$CPU --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every 1000"
 mkdir -p results

@@ -15,11 +15,12 @@ if [ -z "${BENCH_PYTHON:-}" ]; then
   BENCH_PYTHON=$(command -v python)
 fi
 if [ -z "${PEER_PYTHON:-}" ]; then
-  if [ ! -x bench/.venv/bin/python ]; then
-    "$BENCH_PYTHON" -m venv bench/.venv
-    site=$(bench/.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')
-    "$BENCH_PYTHON" -c 'import site; print(site.getsitepackages()[0])' > "$site/base.pth"
-    bench/.venv/bin/pip install -q --disable-pip-version-check -r bench/requirements.txt
+  base=$("$BENCH_PYTHON" -c 'import site; print(site.getsitepackages()[0])')
+  if ! { echo "$base"; cat bench/requirements.txt; } | cmp -s - bench/.venv/ready; then
+    "$BENCH_PYTHON" -m venv --clear bench/.venv
+    echo "$base" > "$(bench/.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/base.pth"
+    bench/.venv/bin/python -m pip install -q --disable-pip-version-check -r bench/requirements.txt
+    { echo "$base"; cat bench/requirements.txt; } > bench/.venv/ready
   fi
   PEER_PYTHON=bench/.venv/bin/python
 fi
