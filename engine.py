@@ -14,7 +14,8 @@ A run directory (--out):
 A state is complete when state/latest names it: that file is replaced in one move, after every rank
 has written its part. On resume the log is cut back to the state's step, so the run goes on as if
 nothing had happened: the data order and the sampling noise are functions of (seed, step), not of a
-generator that would have to be kept.
+generator that would have to be kept. On a CPU, with the same library versions and number of
+processes and threads, the weights are equal to the bit; a GPU does not sum in a fixed order.
 """
 from __future__ import annotations
 

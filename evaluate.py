@@ -36,9 +36,10 @@ Writes   --out   run.json         what is measured; a run with other settings is
                  pictures/        per chosen episode a sheet (.png) and a film (.gif)
          --submit the walks of all episodes, as R2R's or RxR's leaderboard wants them
 Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The same command goes on,
-         and ends with the same files, bit for bit. One reservation: timing decides with whom a
-         robot is answered. That changes no plan, but rounding: two plans that are equally likely
-         within rounding may swap. The baselines know no such thing.
+         and ends with the same files, to the byte for --agent on one set-up (machine, simulator,
+         library versions). With --ckpt, timing decides which robots are answered in one batch,
+         and so how sums round (on a GPU they may round differently each time): two plans that
+         are equally likely within rounding may swap.
 
 [1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
 [2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446

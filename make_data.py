@@ -40,7 +40,9 @@ Writes   --out/<split>/  meta.json       robot, counts, action mix, what was ski
                          rows/           the shards' parts of walks.jsonl, for restarts; and
                                          recording.json, the flags that a restart must repeat
 Expect   the action mix of R2R: forward 64%, left 17.5%, right 16.7%, stop 1.7%. Kill it at any
-         time and start it again: the files come out bit for bit as if nothing had happened.
+         time and start it again: the records and pictures are those of a run that was not
+         killed, with any --sims. The files are equal to the byte on one set-up (machine,
+         simulator, numpy, Pillow and its codecs); elsewhere encoders differ.
 
 [1] VLN-R1, https://arxiv.org/abs/2506.17221   [2] VLN-CE, https://arxiv.org/abs/2004.02857
 """

@@ -34,7 +34,9 @@ Writes   <out>/scenes/houses/<name>/<name>.glb              one scene per house,
          <out>/walks/<name>.json                            a finished house; another run takes it
                                                             up if flags and code are still the same
 Expect   half a minute on two idle cores; at the end counts, the mix of actions, some sentences.
-         The same seed gives the same bytes, with any --jobs.
+         The same seed gives the same houses, walks and sentences, with any --jobs. The files
+         are equal to the byte on one set-up (machine, Python, numpy, Pillow, zlib): another one
+         may compress differently, or round a number's last digit differently.
 
 The scene [2]. One mesh per axis-aligned box, named "role|name|number". Habitat takes a bare .glb
 for a Matterport scan, which is z-up, so world (x, y, z) is stored as (x, -z, y); and it draws
