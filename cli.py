@@ -69,11 +69,12 @@ def run(main, parse_args):
 
 def write_text(path, text):
     """All or nothing: written beside its place, on the disk, then moved there."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+    beside = f"{path}.{os.getpid()}.tmp"               # ranks may write one file at the same time
+    with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    os.replace(beside, path)
 
 
 def write_json(path, content, indent=2):

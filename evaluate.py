@@ -15,16 +15,18 @@ What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to t
     SPL   spl                success * L / max(L, TL), where L is d at the start
     nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
     SDTW  sdtw               success * ndtw
-A distance that is not finite never becomes a score: the episode is "unreachable". A simulator that
-fails is an "error". Both are counted apart, and every episode asked for must have its row. Where a
-test split hides its goals there are no scores, but --submit writes the walks for its server [1, 4].
+An episode whose start has no finite distance to the goal is "unreachable", and a simulator that
+fails is an "error": both are counted apart, and every episode asked for must have its row. A walk
+that began at a finite distance and ended where no way is known has failed: SR, OS and SPL count it,
+NE cannot. Where a test split hides its goals there are no scores, but --submit writes the walks for
+its server [1, 4]. 95% intervals are Wilson's for rates (right at 0 and 1, too) and a bootstrap over
+scenes for means: walks in one scene are not independent, and no interval here takes them as such.
 
 Run it
     python evaluate.py --split val_unseen                       # ckpt/grpo if there, else ckpt/sft
     python evaluate.py --split val_unseen --agent oracle        # the expert; or random|forward|stop
     python evaluate.py --split val_unseen --blank-frames        # does it look?
     python evaluate.py --split val_unseen --shuffle-instructions    # does it read?
-    python evaluate.py --compare results/sft_val_unseen results/grpo_val_unseen
     torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
     python evaluate.py --split test --ckpt ckpt/r2r --sim habitat --submit r2r_test.json
     python evaluate.py --split test_challenge --ckpt ckpt/rxr --sim habitat --submit rxr.jsonl
@@ -32,8 +34,9 @@ Run it
 Reads    --ckpt  weights and nav.json, the contract to act by;  --episodes  and  --scenes
 Writes   --out   run.json         what is measured; a run with other settings is refused
                  episodes.jsonl   one line per episode as it ends, sorted once all have ended
-                 results.json     means and bootstrap intervals (timing.json: how long it took)
+                 results.json     means and intervals (timing.json: how long it took)
                  pictures/        per chosen episode a sheet (.png) and a film (.gif)
+                 Two or more such folders: python -m tools.report
          --submit the walks of all episodes, as R2R's or RxR's leaderboard wants them
 Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The same command goes on,
          and ends with the same files, to the byte for --agent on one set-up (machine, simulator,
@@ -44,10 +47,13 @@ Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The s
 [1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
 [2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446
 [4] ibid. vlnce_baselines/common/base_il_trainer.py (inference) and environments.py (get_info)
+[5] Dean & Pagano 2015, Evaluating Confidence Interval Methods for Binomial Proportions in Clustered
+    Surveys, Journal of Survey Statistics and Methodology 3(4)
 """
 from __future__ import annotations
 
 import argparse
+import functools
 import glob
 import hashlib
 import json
@@ -57,17 +63,15 @@ import random
 import shutil
 import subprocess
 import sys
-import textwrap
 import time
 from collections import Counter, deque
-from functools import partial
 from importlib import metadata
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from cli import Help, UserError, count, run
+from cli import Help, UserError, count, run, write_json, write_text
 from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
 from world import SimDied
@@ -111,11 +115,6 @@ def parse_args(argv=None):
     add("--out", help="default: results/<checkpoint or agent>_<split>")
     add("--submit", metavar="FILE", help="write the walks for the leaderboard: JSON in R2R's form, "
         "JSON lines in RxR's")
-    add("--compare", nargs="+", metavar="FOLDER", help="only print what results B gain over A: "
-        "--compare A B; of several B, such as seeds, also what they gain together, with --out "
-        "FILE.json to write it")
-    add("--summary", nargs="+", metavar="FOLDER", help="only print results folders as one table; "
-        "with --out FILE.json also write it, with the stages of minutes.jsonl beside that file")
 
     add = p.add_argument_group("simulator").add_argument
     add_simulator_args(add, sims=8)
@@ -137,7 +136,8 @@ def parse_args(argv=None):
         "3 if it has none. 3 m (or 1 m, if it is 3) is reported beside it")
     add("--forward-steps", type=int, help="of --agent forward; default: the ground truth's mean")
     add("--blank-frames", action="store_true", help="black pictures: does the policy look?")
-    add("--shuffle-instructions", action="store_true", help="another walk's words: does it read?")
+    add("--shuffle-instructions", action="store_true", help="the words of another "
+        "walk, in the same scene where one leads to another goal: does it read?")
 
     add = p.add_argument_group("schedule").add_argument
     add("--limit", type=count, help="so many episodes, spread evenly over the split")
@@ -169,8 +169,14 @@ def path_length(path):
     return float(np.linalg.norm(np.diff(np.asarray(path, dtype=float), axis=0), axis=1).sum())
 
 
+def is_finite(metres):
+    """Is a distance known? Simulators say inf, NaN or None where no way leads to the goal."""
+    return metres is not None and math.isfinite(metres)
+
+
 def judge(distances, length, stopped, radius):
-    """SR, OS and SPL. distances: geodesic to the goal at each pose, the start first; length: TL.
+    """SR, OS and SPL. distances: geodesic to the goal at each pose, the start first and finite;
+    length: TL. A walk that ends where no way is known has failed; it may have been near before.
 
     Start 4 m away, walk 5 m, past a point 0.5 m from the goal, and stop 2 m from it:
     >>> judge([4.0, 0.5, 2.0], 5.0, stopped=True, radius=3.0)
@@ -179,10 +185,12 @@ def judge(distances, length, stopped, radius):
     {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
     >>> judge([4.0, 0.5, 2.0], 5.0, stopped=False, radius=3.0)           # never said stop
     {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
+    >>> judge([4.0, 0.5, math.inf], 5.0, stopped=True, radius=3.0)       # off the known floor
+    {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
     """
-    success = float(stopped and distances[-1] < radius)
+    success = float(stopped and is_finite(distances[-1]) and distances[-1] < radius)
     longer = max(distances[0], length)
-    return {"success": success, "oracle_success": float(min(distances) < radius),
+    return {"success": success, "oracle_success": float(min(filter(is_finite, distances)) < radius),
             "spl": success * distances[0] / longer if longer > 0 else success}
 
 
@@ -217,41 +225,86 @@ def ndtw(path, reference, success_distance=3.0):
     return math.exp(-dtw(moved, reference) / (len(reference) * success_distance))
 
 
-def bootstrap(columns, resamples=2000, seed=0):
-    """{name: values (n,)} -> {name: {"mean", "ci": [2.5%, 97.5%]}}, percentile bootstrap.
+MIN_SCENES = 5       # fewer say too little about how much scenes differ: see cluster_bootstrap()
 
-    The columns are resampled together. Episodes are drawn one by one: where three instructions
-    share a trajectory (R2R) the true interval is somewhat wider.
-    >>> bootstrap({"spl": [0.5, 0.5, 0.5]})
-    {'spl': {'mean': 0.5, 'ci': [0.5, 0.5]}}
+
+def wilson(hits, trials, z=1.959964):
+    """Wilson's 95% score interval of a rate -> [low, high]; of any number of trials, also of an
+    effective one that is not whole. None without trials.
+
+    Unlike a bootstrap it is right where something never or always happened. By hand: 0 of 200 is
+    [0, z^2 / (200 + z^2)]; 5 of 10 is .5 -+ z sqrt(.025 + z^2 / 400) / (1 + z^2 / 10).
+    >>> wilson(0, 200), wilson(5, 10)
+    ([0.0, 0.018845], [0.236593, 0.763407])
     """
-    values = np.array(list(columns.values()), dtype=float).T                    # (n, columns)
-    if not len(values):
-        return {name: {"mean": None, "ci": None} for name in columns}
-    dice = np.random.default_rng(seed)
-    means = [values[dice.integers(len(values), size=len(values))].mean(axis=0)
-             for _ in range(resamples)]
-    numbers = np.vstack([values.mean(axis=0), np.percentile(means, [2.5, 97.5], axis=0)])
-    return {name: {"mean": mean, "ci": ci}
-            for name, (mean, *ci) in zip(columns, numbers.T.round(6).tolist())}
+    if not trials:
+        return None
+    rate, spare = min(1.0, hits / trials), z * z / trials      # 1 but for rounding
+    centre = (rate + spare / 2) / (1 + spare)
+    half = z * math.sqrt(rate * (1 - rate) / trials + spare / trials / 4) / (1 + spare)
+    return [round(max(0.0, centre - half), 6), round(min(1.0, centre + half), 6)]
 
 
-def paired_difference(a_rows, b_rows, metric="success", resamples=2000, seed=0):
-    """What b gains over a on the episodes that both have scored, with its paired interval.
+def design_effect(hits, trials, units):
+    """By what factor the variance of a rate exceeds that of independent trials, because trials of
+    one unit (a scene) resemble each other; at least 1. hits, trials (n,) numbers, units (n,) names.
 
-    Pairing takes out what makes an episode easy or hard for everybody.
-    >>> a = [{"episode_id": i, "success": 0.0} for i in range(4)]
-    >>> b = [{"episode_id": i, "success": 1.0} for i in range(1, 4)]
-    >>> paired_difference(a, b)
-    {'episodes': 3, 'a': 0.0, 'b': 1.0, 'difference': 1.0, 'ci': [1.0, 1.0]}
+    Four scenes of ten episodes that all succeed and four where all fail are worth 7 trials, not 80.
+    >>> round(design_effect([10] * 4 + [0] * 4, [10] * 8, range(8)), 3)
+    11.429
     """
-    of_b = {str(row["episode_id"]): row[metric] for row in b_rows if metric in row}
-    pairs = [(row[metric], of_b[str(row["episode_id"])]) for row in a_rows
-             if metric in row and str(row["episode_id"]) in of_b]
-    found = bootstrap({"a": [a for a, _ in pairs], "b": [b for _, b in pairs],
-                       "difference": [b - a for a, b in pairs]}, resamples, seed)
-    return {"episodes": len(pairs), **{name: found[name]["mean"] for name in found},
-            "ci": found["difference"]["ci"]}
+    group = np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
+    hits, trials = np.bincount(group, hits), np.bincount(group, trials)
+    n, rate = trials.sum(), hits.sum() / max(trials.sum(), 1)
+    if len(hits) < MIN_SCENES or not 0 < rate < 1:
+        return 1.0
+    variance = ((hits - rate * trials) ** 2).sum() / n ** 2 * len(hits) / (len(hits) - 1)
+    return max(1.0, float(variance / (rate * (1 - rate) / n)))
+
+
+def rate_interval(hits, trials, units):
+    """Wilson's interval with the effective number of trials [5]: trials / design_effect()."""
+    n = sum(trials) / design_effect(hits, trials, units)
+    return wilson(n * sum(hits) / sum(trials), n) if sum(trials) else None
+
+
+def sampling_units(rows):
+    """What is drawn again to get an interval -> a name per row, and what those are: "scenes", or
+    "trajectories" where fewer than MIN_SCENES scenes are there: the interval then holds for these
+    scenes only. (Resampling one scene would always draw the same, an interval of no width.)"""
+    scenes = [str(row.get("scene_id")) for row in rows]
+    if len(set(scenes)) >= MIN_SCENES:
+        return scenes, "scenes"
+    names = [row.get("trajectory_id", row["episode_id"]) for row in rows]
+    return [f"{scene} {name}" for scene, name in zip(scenes, names)], "trajectories"
+
+
+def cluster_bootstrap(columns, units, resamples=2000, seed=0):
+    """{name: values (n,)} -> {name: {"mean", "ci": [2.5%, 97.5%]}}, percentile bootstrap of means.
+
+    Whole units are drawn, n names of what each value belongs to: episodes of one scene, and the
+    three instructions of one R2R trajectory, resemble each other, so that drawing episodes would
+    promise more than the data hold. Columns are resampled together. A value of None is left out.
+    >>> cluster_bootstrap({"spl": [0.5, 0.5, None], "ne": [None] * 3}, ["a", "b", "b"])
+    {'spl': {'mean': 0.5, 'ci': [0.5, 0.5]}, 'ne': {'mean': None, 'ci': None}}
+    """
+    values = np.array([list(column) for column in columns.values()], dtype=float)     # None: nan
+    found = {name: {"mean": None, "ci": None} for name in columns}
+    if not values.size:
+        return found
+    group = np.unique(np.asarray(units, dtype=str), return_inverse=True)[1]
+    sums, counts = (np.array([np.bincount(group, row) for row in table]).T  # (units, columns)
+                    for table in (np.nan_to_num(values), np.isfinite(values)))
+    rng, means = np.random.default_rng(seed), []
+    for size in [200] * (resamples // 200) + [resamples % 200]:         # 200 at a time: memory
+        drawn = rng.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size).astype(float)
+        with np.errstate(invalid="ignore"):               # 0 / 0: none of the units has a value
+            means.append(drawn @ sums / (drawn @ counts))
+    for name, total, n, column in zip(columns, sums.sum(0), counts.sum(0), np.vstack(means).T):
+        if n:
+            ci = np.nanpercentile(column, [2.5, 97.5])
+            found[name] = {"mean": round(float(total / n), 6), "ci": ci.round(6).tolist()}
+    return found
 
 
 # ---------------------------------------------------------------- one walk, and the loop
@@ -321,8 +374,8 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
 
     def arrive(sim):
         walk = under_way[sim]
-        metres = [state["distance_to_goal"] for state in walk.states]   # None: no goal is known
-        if not all(d is None or math.isfinite(d) for d in metres):
+        start = walk.states[0]["distance_to_goal"]
+        if walk.episode.get("goals") and not is_finite(start):  # later: it may come back
             finish(sim, "unreachable")
         elif walk.actions[-1:] == [STOP]:
             finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
@@ -384,7 +437,10 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
         clock["deciding_s"] += last_s
         # 3. act
         for sim, plan in zip(asked, plans):
-            if plan is None:
+            metres = under_way[sim].states[-1]["distance_to_goal"]
+            if plan is None and not is_finite(metres):      # no expert knows a way: it has failed
+                act(sim, [STOP])
+            elif plan is None:
                 pool.submit(sim, "expert")
             else:
                 act(sim, plan)
@@ -514,8 +570,8 @@ def row_of(walk, reference, radius, second):
     path = [state["position"] for state in walk.states]
     distances = [state["distance_to_goal"] for state in walk.states]
     length, similar = path_length(path), ndtw(path, reference)
-    row |= {"start_distance": distances[0], "distance_to_goal": distances[-1],
-            "path_length": length, "ndtw": similar}
+    row |= {"start_distance": distances[0], "path_length": length, "ndtw": similar,
+            "distance_to_goal": distances[-1] if is_finite(distances[-1]) else None}
     for suffix, r in (("", radius), (f"_{second:g}m", second)):
         marks = judge(distances, length, walk.end == "stop", r)
         marks["sdtw"] = marks["success"] * similar
@@ -549,34 +605,40 @@ def read_json(path):
         return json.load(file)
 
 
-def write_json(path, content, lines=False):
-    """All or nothing. lines: a list, one line each."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in content) if lines else \
-        json.dumps(content, indent=2, allow_nan=False) + "\n"
-    with open(f"{path}.{os.getpid()}.tmp", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.{os.getpid()}.tmp", path)
+def write_lines(path, rows):
+    """JSON, a line each, all or nothing."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 TITLES = {"success": "SR", "spl": "SPL", "oracle_success": "OS", "distance_to_goal": "NE (m)",
           "path_length": "TL (m)", "ndtw": "nDTW", "sdtw": "SDTW", "steps": "steps"}
 AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # the others know no radius
+RATES = ("success", "oracle_success")                   # 0 or 1 per episode; the rest are means
 
 
 def summarise(rows, radius, second, seed):
-    """Rows -> the numbers of results.json."""
+    """Rows -> the numbers of results.json. A metric that no row has is {"mean": None, "ci": None}.
+    """
     scored = [row for row in rows if "success" in row]
-    beside = [f"{name}_{second:g}m" for name in AT_RADIUS]
-    decisions, malformed = (sum(row[key] for row in rows) for key in ("decisions", "malformed"))
+    names = [*TITLES, *(f"{name}_{second:g}m" for name in AT_RADIUS)]
+    units, kind = sampling_units(scored)
+    metrics = cluster_bootstrap({name: [row.get(name) for row in scored] for name in names}, units,
+                                seed=seed)
+    for key in [name + end for name in RATES for end in ("", f"_{second:g}m")] if scored else ():
+        metrics[key]["ci"] = rate_interval([row[key] for row in scored], [1] * len(scored), units)
+    decisions, malformed = ([row[key] for row in rows] for key in ("decisions", "malformed"))
     ends = Counter(row["end"] for row in rows)
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
-            "errors": ends["error"], "ends": dict(sorted(ends.items())), "decisions": decisions,
-            "malformed_share": round(malformed / max(decisions, 1), 6),
+            "no_way_at_end": sum(row["distance_to_goal"] is None for row in scored),
+            "errors": ends["error"], "ends": dict(sorted(ends.items())),
+            "decisions": sum(decisions),
+            "malformed_share": round(sum(malformed) / max(sum(decisions), 1), 6),
+            "malformed_ci": rate_interval(malformed, decisions, sampling_units(rows)[0]),
             "tokens_per_episode": round(sum(row.get("tokens", 0) for row in rows)
                                         / max(len(rows), 1), 1),
-            "radius_m": radius, "second_radius_m": second,
-            "metrics": bootstrap({name: [row[name] for row in scored]
-                                  for name in [*TITLES, *beside]}, seed=seed)}
+            "radius_m": radius, "second_radius_m": second, "metrics": metrics,
+            "interval": {"level": 0.95, "rates": "Wilson, effective number of episodes",
+                         "means": "bootstrap", "units": kind, "n_units": len(set(units))}}
 
 
 def table(results):
@@ -586,8 +648,17 @@ def table(results):
              f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
              f"{results['errors']} errors; ended by: {ends}"]
     if results["decisions"]:
-        lines[0] += (f"; {results['malformed_share']:.1%} of {results['decisions']} plans "
-                     f"unreadable; {results['tokens_per_episode']:,.0f} tokens an episode")
+        low, high = results["malformed_ci"]
+        lines[0] += (f"; {results['malformed_share']:.1%} [{low:.1%}, {high:.1%}] of "
+                     f"{results['decisions']} plans unreadable; "
+                     f"{results['tokens_per_episode']:,.0f} tokens an episode")
+    if results["no_way_at_end"]:
+        lines.append(f"  {results['no_way_at_end']} walks ended where no way to the goal is known: "
+                     "failed, and left out of NE")
+    if results.get("shuffle_instructions"):
+        lines.append(f"  {results['borrowed_in_scene']} of {results['episodes']} instructions "
+                     "belong to a walk to another goal in the same scene, the others to one in "
+                     "another scene")
     for name, found in results["metrics"].items():
         measured = name.removesuffix(f"_{results['second_radius_m']:g}m")
         radius = results["radius_m" if name == measured else "second_radius_m"]
@@ -595,109 +666,17 @@ def table(results):
         if found["mean"] is not None:
             lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   "
                          f"[{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]")
+    if results["scored"]:
+        lines.append("  95% intervals: " + explain(results["interval"]))
     return "\n".join(lines)
 
 
-def compare(folders, out=None):
-    """Print what the second results folder gains over the first, episode by episode; with more
-    folders, of each and of all together. out: a file for {"runs", "pooled"}."""
-    try:
-        rows = [read_rows(os.path.join(folder, "episodes.jsonl"))[0] for folder in folders]
-        runs = [read_json(os.path.join(folder, "run.json")) for folder in folders]
-    except OSError as error:
-        raise UserError(f"no results to compare ({error}): evaluate both first") from None
-    if len(folders) < 2:
-        raise UserError("--compare wants two folders or more: what was before, and what is after")
-    if len({run["radius_m"] for run in runs}) > 1:
-        raise UserError("they were measured with different radii: give all one --success-m")
-    for folder, after in zip(folders[1:], rows[1:]):
-        if len(folders) > 2:
-            print(f"{folder} against {folders[0]}")
-        for metric, title in TITLES.items():
-            found = paired_difference(rows[0], after, metric)
-            if not found["episodes"]:
-                raise UserError(f"{folders[0]} and {folder} have no scored episode in common")
-            print(f"{title:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
-                  f"{found['difference']:+.3f} [{found['ci'][0]:+.3f}, {found['ci'][1]:+.3f}]   "
-                  f"{found['episodes']} pairs")
-    if len(folders) > 2:
-        told = {"runs": [run_gain(*pair) for pair in zip(runs[1:], rows[1:], rows[:1] * len(runs))],
-                "pooled": pooled_gain(rows[0], rows[1:])}
-        print("SR, all together: {difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]   {episodes} "
-              "episodes x {runs} runs".format(**told["pooled"]))
-        if out:
-            write_json(out, told)
-
-
-def run_gain(run, after, before):
-    """One run's part of --compare's file; seed and CPU minutes as its trainer wrote them."""
-    found, ckpt, minutes = paired_difference(before, after), run["ckpt"] or "", None
-    seed = None
-    if os.path.exists(os.path.join(ckpt, "args.json")):
-        seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
-        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[0][-1].get("minutes")
-    return {"ckpt": ckpt, "seed": seed, "sr_before": found["a"], "sr_after": found["b"],
-            "episodes": found["episodes"], "diff": found["difference"], "diff_ci": found["ci"],
-            "minutes": minutes and round(minutes, 2)}
-
-
-def pooled_gain(before, afters, seed=0):
-    """What several runs gain in success: the mean over runs of each episode's difference, with the
-    interval of episodes drawn again. Runs on one episode are not independent, episodes are.
-
-    >>> a = [{"episode_id": i, "success": 0.0} for i in range(3)]
-    >>> b = [{"episode_id": i, "success": 1.0} for i in range(3)]
-    >>> pooled_gain(a, [a, b])
-    {'episodes': 3, 'runs': 2, 'difference': 0.5, 'ci': [0.5, 0.5]}
-    """
-    tables = [{str(row["episode_id"]): row["success"] for row in rows if "success" in row}
-              for rows in (before, *afters)]
-    common = [key for key in tables[0] if all(key in table for table in tables)]
-    gains = [np.mean([table[key] for table in tables[1:]]) - tables[0][key] for key in common]
-    found = bootstrap({"gain": gains}, seed=seed)["gain"]
-    return {"episodes": len(common), "runs": len(afters), "difference": found["mean"],
-            "ci": found["ci"]}
-
-
-COLUMNS = {"sr": "success", "spl": "spl", "os": "oracle_success", "ne_m": "distance_to_goal",
-           "tl_m": "path_length", "ndtw": "ndtw", "sdtw": "sdtw", "steps": "steps"}
-
-
-def summary(folders, out):
-    """Print results folders as the rows of one table; write {"minutes", "rows"} to out (.json)."""
-    rows = []
-    for folder in folders:
-        try:
-            found = read_json(os.path.join(folder, "results.json"))
-        except OSError as error:
-            raise UserError(f"{folder} has no results.json ({error}): evaluate it first") from None
-        metrics = found["metrics"]
-        if not found["scored"]:
-            raise UserError(f"{folder} has no scored episode: leave it out of the table")
-        name = os.path.basename(folder.rstrip("/")).removesuffix("_" + found["split"])
-        rows.append({"agent": name, "split": found["split"], "episodes": found["scored"],
-                     "radius_m": found["radius_m"], "sr_ci": metrics["success"]["ci"],
-                     **{key: metrics[name]["mean"] for key, name in COLUMNS.items()},
-                     "errors": found["errors"] + found["unreachable"]})
-    print(f"{'agent':9}{'split':12}{'walks':>6}  {'SR':>5} {'[95%]':14}{'SPL':>5} {'OS':>5} "
-          f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'errors':>6}   "
-          f"SR, SPL, OS at {', '.join(sorted({format(r['radius_m'], 'g') for r in rows}))} m")
-    for r in rows:
-        ci = "[{:.2f}, {:.2f}]".format(*r["sr_ci"])
-        print(f"{r['agent']:9}{r['split']:12}{r['episodes']:6}  {r['sr']:5.2f} {ci:14}"
-              f"{r['spl']:5.2f} {r['os']:5.2f} {r['ne_m']:5.2f} {r['tl_m']:5.2f} {r['ndtw']:5.2f} "
-              f"{r['sdtw']:5.2f} {r['steps']:5.1f} {r['errors']:6}")
-    if out:
-        clock = os.path.join(os.path.dirname(out), "minutes.jsonl")
-        stages = []
-        if os.path.exists(clock):
-            with open(clock) as file:
-                stages = [json.loads(line) for line in file]
-        minutes = {s["stage"]: round(s["minutes"], 2) for s in stages}
-        write_json(out, {"minutes": minutes, "rows": rows})
-        if stages:
-            print(f"{sum(s['minutes'] for s in stages):.1f} minutes: "
-                  + ", ".join(f"{s['stage']} {s['minutes']:.1f}" for s in stages))
+def explain(interval):
+    """results.json's "interval" in words."""
+    few = "" if interval["units"] == "scenes" else (
+        f"; fewer than {MIN_SCENES} scenes, so they hold for these scenes only")
+    return (f"Wilson for SR, OS; a bootstrap over {interval['n_units']} {interval['units']} for "
+            f"means{few}")
 
 
 # ---------------------------------------------------------------- for the leaderboards
@@ -744,7 +723,10 @@ def submit(path, episodes, rows):
     rxr = dataset_of(episodes[0]) == "rxr"
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_json(path, rxr_submission(episodes, rows) if rxr else r2r_submission(rows), lines=rxr)
+        if rxr:
+            write_lines(path, rxr_submission(episodes, rows))
+        else:
+            write_json(path, r2r_submission(rows))
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --submit") from None
     spoken = {episode["instruction"].get("language") for episode in episodes}
@@ -760,8 +742,9 @@ WITNESSED = ("distance_to_goal", "success", "spl")
 
 def testify(rows, episodes, settings, scenes, python):
     """habitat-lab's verdict on every scored walk (witness.py) -> {"walks", "habitat_lab",
-    "habitat_sim", "largest_difference": {metric: value}}. UserError if a walk is missing in it, or
-    a metric differs from ours by more than 1e-4."""
+    "habitat_sim", "largest_difference": {metric: value}, "without_spl": ids of walks that start at
+    their goal, "no_verdict": {id: reason}}. UserError if habitat-lab is missing, its process died,
+    or a metric differs from ours by more than 1e-4."""
     walks = [(row, episode) for row, episode in zip(rows, episodes) if "success" in row]
     job = {"robot": settings["robot"], "scenes_dir": os.path.abspath(scenes),
            "radius_m": settings["radius_m"]}
@@ -774,21 +757,37 @@ def testify(rows, episodes, settings, scenes, python):
     done = subprocess.run([python or sys.executable, here], capture_output=True, text=True,
                           input="".join(json.dumps(line) + "\n" for line in lines))
     told = [json.loads(line) for line in done.stdout.splitlines()]
+    if told and "missing" in told[0]:
+        raise UserError(f"--witness needs habitat-lab ({told[0]['missing']}): "
+                        f"{python or sys.executable} -m pip install habitat-lab")
     theirs = {line["episode_id"]: line for line in told[1:]}
     if done.returncode or len(theirs) < len(walks):
-        raise UserError(f"the witness ended with {done.returncode} after {len(theirs)} of "
-                        f"{len(walks)} walks; it needs habitat-lab ({python or sys.executable} -m "
-                        f"pip install habitat-lab). Its last words: {done.stderr[-600:].strip()}")
-    worst = dict.fromkeys(WITNESSED, 0.0)
+        raise UserError(f"habitat-lab's process ended with {done.returncode} after {len(theirs)} "
+                        f"of {len(walks)} walks. Its last words: {done.stderr[-600:].strip()}")
+    failed = {name: line["error"] for name, line in theirs.items() if "error" in line}
+    worst, wrong, no_spl = dict.fromkeys(WITNESSED, 0.0), [], []
     for row, _ in walks:
-        for name in WITNESSED:
-            ours, habitats = row[name], theirs[str(row["episode_id"])][name]
-            if not abs(ours - habitats) <= 1e-4:
-                raise UserError(f"episode {row['episode_id']}: {name} is {ours} by our count and "
-                                f"{habitats} by habitat-lab's; neither is a result until one of "
-                                "them is explained")
-            worst[name] = max(worst[name], abs(ours - habitats))
-    return {"walks": len(walks), **told[0], "largest_difference": worst}
+        line = theirs[str(row["episode_id"])]
+        for name in WITNESSED if "error" not in line else ():
+            if line[name] is None:
+                no_spl.append(row["episode_id"])
+                continue
+            apart = difference(row[name], line[name])
+            worst[name] = max(worst[name], apart)
+            if apart > 1e-4:
+                wrong.append(f"episode {row['episode_id']}: {name} is {row[name]} by our count and "
+                             f"{line[name]} by habitat-lab's")
+    if wrong:
+        raise UserError(f"{wrong[0]} ({len(wrong)} such values); neither is a result until one of "
+                        "them is explained")
+    return {"walks": len(walks) - len(failed), **told[0], "largest_difference": worst,
+            "without_spl": no_spl, "no_verdict": failed}
+
+
+def difference(ours, theirs):
+    """|ours - theirs|; 0 where neither knows a distance, inf where only one does."""
+    known = is_finite(ours), is_finite(theirs)
+    return abs(ours - theirs) if all(known) else math.inf if any(known) else 0.0
 
 
 # ---------------------------------------------------------------- pictures
@@ -851,17 +850,85 @@ def draw_map(walk, reference, robot, radius, upto, size):
     return image
 
 
+@functools.lru_cache(None)
+def characters_of(path):
+    """The characters that a font file can draw, as a set of code points; {} if it is unreadable."""
+    from fontTools.ttLib import TTFont
+    try:
+        return frozenset(TTFont(path, fontNumber=0, lazy=True).getBestCmap() or ())
+    except Exception:                      # fonts are other people's files: any other one will do
+        return frozenset()
+
+
+@functools.lru_cache(None)
+def installed_fonts():
+    """Font files to try, those with an upright regular face of a wide coverage first."""
+    from matplotlib import font_manager, get_data_path
+    found = sorted(font_manager.findSystemFonts(), key=lambda path: (
+        "regular" not in path.lower(), "noto" not in path.lower(), path))
+    return [os.path.join(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), *found]
+
+
+@functools.lru_cache(None)
+def font_for(word, size=13):
+    """A font that has all characters of a word, or None. Pillow's own has those of ASCII; Indic
+    scripts also need libraqm, which orders and joins their signs."""
+    if word.isascii():
+        return ImageFont.load_default(size)
+    if any("\u0900" <= char <= "\u0dff" for char in word) and not features.check("raqm"):
+        return None
+    wanted = set(map(ord, word)) - {0x200c, 0x200d}                  # joiners are never drawn
+    path = next((path for path in installed_fonts() if wanted <= characters_of(path)), None)
+    return path and ImageFont.truetype(path, size)
+
+
+def lay_out(text, width):
+    """Words of a text as [(x, line, word, font)], in lines of at most `width` pixels, and how many
+    lines those are; None if no installed font has the characters of one of them."""
+    placed, x, line, space = [], 0, 0, font_for(" ").getlength(" ")
+    for word in text.split():
+        font = font_for(word)
+        if font is None:
+            return None
+        length = font.getlength(word)
+        if x and x + length > width:
+            x, line = 0, line + 1
+        placed.append((x, line, word, font))
+        x += length + space
+    return placed, line + 1
+
+
+@functools.lru_cache(None)
+def say_no_font(language):
+    """Once for each language."""
+    print(f"pictures: no font that is installed has the characters of the {language} instructions"
+          " (or Pillow has no libraqm), so they are written to .txt files beside the pictures; on "
+          "Debian and Ubuntu: apt-get install fonts-noto-core", file=sys.stderr, flush=True)
+
+
+def instruction_lines(walk, width):
+    """lay_out() of the instruction, or of a note that it cannot be drawn."""
+    found = lay_out(walk.instruction, width)
+    if found is None:
+        language = walk.episode["instruction"].get("language") or "other"
+        say_no_font(language)
+        found = lay_out(f"[{language} instruction: see {walk.name}.txt]", width)
+    return found
+
+
 def sheet(walk, title, make_map, views, upto, size=200):
     """One page: title, instruction, the map up to pose `upto`, the views of the poses `views`."""
     font = ImageFont.load_default(13)
     columns = min(4, len(views))
     side = math.ceil(len(views) / columns) * (size + 20)
     width = side + 8 + columns * (size + 6)
-    words = "\n".join([title] + textwrap.wrap(walk.instruction, width // 7))
-    top = 12 + 18 * (words.count("\n") + 1)
+    words, lines = instruction_lines(walk, width - 12)
+    top = 12 + 18 * (lines + 1)
     page = Image.new("RGB", (width, top + side), WHITE)
     draw = ImageDraw.Draw(page)
-    draw.text((6, 4), words, (0, 0, 0), font)
+    draw.text((6, 17), title, (0, 0, 0), font, anchor="ls")
+    for x, line, word, its_font in words:                     # ls: all fonts on one baseline
+        draw.text((6 + x, 17 + 18 * (line + 1)), word, (0, 0, 0), its_font, anchor="ls")
     page.paste(make_map(upto, side), (0, top))
     for i, t in enumerate(views):
         x, y = side + 8 + i % columns * (size + 6), top + i // columns * (size + 20)
@@ -882,10 +949,14 @@ def draw_walk(walk, row, reference, robot, radius, folder):
     verdict = ("success" if row["success"] else "failure") if "success" in row else row["end"]
     title = f"{verdict}: episode {walk.name}, {row['steps']} steps"
     if "success" in row:
-        title += f", {row['distance_to_goal']:.2f} m from the goal"
+        metres = row["distance_to_goal"]
+        title += ", no way to the goal is known" if metres is None else (
+            f", {metres:.2f} m from the goal")
 
-    make_map = partial(draw_map, walk, reference, robot, radius)
+    make_map = functools.partial(draw_map, walk, reference, robot, radius)
     path, last = os.path.join(folder, walk.name), len(walk.film) - 1
+    if any(font_for(word) is None for word in walk.instruction.split()):
+        write_text(path + ".txt", walk.instruction + "\n")
     views = sorted({round(i * last / 7) for i in range(8)})
     sheet(walk, title, make_map, views, last).save(path + ".png")
     film = [sheet(walk, title, make_map, [t], t, size=224) for t in range(last + 1)]
@@ -962,16 +1033,40 @@ def spread(items, n):
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def other_words(episodes, seed):
-    """For each episode the instruction of another trajectory, and a different one."""
-    ring, borrowed = random.Random(seed).sample(episodes, len(episodes)), {}
+def other_words(episodes, seed, radius):
+    """For each episode the instruction of another walk -> {str(episode_id): text}, and the set of
+    those ids whose text is of a walk in the same scene.
+
+    The other walk leads to another goal (more than `radius` metres away, or the words would be
+    right) and has other words, of the same language. It is of the same scene where there is one:
+    words from elsewhere name things that are not there, which a policy could notice.
+    """
+    ring = random.Random(seed).sample(episodes, len(episodes))
+    scenes, borrowed, near = {}, {}, set()
+    for episode in ring:
+        scenes.setdefault(episode["scene_id"], []).append(episode)
+
+    def fits(mine, other):
+        words, theirs = mine["instruction"], other["instruction"]
+        return (mine["trajectory_id"] != other["trajectory_id"]
+                and words["instruction_text"] != theirs["instruction_text"]
+                and words.get("language") == theirs.get("language")
+                and (mine["scene_id"] != other["scene_id"] or all(
+                    math.dist(a["position"], b["position"]) > radius
+                    for a in mine["goals"] for b in other["goals"])))
+
     for place, mine in enumerate(ring):
-        found = next((other for other in ring[place + 1:] + ring[:place] if all(
-            other[key] != mine[key] for key in ("instruction", "trajectory_id"))), None)
+        here = scenes[mine["scene_id"]]
+        at = here.index(mine)
+        found = next((o for o in (*here[at + 1:], *here[:at], *ring[place + 1:], *ring[:place])
+                      if fits(mine, o)), None)
         if found is None:
-            raise UserError("--shuffle-instructions needs walks with different instructions")
+            raise UserError("--shuffle-instructions needs walks with different instructions: "
+                            f"episode {mine['episode_id']} finds none in its language")
         borrowed[str(mine["episode_id"])] = found["instruction"]["instruction_text"]
-    return borrowed
+        if found["scene_id"] == mine["scene_id"]:
+            near.add(str(mine["episode_id"]))
+    return borrowed, near
 
 
 def fingerprint(folder):
@@ -1036,8 +1131,8 @@ def prepare(args):
     if not args.success_m and len(radii) > 1:
         raise UserError("the goals of the data have no common radius: give --success-m")
     radius = args.success_m or (radii.pop() if radii else VLNCE_RADIUS_M)
-    words = other_words(every, args.seed) if args.shuffle_instructions else {
-        str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}
+    words, near = other_words(every, args.seed, radius) if args.shuffle_instructions else (
+        {str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}, ())
     walked = paired(episodes, truths or {})
     forwards = [walk["actions"].count(FORWARD) for walk in walked]
     forward_steps = args.forward_steps or (round(np.mean(forwards)) if forwards else None)
@@ -1051,22 +1146,21 @@ def prepare(args):
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0,
                 "forward_steps": forward_steps}
+    if args.shuffle_instructions:
+        settings["borrowed_in_scene"] = sum(str(e["episode_id"]) in near for e in episodes)
     return settings, episodes, truths, words, scenes
 
 
 def main(args):
-    if args.compare:
-        return compare(args.compare, args.out)
-    if args.summary:
-        return summary(args.summary, args.out)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
     # 1. what is measured, and which rows are there already
     settings, episodes, truths, words, scenes = prepare(args)
+    settings["episodes"] = len(episodes)
     robot, radius, second = (settings[key] for key in ("robot", "radius_m", "second_radius_m"))
     label = os.path.basename(settings["ckpt"]) if settings["ckpt"] else args.agent
-    out = args.out or "_".join(["results/" + label] + ["blank"] * args.blank_frames +
-                               ["shuffled"] * args.shuffle_instructions + [args.split] +
+    out = args.out or "_".join(["results/" + label] + ["blank_frames"] * args.blank_frames +
+                               ["shuffled_instruction"] * args.shuffle_instructions + [args.split] +
                                [f"limit{args.limit}"] * bool(args.limit))
     open_out(out, settings)
     path = os.path.join(out, "episodes.jsonl" if world == 1 else f"episodes.{rank}.jsonl")
@@ -1129,7 +1223,7 @@ def main(args):
     results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
     if args.witness:
         results["witness"] = testify(rows, episodes, settings, scenes, args.sim_python)
-    write_json(os.path.join(out, "episodes.jsonl"), rows, lines=True)
+    write_lines(os.path.join(out, "episodes.jsonl"), rows)
     write_json(os.path.join(out, "results.json"), results)
     print(table(results))
     if args.witness:
@@ -1137,6 +1231,13 @@ def main(args):
         worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]
         print(f"  habitat-lab {found['habitat_lab']} walked {found['walks']} of them too; largest "
               f"differences: {', '.join(worst)}")
+        if found["without_spl"]:
+            print(f"  SPL not compared for {len(found['without_spl'])} walks that start at their "
+                  "goal, where habitat-lab's is 0 / 0")
+        if found["no_verdict"]:
+            name, reason = next(iter(found["no_verdict"].items()))
+            sys.exit(f"evaluate.py: error: habitat-lab confirms {found['walks']} walks and has no "
+                     f"verdict on {len(found['no_verdict'])} (first {name}: {reason})")
     if args.submit and not results["errors"]:
         submit(args.submit, episodes, rows)
     if results["errors"]:

@@ -78,6 +78,7 @@ from evaluate import (
     check_episodes,
     choose_robot,
     dialog_agent,
+    is_finite,
     judge,
     ndtw,
     path_length,
@@ -173,8 +174,10 @@ def marks_of(walk, radius, reference):
     path = [state["position"] for state in walk.states]
     stopped, d0, d = walk.end == "stop", distances[0], distances[-1]
     marks = judge(distances, path_length(path), stopped, radius)
-    return {"success": marks["success"], "soft_success": marks["success"] * (1 - d / radius),
-            "progress": max(-1.0, (d0 - d) / d0) if d0 > 0 else float(stopped),
+    d = d if is_finite(d) else math.inf                     # no way is known from there: failed
+    return {"success": marks["success"],
+            "soft_success": 1 - d / radius if marks["success"] else 0.0,
+            "progress": max(-1.0, (d0 - d) / d0) if d0 > 0 else float(stopped and d < math.inf),
             "ndtw": ndtw(path, reference) if stopped else 0.0}
 
 
@@ -262,6 +265,7 @@ def early_end(walk, expert_actions, args):
     if len(walk.turns) >= args.turn_cap:
         return "turns"
     distances = [state["distance_to_goal"] for state in walk.states]
+    distances = [d if is_finite(d) else math.inf for d in distances]
     if 0 < args.patience <= len(distances) - 1 - int(np.argmin(distances)):
         return "no_progress"
     return None

@@ -1,0 +1,226 @@
+"""
+What a policy without eyes, and one without words, could reach on a split of our houses.
+
+A success rate shows that a policy follows instructions only if it is above what half of the input
+is worth. Both bounds come from the episodes and scenes; no policy walks. They are optimistic, so
+that what lies above them needed both halves:
+
+words only    The policy reads, and sees nothing: its actions are a function of the sentence. Names
+              of things and rooms, and the choice among equal phrases, are drawn independently of
+              where things stand, so what is left of a sentence is its wording: turns, doors, what
+              is passed. For each wording the one action sequence that arrives most often is chosen,
+              with hindsight, among "turn k times, walk n steps, stop" for all k and n, and the
+              expert's walks of that wording (--candidates of them, evenly). Rare wordings profit
+              from the hindsight most.
+pictures only The policy knows the house and where it stands, and not the sentence. It must guess
+              which thing is meant, and stops where most of the likely goals are within the radius
+              (of a grid of 0.5 m and the goals). Likely is what houses.py could have drawn from
+              that start: each thing at a distance that the level allows, weighted by how often a
+              walk begins in another room. What houses.py rejects later (an expert that strays, half
+              of the walks that need no turn) is ignored. The episode's share is its probability.
+
+Run it   python -m tools.bounds --split val_unseen
+         python -m tools.report --summary .. --bounds     # below the table, for its splits
+Reads    --episodes, with its scenes; the goals' radius is the data's
+Expect   words .35, pictures .54 at level 1 (a start has 2.8 things at a possible distance, and two
+         goals are often near each other); 20 seconds for 200 episodes
+"""
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections import defaultdict
+
+import numpy as np
+
+import houses
+import sim as simulator
+from cli import Help, UserError, count, run
+from episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of
+from evaluate import cluster_bootstrap, explain, rate_interval, sampling_units, spread
+from reward import FORWARD, LEFT, RIGHT, STOP
+
+CUES = re.compile(r"turn (slightly|a bit|around|back)?(?: ?to the)? ?(left|right)"
+                  r"|(?:pass|past) the [a-z ]+? on (?:your|the) (left|right)"
+                  r"|(?:enter|into|door to)( the) |(straight) to the ")
+GRID_M = 0.5
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tools.bounds", formatter_class=Help,
+                                description=__doc__.split("\n")[1])
+    add = p.add_argument
+    add("--split", default="val_unseen")
+    add("--episodes", default="data/houses", help="folder that houses.py wrote")
+    add("--limit", type=count, help="so many episodes, spread evenly over the split")
+    add("--max-steps", type=count, default=500, help="evaluate.py's")
+    add("--candidates", type=count, default=100, help="expert walks tried for each wording")
+    return p.parse_args(argv)
+
+
+def wording(text):
+    """What a sentence says beside names: its turns, doors and what is passed, in order.
+
+    >>> wording("turn left, go into the pink room, turn back to the right and stop by the red bed.")
+    ('turn left', 'door', 'turn back right')
+    >>> wording("enter the pink study, then pass the red bed on your left and wait at the sofa.")
+    ('door', 'pass left')
+    """
+    cues = []
+    for size, side, passed, door, straight in CUES.findall(text):
+        size = {"a bit": "slightly", "around": "back"}.get(size, size)
+        cues.append("door" if door else "straight" if straight else f"pass {passed}" if passed else
+                    " ".join(filter(None, ("turn", size, side))))
+    return tuple(cues)
+
+
+# ---------------------------------------------------------------- words only
+
+
+def straight_walks(robot, max_steps):
+    """Every "turn k times, walk n steps, stop" -> list of action lists."""
+    half = round(180 / robot["turn_deg"])
+    longest = max(level["metres"][1] for level in houses.LEVELS.values())
+    return [[LEFT if k > 0 else RIGHT] * abs(k) + [FORWARD] * n + [STOP]
+            for k in range(1 - half, half + 1) for n in range(round(longest / robot["forward_m"]))
+            if abs(k) + n < max_steps]
+
+
+def arrivals(sim, episode, sequences, radius):
+    """Which of the action sequences arrive? All are walked at once. -> (len(sequences),) bool"""
+    sim.reset(episode)
+    spots, yaws = np.tile(sim.spot, (len(sequences), 1)), np.full(len(sequences), sim.yaw)
+    longest = max(map(len, sequences))
+    actions = np.array([s + [STOP] * (longest - len(s)) for s in sequences])
+    for now in actions.T:
+        yaws += sim.turn * ((now == LEFT) * 1.0 - (now == RIGHT))
+        walking = np.flatnonzero(now == FORWARD)
+        if len(walking):
+            steps = sim.robot["forward_m"] * simulator.heading(yaws[walking])
+            spots[walking], _ = simulator.moves(sim.nav, spots[walking], steps,
+                                                sim.robot["sliding"])
+    metres = [simulator.distances(sim.nav, sim.field(goal), spots)[0] for goal in sim.goals]
+    return np.min(metres, axis=0) < radius
+
+
+def words_only(sim, episodes, truths, radius, max_steps, candidates):
+    """Does the best sequence of its wording, in hindsight, arrive? -> (n,) bool, how many wordings
+    """
+    members = defaultdict(list)
+    for i, episode in enumerate(episodes):
+        members[wording(episode["instruction"]["instruction_text"])].append(i)
+    arrived, plain = np.zeros(len(episodes), bool), straight_walks(sim.robot, max_steps)
+    for some in members.values():
+        own = [truths[str(episodes[i]["episode_id"])]["actions"] for i in spread(some, candidates)]
+        sequences = plain + [s for s in own if len(s) <= max_steps]
+        found = np.array([arrivals(sim, episodes[i], sequences, radius) for i in some])
+        arrived[some] = found[:, found.sum(axis=0).argmax()]
+    return arrived, len(members)
+
+
+# ---------------------------------------------------------------- pictures only
+
+
+def read_house(scene):
+    """A scene file -> the rooms and things of houses.House; its boxes and doors are not needed."""
+    rooms = [houses.Room(name, "", lo[[0, 2]], hi[[0, 2]]) for role, name, lo, hi in
+             zip(scene.roles, scene.names, scene.lo, scene.hi) if role == "floor"]
+    house, boxes = houses.House(rooms, [], [], []), defaultdict(list)
+    for role, name, lo, hi in zip(scene.roles, scene.names, scene.lo, scene.hi):
+        if role == "object":
+            boxes[name].append((lo[[0, 2]], hi[[0, 2]]))
+    for name, corners in boxes.items():
+        lo, hi = np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))
+        house.things.append(houses.Thing(name, houses.room_at(house, *(lo + hi) / 2), lo, hi))
+    return house
+
+
+def likely_goals(sim, house, episode):
+    """What houses.draw_walk could have chosen from this start -> [(name, goal (2,), weight)]."""
+    level, start = houses.LEVELS[episode["info"]["level"]], episode["start_position"]
+    here, others = houses.room_at(house, *sim.spot), len(house.rooms) - 1
+    found = []
+    for thing in house.things:
+        fronts = houses.in_front_of(sim, house, thing)
+        if not len(fronts):
+            continue
+        metres = simulator.distances(sim.nav, sim.field(start), fronts)[0]
+        best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
+        weight = 1.0 if not others else (
+            level["cross"] / others if thing.room != here else 1 - level["cross"])
+        if level["metres"][0] <= metres[best] <= level["metres"][1] and weight:
+            found.append((thing.name, fronts[best], weight))
+    return found
+
+
+def pictures_only(sim, episode, radius):
+    """-> the probability that the best guess from this start is right; how many things are likely.
+    """
+    sim.reset(episode)
+    house = read_house(sim.scene)
+    goals = likely_goals(sim, house, episode)
+    if episode["info"]["goal"] not in [name for name, _, _ in goals]:
+        raise UserError(f"episode {episode['episode_id']}: houses.py as it is now could not have "
+                        "drawn this walk; make the houses again")
+    lo, hi = (np.array([getattr(room, end) for room in house.rooms]) for end in ("lo", "hi"))
+    x, z = (np.arange(a, b, GRID_M) for a, b in zip(lo.min(axis=0), hi.max(axis=0)))
+    grid = np.stack(np.meshgrid(x, z), axis=-1).reshape(-1, 2)
+    spots = np.vstack([[goal for _, goal, _ in goals], grid[sim.free(grid)]])
+    weights = np.array([weight for _, _, weight in goals])
+    near = np.array([simulator.distances(sim.nav, sim.field((x, 0, z)), spots)[0] < radius
+                     for _, (x, z), _ in goals])                        # (goals, spots)
+    return float((weights @ near).max() / weights.sum()), len(goals)
+
+
+# ---------------------------------------------------------------- both
+
+
+def bounds_of(source, split, limit, robot, radius, max_steps, candidates=100):
+    """-> {"split", "episodes", "radius_m", "wordings", "likely_goals" (mean), "interval",
+    "words_only": {"mean", "ci"}, "pictures_only": {..}}. UserError if these are no houses."""
+    episodes = read_episodes(source, split)
+    episodes = spread(episodes, limit or len(episodes))
+    if dataset_of(episodes[0]) != "houses":
+        raise UserError(f"{source} holds no houses of ours: these bounds need to know how the "
+                        "walks were drawn")
+    truths, scenes = read_ground_truth(source, split), scenes_of(source)
+    sim = simulator.HouseSim(robot, os.path.abspath(scenes))
+    units, kind = sampling_units(episodes)
+    arrived, wordings = words_only(sim, episodes, truths, radius, max_steps, candidates)
+    order = sorted(range(len(episodes)), key=lambda i: episodes[i]["scene_id"])     # a load a scene
+    guesses = dict(zip(order, (pictures_only(sim, episodes[i], radius) for i in order)))
+    shares, likely = zip(*(guesses[i] for i in range(len(episodes))))
+    return {"split": split, "episodes": len(episodes), "radius_m": radius, "wordings": wordings,
+            "words_only": {"mean": round(float(arrived.mean()), 6),
+                           "ci": rate_interval(arrived, np.ones(len(arrived)), units)},
+            "pictures_only": cluster_bootstrap({"p": shares}, units)["p"],
+            "likely_goals": round(float(np.mean(likely)), 2),
+            "interval": {"units": kind, "n_units": len(set(units))}}
+
+
+def print_bounds(every):
+    """A line for each bound of each split."""
+    print("SR that half of the input could reach, computed from the episodes (tools/bounds.py):")
+    for name in ("words_only", "pictures_only"):
+        for found in every:
+            low, high = found[name]["ci"]
+            how = (f"best action sequence for each of {found['wordings']} wordings, in hindsight"
+                   if name == "words_only" else
+                   f"best guess among {found['likely_goals']:.1f} things (mean), map known")
+            print(f"{name:15}{found['split']:12}{found['episodes']:6}  {found[name]['mean']:5.2f} "
+                  f"[{low:.2f}, {high:.2f}]   {how}")
+
+
+def main(args):
+    goals = [goal for e in read_episodes(args.episodes, args.split) for goal in e["goals"]]
+    found = bounds_of(args.episodes, args.split, args.limit, simulator.ROBOTS["houses"],
+                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_steps,
+                      args.candidates)
+    print_bounds([found])
+    print("95% intervals: " + explain(found["interval"]))
+    return found
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
