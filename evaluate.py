@@ -60,6 +60,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -285,8 +286,11 @@ def cluster_bootstrap(columns, units, resamples=2000, seed=0):
     Whole units are drawn, n names of what each value belongs to: episodes of one scene, and the
     three instructions of one R2R trajectory, resemble each other, so that drawing episodes would
     promise more than the data hold. Columns are resampled together. A value of None is left out.
-    >>> cluster_bootstrap({"spl": [0.5, 0.5, None], "ne": [None] * 3}, ["a", "b", "b"])
-    {'spl': {'mean': 0.5, 'ci': [0.5, 0.5]}, 'ne': {'mean': None, 'ci': None}}
+    Where all units are alike the interval would have no width, and is None: what was never seen to
+    differ may differ.
+    >>> cluster_bootstrap({"spl": [0, 1, None], "ne": [2.0] * 3, "x": [None] * 3}, ["a", "b", "b"])
+    {'spl': {'mean': 0.5, 'ci': [0.0, 1.0]}, 'ne': {'mean': 2.0, 'ci': None}, 'x': {'mean': None, \
+'ci': None}}
     """
     values = np.array([list(column) for column in columns.values()], dtype=float)     # None: nan
     found = {name: {"mean": None, "ci": None} for name in columns}
@@ -302,8 +306,9 @@ def cluster_bootstrap(columns, units, resamples=2000, seed=0):
             means.append(drawn @ sums / (drawn @ counts))
     for name, total, n, column in zip(columns, sums.sum(0), counts.sum(0), np.vstack(means).T):
         if n:
-            ci = np.nanpercentile(column, [2.5, 97.5])
-            found[name] = {"mean": round(float(total / n), 6), "ci": ci.round(6).tolist()}
+            low, high = np.nanpercentile(column, [2.5, 97.5]).round(6).tolist()
+            found[name] = {"mean": round(float(total / n), 6),
+                           "ci": [low, high] if low < high else None}
     return found
 
 
@@ -664,8 +669,8 @@ def table(results):
         radius = results["radius_m" if name == measured else "second_radius_m"]
         at = f"@ {radius:g} m" if measured in AT_RADIUS else ""
         if found["mean"] is not None:
-            lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   "
-                         f"[{found['ci'][0]:.3f}, {found['ci'][1]:.3f}]")
+            ci = "[{:.3f}, {:.3f}]".format(*found["ci"]) if found["ci"] else "all alike"
+            lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   {ci}")
     if results["scored"]:
         lines.append("  95% intervals: " + explain(results["interval"]))
     return "\n".join(lines)
@@ -883,18 +888,22 @@ def font_for(word, size=13):
 
 
 def lay_out(text, width):
-    """Words of a text as [(x, line, word, font)], in lines of at most `width` pixels, and how many
-    lines those are; None if no installed font has the characters of one of them."""
+    """A text as [(x, line, piece of a word, font)], in lines of at most `width` pixels, and how
+    many lines those are; None if no installed font has the characters of one piece. A word is cut
+    where ASCII meets other characters: many fonts of a script have no Latin letters."""
     placed, x, line, space = [], 0, 0, font_for(" ").getlength(" ")
     for word in text.split():
-        font = font_for(word)
-        if font is None:
+        pieces = re.findall(r"[!-~]+|[^!-~]+", word)
+        fonts = list(map(font_for, pieces))
+        if None in fonts:
             return None
-        length = font.getlength(word)
-        if x and x + length > width:
+        lengths = [font.getlength(piece) for font, piece in zip(fonts, pieces)]
+        if x and x + sum(lengths) > width:
             x, line = 0, line + 1
-        placed.append((x, line, word, font))
-        x += length + space
+        for piece, font, length in zip(pieces, fonts, lengths):
+            placed.append((x, line, piece, font))
+            x += length
+        x += space
     return placed, line + 1
 
 
@@ -955,7 +964,7 @@ def draw_walk(walk, row, reference, robot, radius, folder):
 
     make_map = functools.partial(draw_map, walk, reference, robot, radius)
     path, last = os.path.join(folder, walk.name), len(walk.film) - 1
-    if any(font_for(word) is None for word in walk.instruction.split()):
+    if lay_out(walk.instruction, 1000) is None:
         write_text(path + ".txt", walk.instruction + "\n")
     views = sorted({round(i * last / 7) for i in range(8)})
     sheet(walk, title, make_map, views, last).save(path + ".png")

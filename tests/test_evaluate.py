@@ -5,6 +5,7 @@ two real houses. The plane (FakePool) answers in random order, dies and fails wh
 import doctest
 import functools
 import gzip
+import itertools
 import json
 import math
 import os
@@ -13,14 +14,26 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import evaluate
 from cli import UserError
-from evaluate import Walk, bootstrap, dtw, judge, ndtw, path_length, policy_agent, walk_episodes
+from evaluate import (
+    Walk,
+    cluster_bootstrap,
+    dtw,
+    judge,
+    ndtw,
+    path_length,
+    policy_agent,
+    rate_interval,
+    walk_episodes,
+    wilson,
+)
 from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases
 from world import SimDied, SimError, houses
@@ -50,8 +63,9 @@ def die_in_time(replies=[0]):  # noqa: B006
 class FakePool:
     """SimPool's verbs on an endless floor: turns of 30 degrees, steps of 0.25 m, no walls.
 
-    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (a SimError), or
-    "distance" (what state() reports instead of the truth).
+    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (a SimError),
+    "distance" (what state() reports instead of the truth), or "beyond": [metres, what it reports
+    once z is further than so many metres from the start].
     """
 
     def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120,
@@ -124,6 +138,8 @@ class FakePool:
         yaw, info = turns * math.pi / 6, self.episode[i]["info"]
         metres = [math.hypot(g["position"][0] - x, g["position"][2] - z)
                   for g in self.episode[i]["goals"]]
+        if abs(z) > info.get("beyond", [math.inf])[0]:
+            metres = [info["beyond"][1]]
         return {"position": [x, y, z], "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)],
                 "collided": False,
                 "distance_to_goal": info.get("distance", metres[0] if metres else None)}
@@ -237,24 +253,79 @@ def test_oracle_success_sees_the_start_and_spl_survives_standing_still():
     assert judge([2.0, 0.1], 1.0, stopped=True, radius=1.0)["spl"] == 1.0  # a body has no width
 
 
-def test_bootstrap_is_seeded_and_of_the_right_width():
-    values = np.random.default_rng(1).random(400) < 0.6
-    found = bootstrap({"success": values})["success"]
-    assert found == bootstrap({"success": values})["success"]
-    wanted = 1.96 * math.sqrt(values.mean() * (1 - values.mean()) / 400)
-    assert found["ci"][0] == pytest.approx(values.mean() - wanted, abs=0.01)
-    assert found["ci"][1] == pytest.approx(values.mean() + wanted, abs=0.01)
-    assert bootstrap({"success": []})["success"] == {"mean": None, "ci": None}
+# ---------------------------------------------------------------- intervals
 
 
-def test_paired_difference_is_narrower_than_two_intervals_and_skips_what_one_lacks():
-    dice = np.random.default_rng(2)
-    hard = dice.random(200) < 0.5                                         # the same for both
-    a = [{"episode_id": i, "success": float(h)} for i, h in enumerate(hard)]
-    b = [{"episode_id": i, "success": float(h or i % 20 == 0)} for i, h in enumerate(hard)]
-    found = evaluate.paired_difference(a, [{"episode_id": 3, "end": "error"}] + b[4:])
-    assert found["episodes"] == 196 and found["difference"] > 0
-    assert found["ci"][1] - found["ci"][0] < 0.1 and found["ci"][0] >= 0
+def test_wilson_by_hand():
+    assert wilson(0, 200) == [0.0, 0.018845] and wilson(200, 200) == [0.981155, 1.0]
+    assert wilson(0, 0) is None
+    # 121 of 200: centre (.605 + z2/400) / (1 + z2/200), z2 = 3.841459
+    spare = 3.841459 / 200
+    centre, half = (.605 + spare / 2), math.sqrt(3.841459 * (.605 * .395 / 200 + spare / 800))
+    assert wilson(121, 200) == pytest.approx([(centre - half) / (1 + spare),
+                                              (centre + half) / (1 + spare)], abs=1e-5)
+    assert rate_interval([0] * 200, [1] * 200, range(200)) == [0.0, 0.018845]
+    # 40 scenes of 5 equal walks are 40 walks, not 200; of 4 scenes nothing can be said of scenes
+    hits = np.repeat(np.arange(40) % 2, 5)
+    found = rate_interval(hits, np.ones(200), np.arange(200) // 5)
+    assert found == pytest.approx(wilson(20 * 39 / 40, 40 * 39 / 40), abs=1e-4)
+    assert rate_interval(hits, np.ones(200), np.arange(200) // 50) == wilson(100, 200)
+
+
+def test_cluster_bootstrap_against_all_resamples():
+    """Three units of unequal size: all 27 equally likely resamples, enumerated."""
+    values, units = [1.0, 2.0, 6.0, 3.0, None], ["a", "b", "b", "c", "c"]
+    of = {"a": [1.0], "b": [2.0, 6.0], "c": [3.0]}
+    means = [np.mean([v for unit in drawn for v in of[unit]])
+             for drawn in itertools.product("abc", repeat=3)]
+    found = cluster_bootstrap({"x": values}, units, resamples=20_000)["x"]
+    assert found["mean"] == 3.0
+    assert found["ci"] == pytest.approx(np.percentile(means, [2.5, 97.5], method="inverted_cdf"),
+                                        abs=1e-6)
+    assert cluster_bootstrap({"x": values}, units) == cluster_bootstrap({"x": values}, units)
+    assert cluster_bootstrap({"x": []}, [])["x"] == {"mean": None, "ci": None}
+    assert cluster_bootstrap({"x": [0.0] * 9}, range(9))["x"] == {"mean": 0.0, "ci": None}
+
+
+def test_intervals_of_clustered_walks_cover_and_those_of_single_walks_do_not():
+    """40 scenes of 10 walks, whose scene makes most of the difference; 100 such experiments."""
+    rng, covered = np.random.default_rng(0), Counter()
+    for _ in range(100):
+        scenes = np.repeat(np.arange(40), 10)
+        level = rng.random(40)[scenes]                               # the true mean is .5
+        spl, success = level + rng.normal(0, .2, 400), rng.random(400) < level
+        for name, units in (("scenes", scenes), ("walks", np.arange(400))):
+            (low, high) = cluster_bootstrap({"x": spl}, units, 200)["x"]["ci"]
+            covered[name, "mean"] += low <= .5 <= high
+            (low, high) = rate_interval(success, np.ones(400), units)
+            covered[name, "rate"] += low <= .5 <= high
+    assert covered["scenes", "mean"] >= 89 and covered["scenes", "rate"] >= 89     # 95, but for 3 s
+    assert covered["walks", "mean"] <= 70 and covered["walks", "rate"] <= 82
+
+
+def scored_row(name, scene, trajectory=None, **values):
+    metrics = dict.fromkeys([*evaluate.TITLES, "success_3m", "oracle_success_3m", "spl_3m",
+                             "sdtw_3m"], 0.0)
+    return {"episode_id": name, "trajectory_id": name if trajectory is None else trajectory,
+            "scene_id": scene, "end": "stop", "decisions": 0, "malformed": 0, **metrics, **values}
+
+
+def test_results_say_how_their_intervals_were_made():
+    rows = [scored_row(i, f"s{i % 50}", spl=i % 2) for i in range(200)]
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert found["metrics"]["success"] == {"mean": 0.0, "ci": [0.0, 0.018845]}
+    assert found["interval"]["units"] == "scenes" and found["interval"]["n_units"] == 50
+    # one scene: drawing it again would always give the same mean
+    rows = [scored_row(i, "s", i // 3, spl=(i // 3) % 2) for i in range(60)]
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert found["interval"]["units"] == "trajectories" and found["interval"]["n_units"] == 20
+    low, high = found["metrics"]["spl"]["ci"]
+    assert low < 0.35 and high > 0.65                                # 20 trajectories, not 60 walks
+    told = evaluate.table({"ckpt": None, "agent": "x", "split": "val", **found})
+    assert "fewer than 5 scenes, so they hold for these scenes only" in told
+    # unreadable plans are a rate as well
+    rows = [scored_row(i, f"s{i}", decisions=10, malformed=0) for i in range(20)]
+    assert evaluate.summarise(rows, 1.0, 3.0, 0)["malformed_ci"] == wilson(0, 200)
 
 
 # ---------------------------------------------------------------- the loop
@@ -363,7 +434,7 @@ def test_dead_and_failing_simulators_are_never_scored():
     assert (found["episodes"], found["scored"], found["errors"]) == (5, 3, 2)
 
 
-@pytest.mark.parametrize("distance", [math.inf, math.nan])
+@pytest.mark.parametrize("distance", [math.inf, math.nan, None])
 def test_distances_that_are_not_finite_are_counted_apart(distance):
     episodes = [fake_episode(0, goal=(0, 0, -0.1)), fake_episode(1, distance=distance)]
     ended = walk_with(lambda walks: [[STOP] for _ in walks], episodes)
@@ -376,15 +447,64 @@ def test_distances_that_are_not_finite_are_counted_apart(distance):
     json.dumps([rows, found], allow_nan=False)
 
 
-def test_other_words_are_other_words():
-    episodes = [dict(fake_episode(i), trajectory_id=i // 3) for i in range(12)]
-    words = evaluate.other_words(episodes, seed=0)
-    for e in episodes:
-        from_id = int(words[str(e["episode_id"])].split()[-1].strip("."))
-        assert from_id // 3 != e["trajectory_id"]
-    assert words == evaluate.other_words(episodes, seed=0)
+@pytest.mark.parametrize("unknown", [math.inf, math.nan, None])
+def test_a_walk_that_ends_where_no_way_is_known_has_failed(unknown):
+    """Two walk past the goal and off the known floor; the second comes back to it."""
+    out, back = [FORWARD] * 9, [LEFT] * 6 + [FORWARD] * 5
+    plans = {"0": [*out, STOP], "1": [*out, *back, STOP], "2": [STOP]}
+    episodes = [fake_episode(i, goal=(0, 0, -1), beyond=[1.5, unknown]) for i in range(3)]
+    ended = walk_with(lambda walks: [plans[walk.name][len(walk.actions):][:3] for walk in walks],
+                      episodes)
+    rows = [evaluate.row_of(ended[str(i)], [[0, 0, 0], [0, 0, -1]], 1.0, 3.0) for i in range(3)]
+    assert [row["end"] for row in rows] == ["stop"] * 3
+    assert [row["success"] for row in rows] == [0.0, 1.0, 0.0]        # the last: d is not < 1
+    assert [row["oracle_success"] for row in rows] == [1.0, 1.0, 0.0]
+    assert rows[0]["distance_to_goal"] is None and rows[0]["spl"] == rows[0]["sdtw"] == 0
+    assert 0 < rows[0]["ndtw"] < 1 and rows[1]["distance_to_goal"] == 0.0
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert (found["scored"], found["unreachable"], found["no_way_at_end"]) == (3, 0, 1)
+    assert found["metrics"]["success"]["mean"] == pytest.approx(1 / 3, abs=1e-6)
+    assert found["metrics"]["distance_to_goal"]["mean"] == 0.5        # of the two that have one
+    assert "1 walks ended where no way" in evaluate.table({"ckpt": "x", "split": "val", **found})
+    json.dumps([rows, found], allow_nan=False)
+    # the expert of such a place knows nothing: it stops, and that is no simulator's error
+    wander = walk_with(lambda walks: [out[:7] if not w.actions else None for w in walks],
+                       episodes[:1])["0"]
+    assert wander.end == "stop" and wander.actions == [*out[:7], STOP]
+
+
+def test_other_words_are_of_another_goal_in_the_same_scene():
+    """Scenes a and b with two goals each, 5 m apart; c with one goal, reached by all its walks."""
+    episodes = []
+    for i in range(18):
+        scene, x = "aabbcc"[i % 6], 5.0 * (i % 2) * (i % 6 < 4)
+        episodes.append({**fake_episode(i, goal=(x, 0, 0)), "scene_id": scene,
+                         "trajectory_id": i % 6})
+    episodes[0]["goals"][0]["position"][1] = 0.1
+    by_id = {i: e for i, e in enumerate(episodes)}
+    words, near = evaluate.other_words(episodes, 0, radius=3.0)
+    for i, mine in by_id.items():
+        other = by_id[int(words[str(i)].split()[-1].strip("."))]
+        assert other["trajectory_id"] != mine["trajectory_id"]
+        same = other["scene_id"] == mine["scene_id"]
+        assert same == (mine["scene_id"] != "c") == (str(i) in near)
+        assert not same or other["goals"][0]["position"][0] != mine["goals"][0]["position"][0]
+    assert (words, near) == evaluate.other_words(episodes, 0, radius=3.0)
+    assert words != evaluate.other_words(episodes, 1, radius=3.0)[0]
     with pytest.raises(UserError, match="different instructions"):
-        evaluate.other_words(episodes[:3], seed=0)
+        evaluate.other_words([e for e in episodes if e["trajectory_id"] == 0], 0, 3.0)
+    # Hindi is no control for English
+    for i, episode in by_id.items():
+        episode["instruction"]["language"] = ("hi-IN", "en-US")[i // 9]
+    words, _ = evaluate.other_words(episodes, 0, 3.0)
+    assert all(int(words[str(i)].split()[-1].strip(".")) // 9 == i // 9 for i in by_id)
+
+
+def test_results_say_where_the_shuffled_instructions_are_from(monkeypatch, tmp_path, capsys):
+    data = write_plane(tmp_path / "data")                # one scene, nine goals around the start
+    found = evaluate_plane(monkeypatch, data, tmp_path / "out", "--shuffle-instructions")
+    assert found["borrowed_in_scene"] == 9
+    assert "9 of 9 instructions belong to a walk to another goal" in capsys.readouterr().out
 
 
 def test_blank_frames_are_black():
@@ -430,10 +550,10 @@ def contents(folder, names=("episodes.jsonl", "results.json", "run.json")):
 def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
     data = write_plane(tmp_path / "data")
     found = evaluate_plane(monkeypatch, data, tmp_path / "oracle", "--pictures", "2")
-    assert found["metrics"]["success"] == {"mean": 1.0, "ci": [1.0, 1.0]}
+    assert found["metrics"]["success"] == {"mean": 1.0, "ci": wilson(9, 9)}
     assert found["metrics"]["spl"]["mean"] > 0.99 and found["ends"] == {"stop": 9}
     assert (found["radius_m"], found["second_radius_m"], found["episodes"]) == (1.0, 3.0, 9)
-    assert "SR     @ 1 m     1.000   [1.000, 1.000]" in capsys.readouterr().out
+    assert "SR     @ 1 m     1.000   [0.701, 1.000]" in capsys.readouterr().out
     pictures = sorted(os.listdir(tmp_path / "oracle" / "pictures"))
     assert pictures == ["0.gif", "0.png", "4.gif", "4.png"]
 
@@ -456,24 +576,6 @@ def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
     rows, _ = evaluate.read_rows(tmp_path / "random" / "episodes.jsonl")
     shares = np.array([[row["actions"].count(a) for a in "123"] for row in rows]).sum(axis=0)
     assert shares[0] > 2 * shares[1] and len({row["actions"] for row in rows}) == 9
-    # compare
-    both = [str(tmp_path / "stop"), str(tmp_path / "oracle")]
-    evaluate.main(evaluate.parse_args(["--compare", *both]))
-    assert "difference +1.000 [+1.000, +1.000]   9 pairs" in capsys.readouterr().out
-    # one table, and the same numbers with the minutes that a script has noted
-    (tmp_path / "minutes.jsonl").write_text('{"stage": "walk", "minutes": 1.5}\n')
-    out = tmp_path / "demo.json"
-    evaluate.main(evaluate.parse_args(["--summary", *both, "--out", str(out)]))
-    written = json.loads(out.read_text())
-    assert written["minutes"] == {"walk": 1.5}
-    assert [(r["agent"], r["split"], r["sr"], r["sr_ci"]) for r in written["rows"]] == [
-        ("stop", "val", 0.0, [0.0, 0.0]), ("oracle", "val", 1.0, [1.0, 1.0])]
-    assert set(written["rows"][0]) == {"agent", "split", "episodes", "radius_m", "sr", "sr_ci",
-                                       "spl", "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps",
-                                       "errors"}
-    assert "oracle   val" in capsys.readouterr().out
-    with pytest.raises(UserError, match="evaluate it first"):
-        evaluate.main(evaluate.parse_args(["--summary", str(tmp_path / "nothing")]))
 
 
 def test_limit_is_spread_and_ranks_agree_with_one(monkeypatch, tmp_path):
@@ -571,9 +673,6 @@ def test_the_r2r_leaderboard_file(monkeypatch, tmp_path, capsys):
     told = capsys.readouterr().out
     assert "0 of 5 episodes scored" in told and "nan" not in told and "SR" not in told
     assert os.path.exists(tmp_path / "out/pictures/0.png")
-    with pytest.raises(UserError, match="no scored episode"):
-        evaluate.summary([str(tmp_path / "out")], None)
-
     walks = json.loads((tmp_path / "x/r2r.json").read_text())
     assert set(walks) == {"0", "1", "2", "3", "4"} and isinstance(walks, dict)
     for records in walks.values():                          # the schema, written out
@@ -812,3 +911,187 @@ def test_a_retrained_checkpoint_has_another_fingerprint(tmp_path):
     weights[1_000_000:] += 1                                             # the rest is frozen
     (tmp_path / "model.safetensors").write_bytes(weights.tobytes())
     assert before != evaluate.fingerprint(tmp_path)
+
+
+# ---------------------------------------------------------------- beside habitat-lab
+
+FAKE_HABITAT = {
+    "habitat_sim.py": "__version__ = '0'",
+    "omegaconf.py": """
+class OmegaConf:
+    create = structured = staticmethod(lambda content: content)
+""",
+    "habitat/config/default.py": "patch_config = lambda config: config",
+    "habitat/config/default_structured_configs.py": """
+class Record(dict):
+    def __init__(self, **fields):
+        super().__init__(fields)
+        self.__dict__ = self
+
+def __getattr__(name):
+    return Record
+""",
+    "habitat/tasks/nav/nav.py": """
+class NavigationGoal:
+    def __init__(self, position):
+        self.position = position
+""",
+    "habitat/tasks/vln/vln.py": """
+InstructionData = dict
+class VLNEpisode:
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+""",
+    "habitat/__init__.py": '''
+import math, types
+__version__ = "fake"
+class Dataset:
+    pass
+class Env:
+    """Forward only. Measures as habitat-lab's: SPL divides by the distance at the start or walked.
+    """
+    def __init__(self, config, dataset):
+        self.measures = config["habitat"].task.measurements
+    def __enter__(self):
+        return self
+    def __exit__(self, *error):
+        pass
+    def reset(self):
+        if "broken" in self.current_episode.scene_id:
+            raise RuntimeError("no such scene")
+        self.z, self.walked, self.stopped = 0.0, 0.0, False
+        self.start = self.distance()
+        self.update()
+    def distance(self):
+        return abs(self.current_episode.goals[0].position[2] - self.z)
+    def step(self, action):
+        self.stopped = action == 0
+        self.z, self.walked = self.z - .25 * (action == 1), self.walked + .25 * (action == 1)
+        self.update()
+    def update(self):
+        near = self.distance() < self.measures["success"].success_distance
+        success = float(self.stopped and near)
+        self.found = {"distance_to_goal": self.distance(), "success": success}
+        if "spl" in self.measures:
+            self.found["spl"] = success * (self.start / max(self.start, self.walked))
+    def get_metrics(self):
+        return self.found
+    @property
+    def sim(self):
+        return types.SimpleNamespace(get_agent_state=lambda: types.SimpleNamespace(
+            position=[0, 0, self.z]))
+''',
+}
+
+
+@pytest.fixture
+def fake_habitat(tmp_path, monkeypatch):
+    """A `habitat` on PYTHONPATH that measures as habitat-lab does, 0 / 0 included."""
+    for name, text in FAKE_HABITAT.items():
+        path = tmp_path / "fake" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        for folder in path.relative_to(tmp_path / "fake").parents[:-1]:
+            (tmp_path / "fake" / folder / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+
+
+def witnessed(walks):
+    """[(goal's z, actions, scene)] -> their rows, and testify() of them, to be called."""
+    episodes = [{**fake_episode(i, (0, 0, z)), "scene_id": scene}
+                for i, (z, _, scene) in enumerate(walks)]
+    ended = walk_with(lambda some: [list(walks[int(w.name)][1]) for w in some], episodes)
+    rows = [evaluate.row_of(ended[str(i)], [[0, 0, 0]], 1.0, 3.0) for i in range(len(walks))]
+    settings = {"robot": ROBOTS["houses"], "radius_m": 1.0}
+    return rows, lambda: evaluate.testify(rows, episodes, settings, "", None)
+
+
+def test_habitat_lab_divides_by_zero_for_one_walk_and_judges_the_others(fake_habitat):
+    rows, judge_them = witnessed([(-2, [FORWARD] * 8 + [STOP], "a"), (0, [STOP], "a"),
+                                  (0, [FORWARD] * 6 + [STOP], "a"), (-1, [FORWARD, STOP], "b")])
+    found = judge_them()
+    assert found["walks"] == 4 and found["no_verdict"] == {}
+    assert found["without_spl"] == [1, 2]                       # both start at their goal
+    assert max(found["largest_difference"].values()) < 1e-6
+    rows[1]["distance_to_goal"] = 0.5                           # still compared in all the rest
+    with pytest.raises(UserError, match="episode 1: distance_to_goal is 0.5 by our count and 0.0"):
+        judge_them()
+
+
+def test_a_walk_without_a_verdict_costs_no_other_its_own(fake_habitat):
+    rows, judge_them = witnessed([(-2, [FORWARD] * 8 + [STOP], "broken"), (-2, [STOP], "a")])
+    found = judge_them()
+    assert found["walks"] == 1 and found["no_verdict"] == {"0": "RuntimeError: no such scene"}
+    rows[1]["spl"] = 0.5
+    with pytest.raises(UserError, match="episode 1: spl is 0.5 by our count and 0.0"):
+        judge_them()
+
+
+def test_a_missing_package_is_named_where_it_is_missing_and_only_there(fake_habitat, tmp_path):
+    _, judge_them = witnessed([(-2, [STOP], "a")])
+    (tmp_path / "fake/habitat/__init__.py").write_text("import os; os._exit(7)")
+    with pytest.raises(UserError, match="process ended with 7 after 0 of 1 walks") as said:
+        judge_them()
+    assert "pip install" not in str(said.value)
+    (tmp_path / "fake/habitat/__init__.py").write_text("import magnum_that_is_not_here")
+    with pytest.raises(UserError, match="needs habitat-lab .No module named 'magnum_that.*pip"):
+        judge_them()
+
+
+def test_verdicts_are_written_before_the_run_complains_of_missing_ones(monkeypatch, tmp_path):
+    verdicts = {"walks": 8, "habitat_lab": "0", "largest_difference": {"spl": 0.0},
+                "without_spl": [3], "no_verdict": {"5": "RuntimeError: no such scene"}}
+    monkeypatch.setattr(evaluate, "testify", lambda *_: verdicts)
+    with pytest.raises(SystemExit, match="no verdict on 1 .first 5: RuntimeError: no such scene"):
+        evaluate_plane(monkeypatch, write_plane(tmp_path / "data"), tmp_path / "out", "--sim",
+                       "habitat", "--witness")
+    assert json.loads((tmp_path / "out/results.json").read_text())["witness"] == verdicts
+
+
+# ---------------------------------------------------------------- pictures
+
+HINDI = "सोफे के पास रुकें। Stop."
+
+
+def drawn(monkeypatch, tmp_path, text, fonts=None):
+    """A walk's sheet with this instruction -> its title's and text's rows as an array, the folder.
+    fonts: the font files that are said to be installed."""
+    evaluate.say_no_font.cache_clear()
+    evaluate.font_for.cache_clear()
+    if fonts is not None:
+        monkeypatch.setattr(evaluate, "installed_fonts", lambda: fonts)
+    episode = fake_episode("7")
+    episode["instruction"] = {"instruction_text": text, "language": "hi-IN"}
+    walk = Walk(episode, text, filmed=True)
+    walk.see({"states": [{"position": [0, 0, 0], "rotation": [0, 0, 0, 1]}],
+              "frame": np.full((56, 56, 3), 90, np.uint8)})
+    walk.map, walk.end = FakePool("", {}, "").topdown(0), "stop"
+    evaluate.draw_walk(walk, {"steps": 1, "end": "stop"}, None, ROBOTS["houses"], 1.0,
+                       str(tmp_path / "pictures"))
+    evaluate.font_for.cache_clear()
+    return np.array(Image.open(tmp_path / "pictures/7.png"))[22:48], tmp_path / "pictures"
+
+
+def test_an_instruction_that_no_font_can_draw_stands_beside_the_picture(
+        monkeypatch, tmp_path, capsys):
+    note, folder = drawn(monkeypatch, tmp_path, HINDI, fonts=[])
+    assert (folder / "7.txt").read_text(encoding="utf-8") == HINDI + "\n"
+    assert "apt-get install fonts-noto-core" in capsys.readouterr().err
+    said, _ = drawn(monkeypatch, tmp_path / "note", "[hi-IN instruction: see 7.txt]")
+    assert (note == said).all() and (note < 128).any()
+    drawn(monkeypatch, tmp_path / "english", "Stop.", fonts=[])
+    assert not (tmp_path / "english/pictures/7.txt").exists() and not capsys.readouterr().err
+
+
+def test_hindi_is_drawn_with_an_installed_font(monkeypatch, tmp_path, capsys):
+    evaluate.font_for.cache_clear()
+    if evaluate.lay_out(HINDI, 1000) is None:
+        pytest.skip("no font with Devanagari (apt-get install fonts-noto-core), or no raqm")
+    words, _ = evaluate.lay_out(HINDI, 1000)
+    font = words[0][3]
+    assert set(map(ord, words[0][2])) <= evaluate.characters_of(font.path)
+    # shaped: a vowel sign joins its letter, so that both take less room than side by side
+    assert font.getlength("सो") < font.getlength("स") + font.getlength("◌ो")
+    text, folder = drawn(monkeypatch, tmp_path, HINDI)
+    assert (text < 128).any() and not (folder / "7.txt").exists()
+    assert not capsys.readouterr().err

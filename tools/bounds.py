@@ -204,12 +204,12 @@ def print_bounds(every):
     print("SR that half of the input could reach, computed from the episodes (tools/bounds.py):")
     for name in ("words_only", "pictures_only"):
         for found in every:
-            low, high = found[name]["ci"]
+            ci = "[{:.2f}, {:.2f}]".format(*found[name]["ci"]) if found[name]["ci"] else "all alike"
             how = (f"best action sequence for each of {found['wordings']} wordings, in hindsight"
                    if name == "words_only" else
                    f"best guess among {found['likely_goals']:.1f} things (mean), map known")
             print(f"{name:15}{found['split']:12}{found['episodes']:6}  {found[name]['mean']:5.2f} "
-                  f"[{low:.2f}, {high:.2f}]   {how}")
+                  f"{ci:14} {how}")
 
 
 def main(args):

@@ -99,9 +99,10 @@ def read_all(folders, partial):
     """Results folders -> [Results]; those that are partial are named on the screen."""
     seen = {}
     for folder in folders:
-        first = seen.setdefault(os.path.realpath(folder), folder)
-        if first is not folder:
-            raise UserError(f"{folder} is given twice (as {first}): name each folder once")
+        place = os.path.realpath(folder)
+        if place in seen:
+            raise UserError(f"{folder} is given twice (as {seen[place]}): name each folder once")
+        seen[place] = folder
     every = [read_results(folder, partial) for folder in folders]
     for results in every:
         if results.partial:
@@ -161,7 +162,7 @@ def paired_difference(before, after, metric="success", seed=0):
     >>> a = {str(i): {"episode_id": i, "scene_id": i, "success": 0.0} for i in range(6)}
     >>> b = {str(i): {"episode_id": i, "scene_id": i, "success": 1.0} for i in range(1, 6)}
     >>> paired_difference(a, b)
-    {'episodes': 5, 'a': 0.0, 'b': 1.0, 'difference': 1.0, 'ci': [1.0, 1.0]}
+    {'episodes': 5, 'a': 0.0, 'b': 1.0, 'difference': 1.0, 'ci': None}
     """
     keys = [key for key, row in before.items() if key in after
             and None not in (row.get(metric), after[key].get(metric))]
@@ -178,7 +179,7 @@ def pooled_gain(before, afters, seed=0):
     >>> a = {str(i): {"episode_id": i, "scene_id": i, "success": 0.0} for i in range(6)}
     >>> b = {key: {**row, "success": 1.0} for key, row in a.items()}
     >>> pooled_gain(a, [a, b])
-    {'episodes': 6, 'runs': 2, 'difference': 0.5, 'ci': [0.5, 0.5]}
+    {'episodes': 6, 'runs': 2, 'difference': 0.5, 'ci': None}
     """
     keys = [key for key in before if all("success" in rows.get(key, ()) for rows in
                                          (before, *afters))]
@@ -220,10 +221,14 @@ def compare(folders, out=None, partial=False):
         print_gain(before, after, gains[-1], len(afters) > 1)
     pooled = pooled_gain(before.rows, [after.rows for after in afters])
     if len(afters) > 1:
-        print("SR, all together: {difference:+.3f} [{ci[0]:+.3f}, {ci[1]:+.3f}]   {episodes} "
-              "episodes x {runs} runs".format(**pooled))
+        print(f"SR, all together: {pooled['difference']:+.3f} {bracket(pooled['ci'])}   "
+              f"{pooled['episodes']} episodes x {pooled['runs']} runs")
     if out:
         write_out(out, {"before": before.folder, "runs": gains, "pooled": pooled})
+
+
+def bracket(ci):
+    return "[{:+.3f}, {:+.3f}]".format(*ci) if ci else "(the same in every scene: no interval)"
 
 
 def print_gain(before, after, gain, named):
@@ -236,11 +241,8 @@ def print_gain(before, after, gain, named):
     for metric, found in gain["metrics"].items():
         if not found["episodes"]:
             continue                                       # no ground truth, no nDTW
-        low, high = found["ci"]
-        note = "" if low < high else ", all alike: no interval can be given"
         print(f"{TITLES[metric]:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
-              f"{found['difference']:+.3f} [{low:+.3f}, {high:+.3f}]   {found['episodes']} pairs"
-              f"{note}")
+              f"{found['difference']:+.3f} {bracket(found['ci'])}   {found['episodes']} pairs")
     apart = len({*before.rows, *after.rows}) - gain["episodes"]
     if apart:
         print(f"{apart} episodes are scored in one of them only, or in none, and left out")
