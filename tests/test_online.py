@@ -291,6 +291,7 @@ def test_early_ends():
     assert end(walk(2, 3, [3, 2, 1]), 40, args) == "turns"
     assert end(walk(2, 1, [3, 2, 3, 3, 2.5, 2]), 40, args) == "no_progress"
     assert end(walk(2, 1, [3, 2, 3, 3, 2.5]), 40, args) is None
+    assert end(walk(2, 1, [3, 2, None, math.nan, 3, math.inf]), 40, args) == "no_progress"
 
 
 def test_a_killed_simulator_loses_no_episode(ego, init, policy):
@@ -330,6 +331,11 @@ def test_marks_by_hand():
     assert far["success"] == far["soft_success"] == 0 and far["progress"] == -1
     over = grpo_online.marks_of(ended([4, 0.25], "actions"), 1.0, road)
     assert over["success"] == over["soft_success"] == over["ndtw"] == 0 < over["progress"]
+    for unknown in (None, math.nan, math.inf):               # it stopped where no way is known
+        lost = ended([4, 2, 3])
+        lost.states[-1]["distance_to_goal"] = unknown
+        lost = grpo_online.marks_of(lost, 1.0, road)
+        assert lost["success"] == lost["soft_success"] == 0 and lost["progress"] == -1
     with pytest.raises(UserError, match="--reward"):
         grpo_online.read_reward("success+luck")
 
