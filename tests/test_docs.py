@@ -95,7 +95,7 @@ def test_the_three_commands_of_the_user_are_there_to_the_letter():
 
 
 def test_every_flag_that_is_named_is_a_flag():
-    scripts = [module for module in MODULES + PACKAGED
+    scripts = [module for module in MODULES
                if hasattr(importlib.import_module(module), "parse_args")]
     known = set().union(*map(flags_of, scripts))
     others = {"--index-url", "--num_gpus", "--master_port", "--nproc_per_node", "--local-dir"}
@@ -184,6 +184,6 @@ def test_ruff_finds_nothing():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("module", MODULES + PACKAGED)
+@pytest.mark.parametrize("module", MODULES)
 def test_doctests(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0

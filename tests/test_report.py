@@ -6,17 +6,18 @@ import os
 import subprocess
 import sys
 
+import houses
 import numpy as np
 import pytest
 from conftest import ROOT
 from test_evaluate import evaluate_plane, scored_row, write_plane
 
 import evaluate
-import houses
 from cli import UserError
 from reward import FORWARD, LEFT, STOP
-from sim import ROBOTS, HouseSim
 from tools import bounds, report
+from world.house_sim import HouseSim
+from world.robots import ROBOTS
 
 RUN = {"split": "val", "role": "guide", "languages": None, "limit": None, "data": "d0",
        "robot": {"turn_deg": 30}, "radius_m": 1.0, "second_radius_m": 3.0, "max_steps": 150,

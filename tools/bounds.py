@@ -34,12 +34,13 @@ from collections import defaultdict
 
 import numpy as np
 
-import houses
-import sim as simulator
 from cli import Help, UserError, count, run
-from episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of
 from evaluate import cluster_bootstrap, explain, rate_interval, sampling_units, spread
 from reward import FORWARD, LEFT, RIGHT, STOP
+from world import house_sim as simulator
+from world import houses
+from world.episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of
+from world.robots import ROBOTS
 
 CUES = re.compile(r"turn (slightly|a bit|around|back)?(?: ?to the)? ?(left|right)"
                   r"|(?:pass|past) the [a-z ]+? on (?:your|the) (left|right)"
@@ -214,7 +215,7 @@ def print_bounds(every):
 
 def main(args):
     goals = [goal for e in read_episodes(args.episodes, args.split) for goal in e["goals"]]
-    found = bounds_of(args.episodes, args.split, args.limit, simulator.ROBOTS["houses"],
+    found = bounds_of(args.episodes, args.split, args.limit, ROBOTS["houses"],
                       max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_steps,
                       args.candidates)
     print_bounds([found])
