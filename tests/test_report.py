@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-import houses
+from world import houses
 import numpy as np
 import pytest
 from conftest import ROOT
