@@ -15,12 +15,14 @@ What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to t
     SPL   spl                success * L / max(L, TL), where L is d at the start
     nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
     SDTW  sdtw               success * ndtw
-An episode whose start has no finite distance to the goal is "unreachable", and a simulator that
-fails is an "error": both are counted apart, and every episode asked for must have its row. A walk
-that began at a finite distance and ended where no way is known has failed: SR, OS and SPL count it,
-NE cannot. Where a test split hides its goals there are no scores, but --submit writes the walks for
-its server [1, 4]. 95% intervals are Wilson's for rates (right at 0 and 1, too) and a bootstrap over
-scenes for means: walks in one scene are not independent, and no interval here takes them as such.
+An episode whose start has no finite distance to the goal is "unreachable", one whose start or goal
+the simulator refuses is "invalid", and a simulator that fails is an "error", which the same command
+tries again. All are counted apart, and every episode asked for must have its row. A walk that began
+at a finite distance and ended where no way is known has failed: SR, OS and SPL count it, NE cannot.
+Without ground truth (the plain R2R_VLNCE_v1-3) there is no nDTW and no SDTW. Where a test split
+hides its goals there are no scores, but --submit writes the walks for its server [1, 4].
+95% intervals are Wilson's for rates (right at 0 and 1, too) and a bootstrap over scenes for means:
+walks in one scene are not independent, and no interval here takes them as such.
 
 Run it
     python evaluate.py --split val_unseen                       # ckpt/grpo if there, else ckpt/sft
@@ -83,6 +85,7 @@ from world.episodes import (
     check_scenes,
     check_turn_deg,
     dataset_of,
+    no_ground_truth,
     paired,
     read_episodes,
     read_ground_truth,
@@ -98,6 +101,8 @@ from world.robots import (
     visible_gpus,
     yaw_of,
 )
+
+ANSWER_TOKENS = 64                      # room that check_context() leaves for an answer
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -331,6 +336,7 @@ class Walk:
         self.turns = []         # of a dialog: (frame, [ids of each answer drawn]) per decision
         self.thread = None      # of a dialog: what the policy remembers of it (model.Thread)
         self.end = self.error = self.map = None
+        self.refused = None     # what the simulator said when it did not take the episode
 
     def again(self):
         """The same walk before its first step: its simulator died."""
@@ -354,9 +360,9 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
     of them have waited for the others half as long as the last decision took: one decision for all
     is cheaper than two, but while one half is told what to do, the other can simulate. walk.end:
     "stop" (the robot said so), "malformed" (an unreadable answer was taken for stop), "max_steps",
-    "unreachable" or "error", or whatever early(walk) says, if not None, when it is about to be
-    asked. The episode of a simulator that died begins again from its start. look: "last" asks for
-    the view after a plan's last step only.
+    "unreachable", "invalid" (the simulator refuses its start or its goal) or "error", or whatever
+    early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
+    died begins again from its start. look: "last" asks for the view after a plan's last step only.
     clock counts the seconds of deciding, and deaths.
     """
     todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
@@ -413,8 +419,15 @@ def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True
             deaths[walk.name] += 1
             clock["deaths"] += 1
             begin(sim, walk.again())
-        elif isinstance(reply, Exception):
+        elif isinstance(reply, SimDied):
             finish(sim, "error", str(reply))
+        elif walk.refused:                                  # its scene can be loaded, or it cannot
+            finish(sim, "error" if isinstance(reply, SimError) else "invalid", walk.refused)
+        elif isinstance(reply, SimError) and not walk.states:       # its start's fault, or why?
+            walk.refused = str(reply)
+            pool.submit(sim, "load", scene_id=walk.episode["scene_id"])
+        elif isinstance(reply, SimError):                   # its goal's fault, and so it would stay
+            finish(sim, "invalid", str(reply))
         elif "action" in reply:                             # the expert's
             act(sim, [reply["action"]])
         else:
@@ -529,8 +542,8 @@ def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0,
     return decide
 
 
-def load_agent(args, settings):
-    """The flags' decide(walks)."""
+def load_agent(args, settings, instructions=()):
+    """The flags' decide(walks). UserError if one of the instructions is too long for the policy."""
     if args.agent != "policy":
         return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
     import torch
@@ -541,6 +554,7 @@ def load_agent(args, settings):
     dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
+    check_context(policy, instructions, settings["robot"])
     if is_dialog(policy.nav):
         return dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
     return policy_agent(policy, window_prompt, args.execute, args.malformed, args.blank_frames,
@@ -553,8 +567,8 @@ def load_agent(args, settings):
 def row_of(walk, reference, radius, second):
     """An ended walk -> its line of episodes.jsonl; only a scored walk carries metrics.
 
-    reference: the ground truth's locations, None where there is none and nothing is scored; the
-    metrics of the second radius end in e.g. _3m. poses: [x, y, z, heading] from the start on, the
+    reference: the ground truth's locations; None where there is none, and no nDTW. The metrics of
+    the second radius end in e.g. _3m. poses: [x, y, z, heading] from the start on, the
     heading in radians, as VLN-CE has it: yaw about +y, left positive, 0 along -z.
     """
     unreadable = [text for _, text, plan in walk.answers if not plan]
@@ -562,7 +576,7 @@ def row_of(walk, reference, radius, second):
            "trajectory_id": walk.episode.get("trajectory_id"),
            "scene_id": walk.episode["scene_id"], "end": walk.end, "steps": len(walk.actions),
            "decisions": len(walk.answers), "malformed": len(unreadable)}
-    if walk.end == "error":
+    if walk.end in ("error", "invalid"):
         return {**row, "error": walk.error}
     row |= {"tokens": walk.tokens} if walk.answers else {}
     row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
@@ -570,16 +584,17 @@ def row_of(walk, reference, radius, second):
     row["poses"] = [[round(float(v), 6) for v in (*state["position"], yaw_of(state["rotation"]))]
                     for state in walk.states]
     row |= {"unreadable": unreadable[0][:200]} if unreadable else {}
-    if walk.end == "unreachable" or reference is None:
+    distances = [state["distance_to_goal"] for state in walk.states]
+    if walk.end == "unreachable" or distances[0] is None:       # None: its goal is hidden
         return row
     path = [state["position"] for state in walk.states]
-    distances = [state["distance_to_goal"] for state in walk.states]
-    length, similar = path_length(path), ndtw(path, reference)
-    row |= {"start_distance": distances[0], "path_length": length, "ndtw": similar,
+    length, similar = path_length(path), ndtw(path, reference) if reference else None
+    row |= {"start_distance": distances[0], "path_length": length,
             "distance_to_goal": distances[-1] if is_finite(distances[-1]) else None}
+    row |= {"ndtw": similar} if reference else {}
     for suffix, r in (("", radius), (f"_{second:g}m", second)):
         marks = judge(distances, length, walk.end == "stop", r)
-        marks["sdtw"] = marks["success"] * similar
+        marks |= {"sdtw": marks["success"] * similar} if reference else {}
         row |= {name + suffix: value for name, value in marks.items()}
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()}
 
@@ -635,7 +650,8 @@ def summarise(rows, radius, second, seed):
     ends = Counter(row["end"] for row in rows)
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
             "no_way_at_end": sum(row["distance_to_goal"] is None for row in scored),
-            "errors": ends["error"], "ends": dict(sorted(ends.items())),
+            "errors": ends["error"], "invalid": ends["invalid"],
+            "ends": dict(sorted(ends.items())),
             "decisions": sum(decisions),
             "malformed_share": round(sum(malformed) / max(sum(decisions), 1), 6),
             "malformed_ci": rate_interval(malformed, decisions, sampling_units(rows)[0]),
@@ -651,7 +667,7 @@ def table(results):
     ends = ", ".join(f"{n} {end}" for end, n in results["ends"].items())
     lines = [f"{results['ckpt'] or results['agent']} on {results['split']}: {results['scored']} of "
              f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
-             f"{results['errors']} errors; ended by: {ends}"]
+             f"{results['invalid']} invalid, {results['errors']} errors; ended by: {ends}"]
     if results["decisions"]:
         low, high = results["malformed_ci"]
         lines[0] += (f"; {results['malformed_share']:.1%} [{low:.1%}, {high:.1%}] of "
@@ -671,6 +687,8 @@ def table(results):
         if found["mean"] is not None:
             ci = "[{:.3f}, {:.3f}]".format(*found["ci"]) if found["ci"] else "all alike"
             lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   {ci}")
+    if results.get("no_ndtw"):
+        lines.append(f"  nDTW and SDTW are not measured: {results['no_ndtw']}")
     if results["scored"]:
         lines.append("  95% intervals: " + explain(results["interval"]))
     return "\n".join(lines)
@@ -1021,15 +1039,43 @@ def choose_robot(args, ckpt, nav, episode):
 def check_episodes(episodes, truths, source):
     """What the metrics need must be there before anything walks, or none of it: else UserError.
 
-    truths: None where the split has no goals.
+    truths: None where the split has none. (read_episodes() has checked everything else.)
     """
-    names = [str(episode["episode_id"]) for episode in episodes]
-    if len(set(names)) < len(names):
-        raise UserError(f"{source} has one episode_id twice: repair the file")
-    for name, episode in zip(names, episodes):
-        if truths is not None and (not episode["goals"] or name not in truths):
-            raise UserError(f"episode {name} of {source} has no goal or no ground truth to measure "
-                            "by: copy the _gt.json.gz of the same release")
+    hidden = not any(episode["goals"] for episode in episodes)
+    for episode in episodes:
+        if not hidden and not episode["goals"]:
+            raise UserError(f"episode {episode['episode_id']} of {source} has no goal, and others "
+                            "have one: copy the episodes again, or take it out")
+        if truths is not None and str(episode["episode_id"]) not in truths:
+            raise UserError(f"episode {episode['episode_id']} of {source} has no ground truth to "
+                            "measure by: copy the _gt.json.gz of the same release")
+
+
+def check_context(policy, instructions, robot):
+    """UserError if the longest prompt of an instruction does not fit the model's context.
+
+    The longest: with as many remembered frames as there can be; of a dialog, its first turn.
+    """
+    import torch
+
+    from model import fit_pixels, is_dialog, window_prompt
+    nav, texts = policy.nav, sorted(set(instructions))
+    limit = policy.model.config.text_config.max_position_embeddings - ANSWER_TOKENS
+    rows, columns = (side // 28 for side in fit_pixels(
+        robot["height"], robot["width"], nav["min_pixels"], nav["max_pixels"]))
+    frame = torch.empty(rows, columns, 0)
+    if is_dialog(nav):
+        prompt = policy.turn("x", frame)
+    else:
+        past = max(len(pick_frames(t, **nav["memory"])) for t in range(500))
+        prompt = policy.prompt(window_prompt("x", past, nav), [frame] * (past + 1))
+    words = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(range(len(texts)), key=lambda i: len(words[i]))
+    tokens = len(prompt.ids) + len(words[longest])
+    if tokens > limit:
+        raise UserError(f"the instruction \"{texts[longest][:60]}..\" has {len(words[longest])} "
+                        f"tokens, its prompt {tokens}, and the model's context holds {limit}: "
+                        "shorten or remove it in the episode file")
 
 
 def spread(items, n):
@@ -1116,7 +1162,7 @@ def prepare(args):
     source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
     every = read_episodes(source, args.split, args.role, args.languages)
     hidden = not any(episode["goals"] for episode in every)     # only the split's server can score
-    truths = None if hidden else read_ground_truth(source, args.split, args.role)
+    truths = None if hidden else read_ground_truth(source, args.split, args.role, optional=True)
     episodes = spread(every, args.limit or len(every))
     scenes = args.scenes or scenes_of(source)
     robot = choose_robot(args, ckpt, nav, every[0])
@@ -1126,13 +1172,17 @@ def prepare(args):
         raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, a "
                         "--sim-python that is there, the scenes on this machine, a split with "
                         "goals, and turns of whole degrees (habitat-lab knows no others)")
-    check_episodes(episodes, truths, f"{source} ({args.split})")
-    if not args.sim_command:  # else the scenes may be elsewhere: the simulators are asked, later
-        check_scenes(episodes, scenes)
+    check_episodes(every, truths, f"{source} ({args.split})")
+    # with --sim-command the scenes may be elsewhere: the simulators are asked later
+    used = None if args.sim_command else check_scenes(episodes, scenes)
     if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
         check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
     if args.submit and args.limit:
         raise UserError("--submit needs every episode of the split: leave --limit out")
+    if args.submit and dataset_of(every[0]) == "rxr" and not all(
+            "instruction_id" in e["instruction"] for e in every):
+        raise UserError(f"{source} ({args.split}) has instructions without 'instruction_id', by "
+                        "which RxR's leaderboard knows them: copy the episodes again")
     if args.agent == "oracle" and hidden:
         raise UserError(f"{source} ({args.split}) hides its goals, so there is no expert to walk "
                         "there: choose another --agent or --split")
@@ -1154,9 +1204,11 @@ def prepare(args):
                 "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0,
-                "forward_steps": forward_steps}
+                "forward_steps": forward_steps, "scenes": used}
     if args.shuffle_instructions:
         settings["borrowed_in_scene"] = sum(str(e["episode_id"]) in near for e in episodes)
+    if truths is None and not hidden:
+        settings["no_ndtw"] = no_ground_truth(source, args.split, args.role)
     return settings, episodes, truths, words, scenes
 
 
@@ -1187,7 +1239,7 @@ def main(args):
     if todo:
         filmed = set(spread(names, args.pictures))
         walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
-        decide = load_agent(args, settings)
+        decide = load_agent(args, settings, words.values())
         sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
         gpus = args.sim_gpus
         if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
@@ -1235,6 +1287,10 @@ def main(args):
     write_lines(os.path.join(out, "episodes.jsonl"), rows)
     write_json(os.path.join(out, "results.json"), results)
     print(table(results))
+    if results["invalid"]:
+        first = next(row for row in rows if row["end"] == "invalid")
+        print(f"  {results['invalid']} episodes are invalid and will not be walked again, the "
+              f"first is {first['episode_id']}: {first['error']}")
     if args.witness:
         found = results["witness"]
         worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]

@@ -75,6 +75,7 @@ from cli import Help, UserError, count, run
 from evaluate import (
     EPISODES,
     Walk,
+    check_context,
     check_episodes,
     choose_robot,
     dialog_agent,
@@ -271,8 +272,8 @@ def early_end(walk, expert_actions, args):
     return None
 
 
-ENDS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "error")
-SPOILT = ENDS[-2:]                    # by the world, not by the policy: neither lesson nor score
+ENDS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "invalid", "error")
+SPOILT = ENDS[-3:]                    # by the world, not by the policy: neither lesson nor score
 
 
 # ---------------------------------------------------------------- walking
@@ -288,6 +289,8 @@ class World:
         self.scenes = args.scenes or scenes_of(source)
         self.robot = choose_robot(args, args.init, policy.nav, self.episodes[0])
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
+        check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
+                      self.robot)
         if not args.sim_command:                  # else the simulators are asked, in open()
             check_scenes(self.episodes, self.scenes)
         radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}

@@ -83,8 +83,10 @@ from world.episodes import (
     check_scenes,
     check_turn_deg,
     dataset_of,
-    hides_goals,
+    find_ground_truth,
+    is_point,
     location_steps,
+    no_ground_truth,
     paired,
     read_episodes,
     read_ground_truth,
@@ -119,6 +121,8 @@ def parse_args(argv=None):
     add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
         "there, else data/scene_datasets")
     add("--verify", action="store_true", help="only look whether the input is all there and fits")
+    add("--subset", action="store_true", help="with --verify: fewer episodes than the published "
+        "split has are meant")
     add("--import-walk", metavar="FOLDER", help="import released walks at or below FOLDER instead")
     add("--export-sharegpt", metavar="DIR", help="write --out/<split> for LLaMA-Factory instead")
 
@@ -228,26 +232,52 @@ def check_walk(walk, reply, robot, radius, max_drift):
 # ---------------------------------------------------------------- what to record
 
 
-def choose_expert(args, episodes, robot):
-    """Settle args.expert and args.waypoints -> the ground truth to replay, {} if the expert walks.
+def settle_expert(args, walks, robot):
+    """Settle args.expert and args.waypoints -> does the expert walk because of a --turn-deg?
 
     R2R turned 15 degrees, and 71% of its turns are a single one: that cannot be replayed by 30. A
-    --turn-deg that the ground truth does not fit makes the expert walk the same way in its turns,
-    along the reference path. (Without the flag such a misfit is a wrong --robot, and refused.)
+    --turn-deg that the ground truth (walks: paired()) does not fit makes the expert walk the same
+    way in its turns, along the reference path. (Without the flag such a misfit is a wrong --robot,
+    and refused.)
     """
-    truths = {} if args.expert == "walk" else read_ground_truth(args.episodes, args.split,
-                                                                args.role)
-    walked, anew = walked_turn_deg(paired(episodes, truths), robot["turn_deg"]), False
-    if args.expert is None:
-        anew = args.turn_deg is not None and walked != robot["turn_deg"]
-        args.expert = "walk" if anew else "replay"
-    if anew:
-        print(f"the ground truth turned {walked:g} degrees: the expert walks anew, with turns of "
-              f"{robot['turn_deg']:g}")
-    elif args.expert == "replay":
-        check_turn_deg(paired(episodes, truths), robot["turn_deg"])
+    anew = (args.expert is None and args.turn_deg is not None
+            and walked_turn_deg(walks, robot["turn_deg"]) != robot["turn_deg"])
+    args.expert = args.expert or ("walk" if anew else "replay")
     args.waypoints = args.waypoints or ("reference" if anew or args.robot == "rxr" else "goal")
+    return anew
+
+
+def choose_expert(args, episodes, robot):
+    """settle_expert(), and -> the ground truth to replay, {} if the expert walks."""
+    which = args.episodes, args.split, args.role
+    truths = {} if args.expert == "walk" else read_ground_truth(*which, optional=True)
+    if truths is None:
+        raise UserError(f"{no_ground_truth(*which)}, or record with --expert walk, which needs "
+                        "none")
+    walks = paired(episodes, truths)
+    if settle_expert(args, walks, robot):
+        print(f"the ground truth turned {walked_turn_deg(walks, robot['turn_deg']):g} degrees: the "
+              f"expert walks anew, with turns of {robot['turn_deg']:g}")
+    elif args.expert == "replay":
+        check_turn_deg(walks, robot["turn_deg"])
     return truths
+
+
+def told_truths(args, episodes):
+    """--verify's look for the ground truth -> (it, or None), facts, problems."""
+    which, goals = (args.episodes, args.split, args.role), any(e["goals"] for e in episodes)
+    if args.expert == "walk" and find_ground_truth(*which):
+        return None, ["the ground truth is not looked at: with --expert walk nothing needs it"], []
+    try:
+        truths = None if args.expert == "walk" else read_ground_truth(*which, optional=True)
+    except UserError as error:
+        return None, [], [str(error)]
+    if truths is not None or not goals:
+        return truths, [], []
+    fact = ("no ground truth here; goals are there: SR, NE, SPL can be measured, nDTW cannot, "
+            "record with --expert walk")
+    return None, [fact], [] if args.expert == "walk" else [
+        f"{no_ground_truth(*which)}, or record with --expert walk, which needs none"]
 
 
 def verify_input(args, episodes, scenes, robot):
@@ -255,22 +285,20 @@ def verify_input(args, episodes, scenes, robot):
     whole = [args.robot, args.split, args.role or "guide", args.languages and tuple(args.languages)]
     if args.robot != "rxr":
         whole[2:] = None, None
-    truths, problems = None, []
-    if not hides_goals(args.split) and args.expert != "walk":
-        try:
-            truths = read_ground_truth(args.episodes, args.split, args.role)
-        except UserError as error:
-            problems.append(str(error))
-    turn_deg = robot["turn_deg"]
-    if truths and args.turn_deg is not None:                # it is meant: see choose_expert
-        turn_deg = walked_turn_deg(paired(episodes, truths), turn_deg)
+    truths, notes, problems = told_truths(args, episodes)
+    turn_deg, walks = robot["turn_deg"], paired(episodes, truths or {})
+    anew = settle_expert(args, walks, robot)
+    turn_deg = walked_turn_deg(walks, turn_deg) if anew else turn_deg
     facts, found = verify(episodes, truths, scenes, turn_deg,
-                          None if args.limit else tuple(whole))
-    if turn_deg != robot["turn_deg"]:
+                          None if args.limit else tuple(whole), args.subset)
+    facts += notes
+    planned = []
+    if not problems + found and any(e["goals"] for e in episodes):      # none: it is a test split
+        planned = plan_walks(episodes, truths or {}, args)[0]
+    frames = sum(len(walk["actions"] or ()) for walk in planned)
+    if anew:
         facts.append(f"the expert will walk anew, with turns of {robot['turn_deg']:g} degrees")
-    elif truths and not problems + found:
-        frames = sum(len(walk["actions"]) for walk in plan_walks(episodes, truths, args)[0]
-                     if walk["actions"])
+    elif frames:
         facts.append(f"to record: {frames:,} frames, " + (
             f"some {frames * FRAME_BYTES / 1e9:.1f} GB as JPEG of quality 90; " if args.robot !=
             "houses" else "") + "hours: frames / 3600 / what `sim.py --check` says / --sims")
@@ -296,6 +324,10 @@ def plan_walks(episodes, truths, args):
         if truth is None:
             raise UserError(f"episode {episode['episode_id']} has no ground truth; check that both "
                             "files are of one release, or use --expert walk")
+        if via_reference and (args.expert == "walk" or len(copies) > 1) and not episode.get(
+                "reference_path"):
+            raise UserError(f"episode {episode['episode_id']} has no 'reference_path' to walk "
+                            "along: use --waypoints goal, or copy the file again")
         if not episode.get("goals"):
             raise UserError(f"episode {episode['episode_id']} has no goals (R2R's test split hides "
                             "them), so no walk can be checked; choose another --split")
@@ -313,7 +345,7 @@ def plan_walks(episodes, truths, args):
                 "episode": {k: v for k, v in episode.items() if k != "instruction"},
                 "actions": None if copy else actions,           # None: the expert walks anew
                 "locations": None if copy else truth.get("locations"),
-                "waypoints": episode["reference_path"][1:] if via_reference else None,
+                "waypoints": (episode.get("reference_path") or [])[1:] if via_reference else None,
                 "noise": args.noise if copy else 0.0,
                 "seed": zlib.crc32(f"{args.seed}/{walk_id}".encode()),
             } for copy, walk_id in enumerate(found[key])]
@@ -321,6 +353,10 @@ def plan_walks(episodes, truths, args):
         spoken = {"language": words["language"]} if "language" in words else {}
         rows += [{"episode_id": episode["episode_id"], "walk_id": walk_id, "split": args.split,
                   "instruction": words["instruction_text"], **spoken} for walk_id in found[key]]
+    twice = [name for name, n in Counter(walk["walk_id"] for walk in walks).items() if n > 1]
+    if twice:
+        raise UserError(f"two walks would both be called {twice[0]} (<scene>-<trajectory_id>): "
+                        "rename one of the trajectories")
     return walks, rows
 
 
@@ -396,6 +432,9 @@ def record_shard(name, walks, args, robot, out, threads):
     """
     shard = Shard(out, name)
     for walk in walks:
+        if not all(is_point(goal["position"]) for goal in walk["episode"]["goals"]):
+            shard.skip(walk["walk_id"], "the goal cannot be reached", "its position is not finite")
+            continue
         request = {k: walk[k] for k in ("episode", "actions", "noise", "seed", "waypoints")}
         request |= {k: getattr(args, k) for k in ("horizon", "max_steps")}
         for _ in range(1 + args.retries):                       # from its start: nothing is lost
@@ -806,8 +845,8 @@ def main(args):
             return verify_input(args, episodes, scenes, robot)
         truths = choose_expert(args, episodes, robot)
         walks, rows = plan_walks(episodes, truths, args)
-        if not args.sim_command:  # else the scenes may be elsewhere: the simulators are asked
-            check_scenes(episodes, scenes)
+        # with --sim-command the scenes may be elsewhere: the simulators are asked later
+        used = None if args.sim_command else check_scenes(episodes, scenes)
         args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
         flags = ("split", "role", "languages", "sim", "expert", "waypoints", "noise",
                  "noise_copies", "horizon", "max_steps", "seed", "success_m", "max_drift",
@@ -816,6 +855,8 @@ def main(args):
     settings = {k: getattr(args, k) for k in flags}
     settings["input_crc32"] = zlib.crc32(json.dumps(
         [[walk["walk_id"], walk["episode"], walk["actions"]] for walk in walks]).encode())
+    if not args.import_walk:
+        settings["scenes"] = used
     open_folder(out, {**settings, "robot": robot})
     todo = [name for name in shards if not (os.path.exists(f"{out}/frames/{name}.zip")
                                             and os.path.exists(f"{out}/rows/{name}.jsonl"))]

@@ -50,7 +50,14 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 from cli import UserError
-from reward import STOP, action_phrases, merged_phrases, parse_answer, write_plan
+from reward import (
+    RESERVED_MARKS,
+    STOP,
+    action_phrases,
+    merged_phrases,
+    parse_answer,
+    write_plan,
+)
 
 HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
 
@@ -79,9 +86,9 @@ def is_dialog(nav):
 
 def words_of(instruction):
     """An instruction on one line. UserError if it could be taken for a picture or a turn."""
-    if "<image>" in instruction or "<|" in instruction:
-        raise UserError(f"the instruction {instruction!r} holds a reserved mark (<image> or <|); "
-                        "take it out of the episode file")
+    if any(mark in instruction for mark in RESERVED_MARKS):
+        raise UserError(f"the instruction {instruction!r} holds a reserved mark "
+                        f"({' or '.join(RESERVED_MARKS)}); take it out of the episode file")
     return " ".join(instruction.split())
 
 

@@ -31,6 +31,7 @@ Imports  the standard library only, in Python 3.9 syntax: a simulator's interpre
 import re
 
 STOP, FORWARD, LEFT, RIGHT = 0, 1, 2, 3  # habitat's ids; ground-truth files use the same
+RESERVED_MARKS = ("<image>", "<|")  # in an instruction they would be read as a picture or a turn
 
 
 # ---------------------------------------------------------------- the language of plans

@@ -18,6 +18,7 @@ from collections import Counter, namedtuple
 
 import numpy as np
 import pytest
+from conftest import GLB
 from PIL import Image
 
 import evaluate
@@ -63,9 +64,10 @@ def die_in_time(replies=[0]):  # noqa: B006
 class FakePool:
     """SimPool's verbs on an endless floor: turns of 30 degrees, steps of 0.25 m, no walls.
 
-    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (a SimError),
-    "distance" (what state() reports instead of the truth), or "beyond": [metres, what it reports
-    once z is further than so many metres from the start].
+    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (its scene gives
+    a SimError), "refused" (its start does), "no_way" (its goal does, to the expert), "distance"
+    (what state() reports instead of the truth), or "beyond": [metres, what it reports once z is
+    further than so many metres from the start].
     """
 
     def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120,
@@ -96,11 +98,17 @@ class FakePool:
         self.episode[i] = episode
         if info.get("fails"):
             return SimError(f"{episode['scene_id']} is broken")
+        if info.get("refused"):
+            return SimError("the pose is inside an obstacle")
         if self.deaths.get(name, 0) < info.get("dies", 0):
             self.deaths[name] = self.deaths.get(name, 0) + 1
             return SimDied(f"simulator {i} died")
         self.place[i] = [*episode["start_position"], 0]
         return {**({"frame": self.view(i)} if frame else {}), "state": self.state(i)}
+
+    def load(self, i, scene_id):
+        fails = self.episode[i]["info"].get("fails")
+        return SimError(f"{scene_id} is broken") if fails else {"cpu_s": 0.0}
 
     def step(self, i, actions, frames=True):
         assert actions and STOP not in actions
@@ -117,6 +125,8 @@ class FakePool:
         return {**({"frames": np.array(views)} if frames else {}), "states": states}
 
     def expert(self, i, goal=None):
+        if self.episode[i]["info"].get("no_way"):
+            return SimError("no way to the goal")
         (gx, _, gz), (x, _, z, turns) = self.episode[i]["goals"][0]["position"], self.place[i]
         if math.hypot(gx - x, gz - z) < 0.3:
             return {"action": STOP}
@@ -530,7 +540,7 @@ def write_plane(folder, n=9, **changes):
                                         for k in range(steps + 1)]}
     os.makedirs(folder / "val", exist_ok=True)
     os.makedirs(folder / "scenes" / "houses" / "h", exist_ok=True)
-    (folder / "scenes" / "houses" / "h" / "h.glb").write_bytes(b"")
+    (folder / "scenes" / "houses" / "h" / "h.glb").write_bytes(GLB)
     for name, content in (("val", {"episodes": episodes}), ("val_gt", truths)):
         with gzip.open(folder / "val" / f"{name}.json.gz", "wt") as file:
             json.dump(content, file)
@@ -598,6 +608,7 @@ def test_error_rows_fail_the_run_and_are_tried_again(monkeypatch, tmp_path):
     monkeypatch.setattr(FakePool, "reset", lambda self, i, episode, frame=True:
                         SimError("h.glb is broken") if episode["episode_id"] == 1
                         else broken(self, i, episode, frame))
+    monkeypatch.setattr(FakePool, "load", lambda self, i, scene_id: SimError("h.glb is broken"))
     with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
         evaluate_plane(monkeypatch, data, tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -627,14 +638,14 @@ def write_test_split(folder, split, n=5, rxr=False):
     with gzip.open(folder / split / f"{name}.json.gz", "wt") as file:
         json.dump({"episodes": episodes}, file)
     os.makedirs(folder / "scenes" / "mp3d" / "h")
-    (folder / "scenes" / "mp3d" / "h" / "h.glb").touch()
+    (folder / "scenes" / "mp3d" / "h" / "h.glb").write_bytes(GLB)
     return ["--split", split, "--episodes", str(folder), "--scenes", str(folder / "scenes")]
 
 
 def submitted(monkeypatch, where, out, *flags, plan=(LEFT, LEFT, FORWARD, RIGHT, STOP)):
     """Every robot walks `plan` -> what evaluate.py returned."""
     monkeypatch.setattr(evaluate, "SimPool", FakePool)
-    monkeypatch.setattr(evaluate, "load_agent", lambda args, settings: (
+    monkeypatch.setattr(evaluate, "load_agent", lambda args, settings, words: (
         lambda walks: [list(plan) for _ in walks]))
     return evaluate.main(evaluate.parse_args([*where, "--agent", "random", "--out", str(out),
                                               *flags]))
@@ -720,6 +731,7 @@ def test_a_submission_is_whole_or_not_written(monkeypatch, tmp_path):
     monkeypatch.setattr(FakePool, "reset", lambda self, i, episode, frame=True:
                         SimError("h.glb is broken") if episode["episode_id"] == 1
                         else broken(self, i, episode, frame))
+    monkeypatch.setattr(FakePool, "load", lambda self, i, scene_id: SimError("h.glb is broken"))
     with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
         submitted(monkeypatch, where, tmp_path / "out", *flags)
     assert not file.exists()
@@ -887,7 +899,7 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
     refused("robot turns 15 degrees, but the ground truth was walked with turns of 30",
             "--robot", "r2r")
     refused("1 scenes are missing below .* give the folder", "--scenes", str(tmp_path))
-    refused("no goal or no ground truth", episodes=write_plane(
+    refused("episode 77 .*has no ground truth", episodes=write_plane(
         tmp_path / "d2", **{"1": {"episode_id": 77}}))
     refused("no common radius", episodes=write_plane(
         tmp_path / "d3", **{"1": {"goals": [{"position": [0, 0, 0], "radius": 2.0}]}}))

@@ -15,6 +15,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from conftest import GLB
 from PIL import Image
 
 import lsm
@@ -121,7 +122,7 @@ def world(tmp_path):
         truths[str(number)] = {"actions": WALKS[n], "locations": dead_reckon(WALKS[n])[1],
                                "forward_steps": WALKS[n].count(1)}
         os.makedirs(tmp_path / "scenes" / os.path.dirname(scene), exist_ok=True)
-        (tmp_path / "scenes" / scene).touch()
+        (tmp_path / "scenes" / scene).write_bytes(GLB)
     write_gz(f"{tmp_path}/train/train.json.gz", {"episodes": episodes, "instruction_vocab": {}})
     write_gz(f"{tmp_path}/train/train_gt.json.gz", truths)
     return tmp_path
@@ -312,7 +313,7 @@ def test_bad_episode_files(world):
     truths = read_ground_truth(world, "train")
     truths["2"]["actions"].pop()
     write_gz(path, truths)
-    with pytest.raises(UserError, match="'actions' of 2"):
+    with pytest.raises(UserError, match='episode "2" has no good .actions.'):
         read_ground_truth(world, "train")
 
 
@@ -320,7 +321,7 @@ def test_missing_scene_and_unwritable_folder(world, pool):
     os.remove(world / "scenes/houses/h1/h1.glb")
     with pytest.raises(UserError, match="1 scenes are missing .* houses/h1/h1.glb.* --scenes"):
         record(world, world / "out")
-    (world / "scenes/houses/h1/h1.glb").touch()
+    (world / "scenes/houses/h1/h1.glb").write_bytes(GLB)
     (world / "file").touch()
     with pytest.raises(UserError, match="cannot write"):
         record(world, world / "file")

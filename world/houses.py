@@ -69,6 +69,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import Help, UserError, run
+from episodes import scene_hash
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.robots import ROBOTS, rotation_of
@@ -700,7 +701,8 @@ def plan_work(args):
 
 def write_split(out, split, walks, vocab, first_trajectory):
     """The two files of a split, to the letter of R2R_VLNCE v1-3: ids count from 1 and are ints in
-    the episodes and strings in the ground truth."""
+    the episodes and strings in the ground truth. One thing is added, which readers of R2R's files
+    do not ask for: "scenes" {scene_id: hash}, by which episodes are held to their own scenes."""
     episodes, truths = [], {}
     for number, walk in enumerate(walks):
         text = walk["episode"]["instruction"]["instruction_text"]
@@ -713,8 +715,10 @@ def write_split(out, split, walks, vocab, first_trajectory):
             "instruction": {"instruction_text": text, "instruction_tokens": tokens},
         })
         truths[str(number + 1)] = walk["truth"]
+    scenes = {name: scene_hash(os.path.join(out, "scenes", name))
+              for name in sorted({episode["scene_id"] for episode in episodes})}
     for name, content in (
-        (f"{split}.json.gz", {"episodes": episodes, "instruction_vocab": vocab}),
+        (f"{split}.json.gz", {"episodes": episodes, "instruction_vocab": vocab, "scenes": scenes}),
         (f"{split}_gt.json.gz", truths),
     ):
         packed = gzip.compress(json.dumps(content).encode(), 6, mtime=0)  # no clock in the bytes
