@@ -1179,10 +1179,10 @@ def prepare(args):
         check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
     if args.submit and args.limit:
         raise UserError("--submit needs every episode of the split: leave --limit out")
-    if args.submit and dataset_of(every[0]) == "rxr" and not all(
-            "instruction_id" in e["instruction"] for e in every):
-        raise UserError(f"{source} ({args.split}) has instructions without 'instruction_id', by "
-                        "which RxR's leaderboard knows them: copy the episodes again")
+    unknown = [e["episode_id"] for e in every if "instruction_id" not in e["instruction"]]
+    if args.submit and dataset_of(every[0]) == "rxr" and unknown:
+        raise UserError(f"episode {unknown[0]} of {source} ({args.split}) has no 'instruction_id', "
+                        "by which RxR's leaderboard knows it: copy the episodes again")
     if args.agent == "oracle" and hidden:
         raise UserError(f"{source} ({args.split}) hides its goals, so there is no expert to walk "
                         "there: choose another --agent or --split")

@@ -326,8 +326,9 @@ def plan_walks(episodes, truths, args):
                             "files are of one release, or use --expert walk")
         if via_reference and (args.expert == "walk" or len(copies) > 1) and not episode.get(
                 "reference_path"):
-            raise UserError(f"episode {episode['episode_id']} has no 'reference_path' to walk "
-                            "along: use --waypoints goal, or copy the file again")
+            raise UserError(f"{args.episodes}: episode {episode['episode_id']} has no "
+                            "'reference_path' to walk along; use --waypoints goal, or copy the "
+                            "file again")
         if not episode.get("goals"):
             raise UserError(f"episode {episode['episode_id']} has no goals (R2R's test split hides "
                             "them), so no walk can be checked; choose another --split")
@@ -830,6 +831,8 @@ def main(args):
     # 2. what there is to do, and whether the flags fit it
     if not 0 <= args.noise < 1:
         raise UserError("--noise is a chance per step: 0 or more, and below 1")
+    if args.subset and not args.verify:
+        raise UserError("--subset says what --verify should expect: give both, or leave it out")
     if args.import_walk:
         if args.robot in (None, "houses"):
             raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")

@@ -6,6 +6,7 @@ VLN-CE's loader (habitat_extensions/task.py) reads and its README lays out.
 """
 import copy
 import gzip
+import hashlib
 import json
 import math
 import os
@@ -16,16 +17,20 @@ import sys
 import pytest
 from conftest import GLB, NAVMESH
 
+import evaluate
 import make_data
 from cli import UserError
 from world.episodes import (
     LANGUAGES,
+    check_scenes,
     dataset_of,
     language_list,
     location_steps,
     paired,
     read_episodes,
     read_ground_truth,
+    scene_hash,
+    scenes_of,
     turn_fit,
     verify,
     walked_turn_deg,
@@ -363,3 +368,322 @@ def test_tampered_ground_truth_is_kept_out_by_the_right_reason(houses_at_15, tmp
     if drift is not None:                                       # those kept out are in the account
         assert data.meta["drift_m"]["max"] == pytest.approx(drift, abs=1e-4)
         assert data.meta["end_drift_m"]["max"] == 0
+
+
+# ---------------------------------------------------------------- every field, when it is read
+
+
+def write_json(path, data):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump(data, f)
+
+
+def good_contents(n=2):
+    """Two files of n episodes, each of its own walk -> (episodes, ground truth)"""
+    episodes = [{**rxr_episode(i, "en-US"), "trajectory_id": f"t{i}"} for i in range(n)]
+    return {"episodes": episodes}, {str(i): walk_at_30(i % 5) for i in range(n)}
+
+
+def write_tree(folder, split="val_seen", n=2, change=lambda episodes, truths: None):
+    """n good episodes with ground truth and scenes (plain JSON), changed -> evaluate's flags."""
+    episodes, truths = good_contents(n)
+    for scan in ("scan0", "scan1"):
+        os.makedirs(f"{folder}/scenes/mp3d/{scan}", exist_ok=True)
+        for ending, content in (("glb", GLB), ("navmesh", NAVMESH)):
+            with open(f"{folder}/scenes/mp3d/{scan}/{scan}.{ending}", "wb") as f:
+                f.write(content)
+    change(episodes, truths)
+    write_json(f"{folder}/{split}/{split}_guide.json", episodes)
+    write_json(f"{folder}/{split}/{split}_guide_gt.json", truths)
+    return ["--episodes", str(folder), "--split", split]
+
+
+def everything(flags):
+    """What all scripts do with the input before a simulator is needed."""
+    for more in (["--agent", "oracle"], ["--agent", "forward", "--shuffle-instructions"],
+                 ["--agent", "stop", "--submit", "x"]):
+        evaluate.prepare(evaluate.parse_args(flags + more))
+    verified(*flags)
+    for more in ([], ["--noise", "0.1"], ["--expert", "walk", "--waypoints", "reference"]):
+        args = make_data.parse_args(flags + more)
+        episodes = read_episodes(args.episodes, args.split)
+        args.robot = "rxr"
+        make_data.plan_walks(episodes, make_data.choose_expert(args, episodes, ROBOTS["rxr"]), args)
+
+
+def places(value, path=()):
+    """The path to every value in nested JSON; of a list the first item stands for all."""
+    yield path
+    items = value.items() if isinstance(value, dict) else \
+        list(enumerate(value))[:1] if isinstance(value, list) else ()
+    for key, child in items:
+        yield from places(child, (*path, key))
+
+
+VALUES = {"null": None, "a number": -3.5, "a count": 2, "a string": "x", "no string": "",
+          "a list": [], "a list of null": [None], "a list of strings": ["x", "y", "z"],
+          "an object": {}, "NaN": math.nan, "infinity": math.inf, "true": True,
+          "a huge number": 10 ** 400, "half a surrogate pair": "\ud800"}
+UNUSED = {"info", "timed_instruction", "instruction_tokens", "annotator_id", "edit_distance",
+          "forward_steps"}
+TAKEN = {"trajectory_id": ("null", "a count", "a string"), "instruction_text": ("a string",),
+         "language": ("null", "a string", "no string"), "radius": ("null", "a count"),
+         "instruction_id": ("a count",), "position": ("a number", "a count", "NaN", "infinity")}
+NUMBER = ("a number", "a count")                            # of any other coordinate
+
+
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("which", ["episodes", "ground truth"])
+def test_any_value_in_any_field_is_good_or_refused_in_a_sentence(tmp_path, which, name):
+    taken, value = set(), VALUES[name]
+    good = good_contents()[which != "episodes"]
+    assert len(list(places(good))) > 8
+
+    def put(path):
+        def change(*files):
+            at = files[which != "episodes"]
+            for key in path[:-1]:
+                at = at[key]
+            at[path[-1]] = value
+        return change
+
+    for path in list(places(good))[1:]:
+        try:
+            everything(write_tree(tmp_path, change=put(path)))
+        except UserError as error:
+            assert "episode" in str(error) or path[-1] == "radius", (path, error)
+        else:
+            taken.add(path)
+    for path in taken:                                      # and all that was taken is of use
+        last = path[-2] if type(path[-1]) is int and path[-2] in TAKEN else path[-1]
+        assert UNUSED & set(path) or name in TAKEN.get(last, NUMBER if type(last) is int else ()), (
+            path, "was taken")
+
+
+def field(name, value):
+    return lambda e, t: e["episodes"][1].update({name: value})
+
+
+def words(text):
+    return lambda e, t: e["episodes"][1]["instruction"].update(instruction_text=text)
+
+
+def truth(**changes):
+    return lambda e, t: t["1"].update(changes)
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (field("instruction", "Go."), "episode 1 .*'instruction' .*an object with"),
+    (words(["Go."]), "episode 1 .*'instruction_text' .*a string"),
+    (words(" \n"), "episode 1 .*it has no words"),
+    (words("\u200b ..."), "episode 1 .*it has no words"),
+    (words("go on " * 1001), "episode 1 .*2,002 words, 6,006 letters"),
+    (words("x" * 20001), "episode 1 .*1 words, 20,001 letters"),
+    (words("see <image> there"), "episode 1 .*it holds <image>"),
+    (words("say <|im_end|>"), "episode 1 .*it holds <|"),
+    (lambda e, t: e["episodes"].__setitem__(1, None), r"episodes\[1\].*is no episode .null."),
+    (field("start_position", [None, 0, 0]), "episode 1 .*'start_position' .*finite"),
+    (field("start_position", [math.nan, 0, 0]), "episode 1 .*'start_position' .*finite"),
+    (field("start_rotation", [0, 0, 0, 0]), "episode 1 .*'start_rotation' .*unit length"),
+    (field("start_rotation", [0, 0, 0, 0.9]), "episode 1 .*'start_rotation' .*unit length"),
+    (field("start_rotation", [1, 0, 0, 0]), "episode 1 .*'start_rotation' .*upright"),
+    (field("episode_id", 0), "val_seen_guide.json has 1 episode ids that are not unique, .* 0"),
+    (field("episode_id", "../1"), r"episodes\[1\].*'episode_id' .*without slashes"),
+    (field("scene_id", "/mp3d/a.glb"), "episode 1 .*'scene_id' .*not absolute"),
+    (field("scene_id", "C:\\mp3d\\a.glb"), "episode 1 .*'scene_id' .*not absolute"),
+    (field("scene_id", "mp3d/../../a.glb"), "episode 1 .*'scene_id' .*without '..'"),
+    (field("goals", [{"position": [0, 0, 0], "radius": 0}]), "episode 1 .*'goals'.*above 0"),
+    (field("goals", [{"position": [0, 0, v]} for v in (0, math.nan)]), "'goals'.*or none"),
+    (truth(locations=[[0, math.nan, 0]]), "_gt.json: episode \"1\" .*'locations'.* finite"),
+    (truth(actions=[1, 1.0, 0]), "_gt.json: episode \"1\" .*'actions'"),
+    (truth(actions=[1, True, 0]), "_gt.json: episode \"1\" .*'actions'"),
+    (lambda e, t: t.update({"1": None}), "_gt.json: episode \"1\" is no ground truth .null."),
+    (lambda e, t: t.update({"0": None, "1": None}), "2 episodes are at fault"),
+    (lambda e, t: e.update(scenes=["a"]), "'scenes' .*must be {scene_id: hash}"),
+    (lambda e, t: e.update(scenes={}), "'scenes' lacks mp3d/scan0/scan0.glb of episode 0"),
+])
+def test_each_script_refuses_before_it_walks(tmp_path, change, sentence):
+    """File, episode, field and mend, from evaluate.py, make_data.py and its --verify alike."""
+    flags = write_tree(tmp_path, change=change)
+    for start in (lambda: evaluate.prepare(evaluate.parse_args(["--agent", "stop", *flags])),
+                  lambda: verified(*flags),
+                  lambda: make_data.main(make_data.parse_args([*flags, "--out", f"{tmp_path}/o"]))):
+        with pytest.raises(UserError, match=sentence):
+            start()
+    assert not os.path.exists(tmp_path / "o")
+
+
+def test_a_good_tree_passes_and_odd_but_clear_forms_are_read(tmp_path, capsys):
+    everything(write_tree(tmp_path / "good"))
+
+    def change(e, t):
+        e["episodes"][0].update(scene_id="data\\scene_datasets\\mp3d\\scan0\\scan0.glb",
+                                reference_path=None, trajectory_id=None, info=None)
+        e["episodes"][1].update(scene_id="./mp3d//scan1/scan1.glb")
+        e["episodes"][1]["goals"][0]["position"] = [math.nan] * 3
+    flags = write_tree(tmp_path / "odd", change=change)
+    zero, one = read_episodes(tmp_path / "odd", "val_seen")
+    assert (zero["scene_id"], one["scene_id"]) == ("mp3d/scan0/scan0.glb", "mp3d/scan1/scan1.glb")
+    assert zero["trajectory_id"] == "0" and dataset_of(zero) == "rxr"
+    evaluate.prepare(evaluate.parse_args(["--agent", "stop", *flags]))      # it can be scored round
+    with pytest.raises(UserError, match="1 episodes have a goal whose position is not finite"):
+        verified(*flags)                                                    # and is named
+    with pytest.raises(UserError, match="episode 0 has no 'reference_path'.*--waypoints goal"):
+        verified(*flags[:2], "--split", "val_seen", "--expert", "walk", "--limit", "1")
+
+
+def test_two_walks_of_one_name_are_refused(tmp_path):
+    """Ids are made of parts: <scene>-<trajectory>, and .1 for a second way."""
+    def change(e, t):
+        for i, trajectory in enumerate(("7", "7", "7.1")):
+            e["episodes"][i].update(trajectory_id=trajectory, scene_id="mp3d/scan0/scan0.glb")
+    flags = write_tree(tmp_path, n=3, change=change)
+    with pytest.raises(UserError, match="two walks would both be called scan0-7.1"):
+        verified(*flags)
+
+
+# ---------------------------------------------------------------- which file, and how it is packed
+
+
+@pytest.mark.parametrize("name, pack", [
+    ("val_seen/val_seen{}.json.gz", gzip.compress), ("val_seen/val_seen{}.json", bytes),
+    ("val_seen{}.json", bytes), ("val_seen/val_seen_guide{}.json", bytes),
+    ("val_seen{}.json.gz", bytes),                          # named so, and not packed
+    ("val_seen{}.json", lambda data: b"\xef\xbb\xbf" + data),
+    ("val_seen{}.json.gz", lambda data: gzip.compress(b"\xef\xbb\xbf" + data)),
+    ("my_own{}.json", bytes)])
+def test_files_are_read_gzipped_or_not_in_a_folder_or_by_name(tmp_path, name, pack):
+    contents = {"": {"episodes": [rxr_episode(1, "en-US")]}, "_gt": {"1": walk_at_30(1)}}
+    for part, content in contents.items():
+        path = tmp_path / name.format(part)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pack(json.dumps(content).encode()))
+    file = str(tmp_path / name.format(""))
+    for where in [file] + [str(tmp_path)] * ("my_own" not in name):
+        assert [e["episode_id"] for e in read_episodes(where, "val_seen")] == ["1"]
+        assert read_ground_truth(where, "val_seen") == contents["_gt"]
+    os.makedirs(tmp_path / "scenes")
+    assert os.path.samefile(scenes_of(file), tmp_path / "scenes")
+
+
+def test_the_wrong_file_is_refused_by_name(tmp_path):
+    write_tree(tmp_path)
+    folder = tmp_path / "val_seen"
+    guide, truths = folder / "val_seen_guide.json", folder / "val_seen_guide_gt.json"
+    for path, split, role, sentence in (
+            (guide, "train", None, "give --split val_seen"),
+            (guide, "val_seen", "follower", "give --role guide"),
+            (truths, "val_seen", None, "names the ground truth .* name the episodes")):
+        with pytest.raises(UserError, match=sentence):
+            read_episodes(path, split, role)
+    truths.rename(tmp_path / "aside.json")
+    assert read_ground_truth(guide, "val_seen", optional=True) is None
+    with pytest.raises(UserError, match="looked for val_seen_guide_gt.json.gz beside .*guide.json"):
+        read_ground_truth(guide, "val_seen")                # never the episodes as their own truth
+    twin = folder / "val_seen_guide.json.gz"
+    twin.write_bytes(gzip.compress(guide.read_bytes()))
+    with pytest.raises(UserError, match="guide.json.gz and .*guide.json could both be meant"):
+        read_episodes(tmp_path, "val_seen")
+    assert len(read_episodes(twin, "val_seen")) == 2
+
+
+@pytest.mark.parametrize("content, sentence", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-LFS .*git lfs pull"),
+    (b"[" * 100000, "nested too deep|not JSON"), (b"", "not JSON"),
+    (b"\xff\xfe{\x00}\x00", "not JSON"),
+    (b'[{"episode_id": 1}]', "no list 'episodes'"), (b'{"episodes": {}}', "no list 'episodes'"),
+    (b'{"episodes": [{"episode_id": 1, "episode_id": 2}]}', "'episode_id' is there twice")])
+def test_a_file_that_is_no_episodes(tmp_path, content, sentence):
+    (tmp_path / "val_seen.json").write_bytes(content)
+    with pytest.raises(UserError, match="val_seen.json.*(" + sentence + ")"):
+        read_episodes(tmp_path, "val_seen")
+
+
+def test_equal_keys_of_the_ground_truth_are_refused(tmp_path):
+    write_tree(tmp_path)
+    path = tmp_path / "val_seen" / "val_seen_guide_gt.json"
+    text = json.dumps(walk_at_30(1))
+    path.write_text(f'{{"0": {text}, "0": {text}, "1": {text}}}')
+    with pytest.raises(UserError, match="_gt.json .*the key '0' is there twice"):
+        read_ground_truth(tmp_path, "val_seen")
+
+
+# ---------------------------------------------------------------- scenes on the disk
+
+
+@pytest.mark.parametrize("ending, content, fault", [
+    ("glb", b"", "is empty"), ("navmesh", b"", "is empty"),
+    ("glb", b"version https://git-lfs.github.com/spec/v1\n", "is a git-LFS pointer"),
+    ("navmesh", b"version https://git-lfs.github.com/spec/v1\n", "is a git-LFS pointer"),
+    ("glb", b"<html>not found</html>", "is not glTF"), ("glb", b"glTF", "is not glTF"),
+    ("glb", GLB[:8] + b"\x99\x01\x00\x00", "is truncated .12 of 409 bytes"),
+    ("navmesh", b"<html>", "is not a navmesh")])
+def test_a_file_that_is_no_scene_is_named(tmp_path, ending, content, fault):
+    flags = write_tree(tmp_path)
+    (tmp_path / f"scenes/mp3d/scan1/scan1.{ending}").write_bytes(content)
+    sentence = f"scan1.{ending}.* {fault}"
+    with pytest.raises(UserError, match="1 files below .*" + sentence):
+        verified(*flags)
+    with pytest.raises(UserError, match=sentence + ".*--scenes"):
+        evaluate.prepare(evaluate.parse_args(["--agent", "stop", *flags]))
+    with pytest.raises(UserError, match=sentence + ".*--scenes"):
+        make_data.main(make_data.parse_args([*flags, "--out", f"{tmp_path}/o"]))
+
+
+def test_a_navmesh_of_either_byte_order_and_one_hash_of_all_scenes(tmp_path):
+    flags = write_tree(tmp_path)
+    episodes, scenes = read_episodes(tmp_path, "val_seen"), tmp_path / "scenes"
+    told = check_scenes(episodes, scenes)
+    assert told["count"] == 2 and told == check_scenes(episodes[::-1], scenes)
+    assert told["sha256"] != check_scenes(episodes[:1], scenes)["sha256"]
+    (scenes / "mp3d/scan0/scan0.navmesh").write_bytes(b"MSET")
+    verified(*flags)
+    changed = check_scenes(episodes, scenes)
+    assert changed["sha256"] != told["sha256"], "distances are the navmesh's"
+    (scenes / "mp3d/scan0/scan0.navmesh").unlink()
+    (scenes / "mp3d/scan0/scan0.glb").write_bytes(GLB + b"1")
+    assert check_scenes(episodes, scenes)["sha256"] not in (changed["sha256"], told["sha256"])
+
+
+def test_the_hash_of_a_large_scene_reads_its_size_and_its_ends(tmp_path):
+    path, hashes = tmp_path / "x.glb", set()
+    for size, at in ((9 << 20, None), ((9 << 20) + 1, None), (9 << 20, 5), (9 << 20, -5)):
+        data = bytearray(size)
+        if at:
+            data[at] = 1
+        path.write_bytes(data)
+        hashes.add(scene_hash(path))
+    assert len(hashes) == 4
+    path.write_bytes(b"glTF")
+    assert scene_hash(path) == hashlib.sha256(b"glTF").hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- --verify: what is not whole
+
+
+def test_plain_episodes_are_told_what_can_be_measured(tmp_path, capsys):
+    """Goals without ground truth are no test split."""
+    flags = write_tree(tmp_path)
+    os.remove(tmp_path / "val_seen/val_seen_guide_gt.json")
+    with pytest.raises(UserError, match="no ground truth of split 'val_seen'.*--expert walk"):
+        verified(*flags)
+    told = capsys.readouterr().out
+    assert "goals are there: SR, NE, SPL can be measured, nDTW cannot" in told
+    assert "test split" not in told
+    with pytest.raises(UserError, match="no ground truth of split 'val_seen'.*--expert walk"):
+        make_data.main(make_data.parse_args([*flags, "--out", f"{tmp_path}/o"]))
+    verified(*flags, "--expert", "walk")
+    told = capsys.readouterr().out
+    assert "nDTW cannot" in told and told.endswith("all there\n")
+
+
+def test_a_subset_of_a_known_split_is_meant_or_not(tmp_path, capsys):
+    flags = write_tree(tmp_path, "val_unseen")
+    with pytest.raises(UserError, match="2 of 11,006 known episodes: .*--subset"):
+        verified(*flags)
+    verified(*flags, "--subset")
+    assert "a subset: 2 of 11,006 known episodes" in capsys.readouterr().out
+    verified(*flags, "--limit", "1")
+    with pytest.raises(UserError, match="--subset .*--verify"):
+        make_data.main(make_data.parse_args([*flags, "--subset", "--out", f"{tmp_path}/o"]))

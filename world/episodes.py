@@ -199,9 +199,9 @@ def is_text(value):
 
 
 def is_name(value):
-    """An id. Files and zip entries are named after it."""
-    return type(value) is int or (is_text(value) and value not in ("", ".", "..")
-                                  and not re.search(r"[/\\\x00-\x1f]", value))
+    """An id. Files and zip entries are named after it, so it is short and has no slashes."""
+    return (type(value) is int or is_text(value)) and len(str(value)) <= 80 and str(value) not in (
+        "", ".", "..") and not re.search(r"[/\\\x00-\x1f]", str(value))
 
 
 def is_scene(value):
@@ -251,7 +251,7 @@ def text_problem(value):
     return f"it holds {marks[0]}, a mark of the prompt's own" if marks else None
 
 
-NAME = "a whole number, or a string without slashes"
+NAME = "a whole number, or a string of at most 80 letters without slashes"
 FIELDS = {      # field: may it be absent or null?, what is good, in words
     "episode_id": (False, is_name, NAME),
     "trajectory_id": (True, is_name, NAME),
@@ -265,8 +265,8 @@ FIELDS = {      # field: may it be absent or null?, what is good, in words
 }
 SPOKEN = {      # the same of an instruction
     "language": (True, is_text, "a string"),
-    "instruction_id": (True, lambda v: type(v) is int or is_text(v) and v.isdecimal(),
-                       "a whole number"),
+    "instruction_id": (True, lambda v: re.fullmatch(r"\d{1,18}", str(v), re.ASCII) is not None
+                       and type(v) in (int, str), "a whole number"),
 }
 
 
@@ -308,8 +308,9 @@ def clean_episode(episode, hidden):
     episode.pop("scene_sha256", None)                           # add_scene_hashes() sets it
     words["instruction_text"] = " ".join(words["instruction_text"].split())
     words.pop("timed_instruction", None)
-    if words.get("language") is None:
-        words.pop("language", None)
+    for field in SPOKEN:                                        # null is like absent
+        if words.get(field) is None:
+            words.pop(field, None)
     episode["goals"] = episode.get("goals") or []
     if episode.get("trajectory_id") is None:
         episode["trajectory_id"] = episode["episode_id"]
@@ -322,10 +323,10 @@ def named(where, name, record):
     return f"{where}: episode {record['episode_id'] if known else 'without id'} ({name})"
 
 
-def refuse(found, what):
+def refuse(found):
     """UserError with the first of the problems [(whose, problem), ..], and how many there are."""
     if found:
-        more = f"; {len(found) - 1} more {what} are at fault" if len(found) > 1 else ""
+        more = f" ({len(found)} episodes are at fault)" if len(found) > 1 else ""
         raise UserError(f"{found[0][0]} {found[0][1]}; repair or remove it{more}")
 
 
@@ -356,7 +357,7 @@ def read_episodes(path, split, role=None, languages=None):
         problem = clean_episode(episode, hides_goals(split))
         if problem:
             found.append((named(path, f"episodes[{i}]", episode), problem))
-    refuse(found, "episodes")
+    refuse(found)
     twice = [name for name, n in Counter(str(e["episode_id"]) for e in episodes).items() if n > 1]
     if twice:
         raise UserError(f"{path} has {len(twice)} episode ids that are not unique, the first is "
@@ -414,7 +415,7 @@ def read_ground_truth(path, split, role=None, optional=False):
         raise UserError(f"{found} holds no ground truth ({shown(truths)}): it must be an object "
                         "{episode_id: {\"actions\", \"locations\"}}; copy it again")
     refuse([(f"{found}: episode {shown(key)}", problem) for key, truth in truths.items()
-            if (problem := truth_problem(truth))], "episodes")
+            if (problem := truth_problem(truth))])
     return truths
 
 
@@ -609,7 +610,7 @@ def check_scenes(episodes, scenes):
                         "scene_id starts from: --scenes")
     faults = damaged(episodes, scenes)
     for name, fault in faults.items():
-        more = f"; {len(faults) - 1} more files are at fault" if len(faults) > 1 else ""
+        more = f" ({len(faults)} files are at fault)" if len(faults) > 1 else ""
         raise UserError(f"{os.path.join(scenes, name)} {fault}; copy it again, or give the folder "
                         f"of these episodes' scenes: --scenes{more}")
     names = sorted({e["scene_id"] for e in episodes})
