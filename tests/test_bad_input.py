@@ -6,11 +6,18 @@ import gzip
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from conftest import script
 
-from model import NAV, load_policy, save_policy
+import evaluate
+import grpo_online
+import make_data
+from cli import UserError
+from episodes import check_scenes, read_episodes, scene_hash
+from model import DIALOG, NAV, load_policy, save_policy
+from sim import ROBOTS, HouseSim, SimError
 
 
 @pytest.fixture
@@ -118,3 +125,153 @@ def test_a_folder_that_cannot_be_written(ego, command):
     data = {"make_data.py": ["--episodes", f"{root}/houses"], "sft.py": ["--data", ego],
             "evaluate.py": ["--episodes", f"{root}/houses"]}.get(command[0], [])
     refused(*command, *data, "--out", "/proc/nothing", words=["/proc/nothing"])
+
+
+# ---------------------------------------------------------------- scenes are part of a result
+
+
+def exchange(houses, one, other):
+    """Let two houses of a tree change their names."""
+    one, other = (houses / "scenes" / "houses" / name / f"{name}.glb" for name in (one, other))
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def record(houses, out):
+    return make_data.main(make_data.parse_args(["--episodes", str(houses), "--out", str(out),
+                                                "--sims", "1"]))
+
+
+def walk_stop(houses, out, *flags):
+    return evaluate.main(evaluate.parse_args(["--agent", "stop", "--episodes", str(houses), "--out",
+                                              str(out), "--sims", "1", *flags]))
+
+
+def test_episode_files_of_houses_carry_their_scenes_hashes(houses):
+    data = json.loads(gzip.decompress((houses / "train" / "train.json.gz").read_bytes()))
+    assert set(data["scenes"]) == {episode["scene_id"] for episode in data["episodes"]}
+    for scene_id, known in data["scenes"].items():
+        assert known == scene_hash(str(houses / "scenes" / scene_id))
+    assert "scene_sha256" not in data["episodes"][0], "R2R's loaders take no unknown field"
+
+
+def test_episodes_of_one_world_on_scenes_of_another(houses, tmp_path):
+    """An oracle would walk there and be wrong; every script refuses in a sentence."""
+    exchange(houses, "u00000", "u00001")
+    exchange(houses, "h00000", "h00001")
+    sentence = "00000.glb is another scene .*episodes of one world on scenes of another.*--scenes"
+    with pytest.raises(UserError, match=sentence):
+        walk_stop(houses, tmp_path / "y")
+    with pytest.raises(UserError, match=sentence):
+        record(houses, tmp_path / "x")
+    with pytest.raises(UserError, match="episodes of one world on scenes of another"):
+        make_data.main(make_data.parse_args(["--verify", "--episodes", str(houses)]))
+    args = grpo_online.parse_args(["--episodes", str(houses)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo_online, "check_context", lambda *anything: None)
+        with pytest.raises(UserError, match=sentence):
+            grpo_online.World(args, SimpleNamespace(nav=dict(NAV, dataset="houses", turn_deg=30)),
+                              "train")
+    assert not os.path.exists(tmp_path / "x") and not os.path.exists(tmp_path / "y")
+
+
+def test_results_and_recordings_carry_their_scenes_and_go_on_in_no_others(houses, tmp_path):
+    """With files that know no hashes (R2R's), what was measured still does."""
+    for split in ("train", "val_unseen"):
+        path = houses / split / f"{split}.json.gz"
+        data = json.loads(gzip.decompress(path.read_bytes()))
+        del data["scenes"]
+        path.write_bytes(gzip.compress(json.dumps(data).encode()))
+    walk_stop(houses, tmp_path / "y")
+    record(houses, tmp_path / "x")
+    told = check_scenes(read_episodes(str(houses), "val_unseen"), str(houses / "scenes"))
+    assert told["count"] == 2
+    for name in ("run.json", "results.json"):
+        assert json.loads((tmp_path / "y" / name).read_text())["scenes"] == told
+    recording = json.loads((tmp_path / "x" / "train" / "recording.json").read_text())
+    assert recording["scenes"] == check_scenes(read_episodes(str(houses), "train"),
+                                               str(houses / "scenes"))
+    walk_stop(houses, tmp_path / "y")                          # the same scenes: it goes on
+    exchange(houses, "u00000", "u00001")
+    exchange(houses, "h00000", "h00001")
+    with pytest.raises(UserError, match="other scenes"):
+        walk_stop(houses, tmp_path / "y")
+    with pytest.raises(UserError, match="other settings .see scenes"):
+        record(houses, tmp_path / "x")
+
+
+# ---------------------------------------------------------------- without ground truth, or a way
+
+
+def test_episodes_without_ground_truth_are_scored_without_ndtw(houses, tmp_path, capsys):
+    """As the plain R2R_VLNCE_v1-3: NE, SR, OS, SPL and TL need none."""
+    walk_stop(houses, tmp_path / "with")
+    os.remove(houses / "val_unseen" / "val_unseen_gt.json.gz")
+    found = walk_stop(houses, tmp_path / "without")
+    assert "nDTW and SDTW are not measured: no ground truth" in capsys.readouterr().out
+    whole = json.loads((tmp_path / "with" / "results.json").read_text())
+    assert "no_ndtw" not in whole and "no ground truth" in found["no_ndtw"]
+    for name, value in whole["metrics"].items():
+        blank = name.startswith(("ndtw", "sdtw"))
+        assert found["metrics"][name] == ({"mean": None, "ci": None} if blank else value)
+    both = [str(tmp_path / name) for name in ("with", "without")]
+    evaluate.main(evaluate.parse_args(["--compare", *both]))
+    told = capsys.readouterr().out
+    assert "nDTW    not measured in both" in told and "SR        0.000 ->   0.000" in told
+    evaluate.main(evaluate.parse_args(["--summary", *both]))
+    assert capsys.readouterr().out.splitlines()[-1].split()[-4:] == ["-", "-", "1.0", "0"]
+    with pytest.raises(UserError, match="--agent forward needs --forward-steps"):
+        walk_stop(houses, tmp_path / "z", "--agent", "forward")
+
+
+def inside_a_thing(houses, episode):
+    """A place in the episode's house where no robot can stand."""
+    sim = HouseSim(ROBOTS["houses"], str(houses / "scenes"))
+    sim.reset(episode)
+    for x, y, z in (sim.scene.lo + sim.scene.hi) / 2:
+        try:
+            sim.set_pose([x, y, z], [0, 0, 0, 1])
+        except SimError:
+            return [float(x), 0.0, float(z)]
+    raise AssertionError("a house without walls")
+
+
+def test_a_start_in_a_wall_is_named_once_and_not_walked_again(houses, tmp_path, capsys):
+    """The simulator refuses it, and always will: counted apart, exit status 0, one row."""
+    def in_a_wall(episode):
+        if episode["episode_id"] == 1:
+            episode["start_position"] = inside_a_thing(houses, episode)
+    edit_episodes(houses, "val_unseen", in_a_wall)
+    found = walk_stop(houses, tmp_path / "y")
+    assert (found["invalid"], found["errors"], found["scored"]) == (1, 0, 3)
+    told = capsys.readouterr().out
+    assert "1 invalid, 0 errors" in told and "the first is 1: " in told and "obstacle" in told
+    rows = (tmp_path / "y" / "episodes.jsonl").read_bytes()
+    walk_stop(houses, tmp_path / "y")
+    assert "walks 0 episodes" in capsys.readouterr().out
+    assert (tmp_path / "y" / "episodes.jsonl").read_bytes() == rows
+
+
+def test_an_instruction_longer_than_the_models_context(houses, checkpoint, tmp_path):
+    def long_words(episode):
+        if episode["episode_id"] == 2:
+            episode["instruction"]["instruction_text"] = "go " * 1999
+    policy, robot = load_policy(str(checkpoint)), {"height": 56, "width": 56}
+    for nav in (policy.nav, dict(DIALOG, dataset="houses", turn_deg=15)):
+        policy.promise(nav)
+        evaluate.check_context(policy, ["go straight"], robot)
+        with pytest.raises(UserError, match='"go go .* tokens, its prompt .*context holds 4032'):
+            evaluate.check_context(policy, ["turn left", "go " * 4000], robot)
+    edit_episodes(houses, "val_unseen", long_words)
+    config = json.loads((checkpoint / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        if "max_position_embeddings" in part:
+            part["max_position_embeddings"] = 2048
+    shutil.copytree(checkpoint, tmp_path / "short")
+    (tmp_path / "short" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="the model's context holds"):
+        evaluate.main(evaluate.parse_args([
+            "--ckpt", str(tmp_path / "short"), "--episodes", str(houses), "--out",
+            str(tmp_path / "y"), "--sims", "1", "--device", "cpu", "--turn-deg", "15"]))
+    assert (tmp_path / "y" / "episodes.jsonl").exists() is False
