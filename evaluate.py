@@ -77,7 +77,7 @@ from tqdm import tqdm
 from cli import Help, UserError, count, run, write_json, write_text
 from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
-from world import SimDied
+from world import SimDied, SimError
 from world.episodes import (
     LANGUAGES,
     VLNCE_RADIUS_M,

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import script
+from episodes import check_scenes, read_episodes, scene_hash
+from sim import ROBOTS, HouseSim, SimError
 
 import evaluate
 import grpo_online
 import make_data
 from cli import UserError
-from episodes import check_scenes, read_episodes, scene_hash
 from model import DIALOG, NAV, load_policy, save_policy
-from sim import ROBOTS, HouseSim, SimError
 
 
 @pytest.fixture

@@ -444,6 +444,34 @@ def test_dead_and_failing_simulators_are_never_scored():
     assert (found["episodes"], found["scored"], found["errors"]) == (5, 3, 2)
 
 
+def test_a_start_or_a_goal_that_the_simulator_refuses_is_invalid():
+    """It would be refused again; a scene that cannot be loaded, or a death, may be mended."""
+    episodes = [fake_episode(0), fake_episode(1, refused=True), fake_episode(2, no_way=True),
+                fake_episode(3, fails=True), fake_episode(4, dies=9)]
+    oracle = evaluate.scripted_agent("oracle", None, 500, 0)
+    ended = {walk.name: walk for walk in walk_episodes(
+        FakePool(None, None, None), 2, [Walk(e, "") for e in episodes], oracle)}
+    assert [ended[str(i)].end for i in range(5)] == ["stop", "invalid", "invalid", "error", "error"]
+    assert "inside an obstacle" in ended["1"].error and "no way" in ended["2"].error
+    assert "is broken" in ended["3"].error and "died" in ended["4"].error
+    rows = [evaluate.row_of(ended[str(i)], None, 1.0, 3.0) for i in range(5)]
+    found = evaluate.summarise(rows, 1.0, 3.0, 0)
+    assert (found["scored"], found["invalid"], found["errors"]) == (1, 2, 2)
+    assert found["metrics"]["ndtw"] == {"mean": None, "ci": None} and "ndtw" not in rows[0]
+    assert rows[0]["success"] == 1.0 and "success" not in rows[1]
+
+
+def test_only_error_rows_are_walked_again(monkeypatch, tmp_path, capsys):
+    data = write_plane(tmp_path / "data", n=3, **{
+        "1": {"info": {"no_way": True}}, "2": {"info": {"fails": True}}})
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
+            evaluate_plane(monkeypatch, data, tmp_path / "out")
+        told = capsys.readouterr().out
+        assert "1 episodes are invalid" in told and "the first is 1: no way to the goal" in told
+    assert "walks 1 episodes" in told and "2 of 3 have walked already" in told
+
+
 @pytest.mark.parametrize("distance", [math.inf, math.nan, None])
 def test_distances_that_are_not_finite_are_counted_apart(distance):
     episodes = [fake_episode(0, goal=(0, 0, -0.1)), fake_episode(1, distance=distance)]

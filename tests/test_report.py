@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-from world import houses
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -16,6 +15,7 @@ import evaluate
 from cli import UserError
 from reward import FORWARD, LEFT, STOP
 from tools import bounds, report
+from world import houses
 from world.house_sim import HouseSim
 from world.robots import ROBOTS
 

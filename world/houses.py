@@ -65,11 +65,11 @@ from typing import NamedTuple
 
 import numpy as np
 import trimesh
+from episodes import scene_hash
 from PIL import Image
 from tqdm import tqdm
 
 from cli import Help, UserError, run
-from episodes import scene_hash
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.robots import ROBOTS, rotation_of
