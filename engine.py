@@ -257,6 +257,20 @@ def default_dtype(args):
     return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 
+def check_lengths(policy, lengths, source):
+    """UserError if a sequence does not fit the model's context.
+
+    lengths: [(name of a record or an episode, its tokens with pictures and answer), ..] or upper
+    bounds of them; source: the file or folder they are from.
+    """
+    context = policy.model.config.text_config.max_position_embeddings
+    name, longest = max(lengths, key=lambda item: item[1])
+    if longest > context:
+        raise UserError(f"{source}: {name} is {longest:,} tokens long with its pictures, and the "
+                        f"model's context is {context:,}; lower --max-pixels or the number of "
+                        "pictures, or remove it")
+
+
 def make_engine(policy, args):
     """DeepSpeed around the trainable weights; accumulate() says when it steps."""
     import deepspeed

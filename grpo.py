@@ -46,7 +46,7 @@ import torch
 
 import engine as E
 from cli import Help, UserError, count, run
-from make_data import ShareGpt, VlnEgo
+from make_data import VlnEgo, open_data
 from model import is_dialog, load_policy, resize, save_policy, window_prompt
 from reward import REWARDS, STOP, score, uniform_reward
 
@@ -55,8 +55,10 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft", help="folder of sft.py: where we start, and pi_sft")
-    add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, ShareGPT .json")
-    add("--image-root", help="where a ShareGPT file's images are (default: beside it)")
+    add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, or ShareGPT "
+        ".json or .jsonl")
+    add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
+        "that of the file")
     add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
     add("--out", default="ckpt/grpo")
     add = p.add_argument_group("rollout").add_argument
@@ -211,6 +213,7 @@ def show_group(decision, texts, marks, advantages, policy):
     letters = {action: phrase[0] for action, phrase in policy.phrases.items()} | {None: "?"}
     words = decision.prompt or window_prompt(decision.instruction, len(decision.frames) - 1,
                                              policy.nav)
+    words = "\n".join([*(text for _, text in decision.before), words])
     words = re.sub(r"(<image>\s*)+", lambda m: f"[{m.group().count('<image>')} frames]\n", words)
     lines = [words.strip(), "reward  advantage  plan",
              f"    the expert's:  {' '.join(letters[a] for a in marks[0]['expert'])}"]
@@ -289,8 +292,7 @@ def setup(args, device):
         raise UserError("--temperature must be above 0: at 0 all siblings are the same plan")
     if not 0 <= args.gamma <= 1:
         raise UserError("--gamma must lie between 0 (only the next action counts) and 1 (uniform)")
-    sources = [ShareGpt(path, args.image_root) if path.endswith(".json") else VlnEgo(path)
-               for path in args.data]
+    sources = [open_data(path, args.image_root) for path in args.data]
     policy = load_policy(args.init, device=device, dtype=E.default_dtype(args))
     if is_dialog(policy.nav):
         raise UserError(f"--init {args.init} speaks in dialogs; that is for grpo_online.py")
@@ -300,6 +302,9 @@ def setup(args, device):
             if abs(seen - taught) > 1e-6:
                 raise UserError(f"{args.init} was taught with {key} {taught:g}, and --data {path} "
                                 f"was recorded with {seen:g}; give the data it learned from")
+        if not data.whole_walks:
+            data.check_plans(policy.nav)
+            E.check_lengths(policy, data.lengths(policy, 96), path)     # 96: Policy.generate's
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return sources, policy
@@ -341,6 +346,8 @@ def main(args):
            else None)
     val_units = draw_prompts([val], args.val_decisions, 0) if val else []
     if rank == 0:
+        for note in (note for data in sources for note in data.notes):
+            print(note)
         print(f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x {args.group_size} "
               f"plans, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))

@@ -54,6 +54,7 @@ import json
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -62,20 +63,11 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 import lsm
 from cli import Help, UserError, count, run
-from reward import (
-    FORWARD,
-    LEFT,
-    RIGHT,
-    STOP,
-    action_phrases,
-    merged_phrases,
-    parse_plan,
-    write_plan,
-)
+from reward import FORWARD, LEFT, RIGHT, STOP, merged_phrases
 from world import SimDied
 from world.episodes import (
     VLNCE_RADIUS_M,
@@ -410,9 +402,18 @@ def write_lines(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_lines(path):
+def read_lines(path, check=lambda row: None):
+    """A .jsonl file -> its rows. ValueError, naming the line, if one is damaged or check(row)
+    raises ValueError."""
+    rows = []
     with open(path, encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
+        for n, line in enumerate(f, 1):
+            try:
+                rows.append(json.loads(line))
+                check(rows[-1])
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{os.path.basename(path)}, line {n}: {error}") from None
+    return rows
 
 
 def encode(frame, suffix, quality):
@@ -486,7 +487,7 @@ def drive(pool, sims, jobs):
         serve(*pool.wait_any())
 
 
-# ---------------------------------------------------------------- reading VLN-Ego and ShareGPT
+# ---------------------------------------------------------------- reading VLN-Ego
 
 
 class Decision(NamedTuple):
@@ -496,6 +497,7 @@ class Decision(NamedTuple):
     plan: tuple             # the expert's next actions; () or None in a slot where they are unknown
     prompt: str = None      # a ShareGPT record's own words, with <image> marks; override ours
     answer: str = None
+    before: tuple = ()      # the chat's earlier messages, ((role, text), ..): system text, rounds
 
 
 class Dialog(NamedTuple):
@@ -506,12 +508,112 @@ class Dialog(NamedTuple):
     learned: tuple          # per turn: does the answer count?
 
 
+MOST_PIXELS = 89_478_485    # Pillow's own limit, at which it warns of a decompression bomb
+MOST_ASPECT = 200           # Qwen's image processors refuse longer pictures
+# What Pillow raises on damaged files, beside its own SyntaxError and UnidentifiedImageError.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, ArithmeticError,
+           struct.error, zlib.error)
+
+
 def decode(data, where):
-    """Bytes of a jpg or png -> uint8 (H, W, 3), read-only. `where` names it in the error."""
+    """A picture file -> uint8 (H, W, 3), upright, read-only. `where` names it in the error.
+
+    16-bit grey is scaled to 8 bits. EXIF's orientation is applied. Transparent pixels become
+    white, as in qwen-vl-utils and vLLM (LLaMA-Factory drops the alpha channel instead).
+    UserError: damaged; several pictures in one file; more than MOST_PIXELS; longer than
+    MOST_ASPECT; 32-bit values, of which no file says what white is.
+    """
     try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:         # PIL's three ways to say "damaged"
-        raise UserError(f"{where} is truncated or not a picture ({error})") from None
+        image = Image.open(io.BytesIO(data))
+        problem = unfit(image)
+        if problem is None:
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(to_rgb(image))
+    except Image.DecompressionBombError as error:
+        problem = f"has too many pixels ({error}); make it smaller"
+    except DAMAGED as error:
+        problem = f"is truncated or not a picture ({error})"
+    raise UserError(f"{where} {problem}")
+
+
+def unfit(image):
+    """What the header of an opened PIL image says against using it; None if nothing."""
+    (w, h), frames = image.size, getattr(image, "n_frames", 1)
+    if w * h > MOST_PIXELS:
+        return f"has {w} x {h} pixels, and the limit is {MOST_PIXELS:,}; make it smaller"
+    if max(w, h) > MOST_ASPECT * min(w, h):
+        return (f"has {w} x {h} pixels; one side may be at most {MOST_ASPECT} times the other, "
+                "as in Qwen's image processors; cut it")
+    if frames > 1 and image.format != "MPO":          # MPO: a JPEG with a second view behind it
+        return f"holds {frames} pictures in one file; save the one that is meant"
+    return None
+
+
+def to_rgb(image):
+    """PIL image of any mode -> PIL image of mode RGB. ValueError if its range is not known."""
+    deep = image.mode == "I" and image.format == "PNG"      # 16 bits in Pillow 10
+    if image.mode.startswith("I;16") or deep:
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels are 32-bit values of unknown range; save it with 8 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def is_positive(value):
+    return type(value) in (int, float) and 0 < value < math.inf
+
+
+def check_meta(meta):
+    """ValueError unless meta.json says all that a reader needs."""
+    robot = meta.get("robot") if isinstance(meta, dict) else None
+    needed = ("turn_deg", "forward_m", "width", "height")
+    if not isinstance(robot, dict) or not all(is_positive(robot.get(key)) for key in needed):
+        raise ValueError(f"meta.json: 'robot' must hold {', '.join(needed)}, each above 0")
+    if meta.get("image_format") not in ("png", "jpg") or not isinstance(meta.get("dataset"), str):
+        raise ValueError("meta.json: 'image_format' must be png or jpg, and 'dataset' text")
+
+
+def check_walk_row(row):
+    """ValueError unless a row of walks.jsonl can be used."""
+    if not isinstance(row, dict) or not isinstance(row.get("walk_id"), str):
+        raise ValueError("it holds no 'walk_id'")
+    actions, labels, shard = row.get("actions"), row.get("labels", ()), row.get("shard")
+    if not isinstance(shard, str) or not re.fullmatch(r"frames/[^/]+\.zip", shard):
+        raise ValueError(f"'shard' must name a zip in frames/, not {shard!r}")
+    if not isinstance(actions, list) or not actions or not all(
+            type(a) is int and a in (STOP, FORWARD, LEFT, RIGHT) for a in actions):
+        raise ValueError("'actions' must be a list of 0, 1, 2 and 3")
+    if labels != () and not (isinstance(labels, list) and len(labels) == len(actions) and all(
+            isinstance(label, str) and set(label) <= set("0123") for label in labels)):
+        raise ValueError("'labels' must hold one text of the digits 0 to 3 for each action")
+
+
+def check_episode_row(row, walks):
+    """ValueError unless a row of episodes.jsonl can be used."""
+    if not isinstance(row, dict) or not isinstance(row.get("walk_id"), str):
+        raise ValueError("it holds no 'walk_id'")
+    if row["walk_id"] not in walks:
+        raise ValueError(f"walk {row['walk_id']!r} is not in walks.jsonl")
+    check_instruction(row.get("instruction"))
+
+
+def check_instruction(words):
+    """ValueError unless words can stand in a prompt (model.words_of)."""
+    if not isinstance(words, str) or not words.strip():
+        raise ValueError(f"the instruction is empty or no text ({words!r})")
+    if "<image>" in words or "<|" in words:
+        raise ValueError(f"the instruction {words!r} holds a reserved mark (<image> or <|)")
+
+
+def open_data(path, image_root=None):
+    """What the trainers read: a VLN-Ego folder, or by its name a ShareGPT file."""
+    if str(path).lower().endswith((".json", ".jsonl")):
+        from tools.sharegpt import ShareGpt  # the root imports its tools only when asked
+        return ShareGpt(path, image_root)
+    return VlnEgo(path)
 
 
 class VlnEgo:
@@ -521,19 +623,31 @@ class VlnEgo:
     folder's name; forked, it would otherwise share file positions with its parent).
     """
 
+    whole_walks = True      # dialogs and several steps of a walk at once need them
+    notes = ()              # what a trainer prints about its data
+
     def __init__(self, folder):
         self.folder = str(folder)
         try:
             with open(f"{folder}/meta.json", encoding="utf-8") as f:
                 self.meta = json.load(f)
-            self.episodes = read_lines(f"{folder}/episodes.jsonl")
-            self.walks = {w["walk_id"]: w for w in read_lines(f"{folder}/walks.jsonl")}
+            check_meta(self.meta)
+            walks = read_lines(f"{folder}/walks.jsonl", check_walk_row)
+            self.walks = {walk["walk_id"]: walk for walk in walks}
+            if len(self.walks) < len(walks):
+                raise ValueError("walks.jsonl: a walk_id stands there twice")
+            self.episodes = read_lines(f"{folder}/episodes.jsonl",
+                                       lambda row: check_episode_row(row, self.walks))
         except OSError as error:
             raise UserError(f"{folder} is not a finished VLN-Ego folder ({error}); make it, or end "
                             "its making, with make_data.py --out") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{folder}: a file of it is damaged ({error}); run make_data.py again "
                             "with its old flags: the tables are made anew") from None
+        for shard in dict.fromkeys(walk["shard"] for walk in self.walks.values()):
+            if not zipfile.is_zipfile(f"{folder}/{shard}"):      # reads the end of the file only
+                raise UserError(f"{folder}/{shard} is missing or truncated; delete it and run "
+                                "make_data.py with its old flags: only it is made anew")
         self.zips, robot = {}, self.meta["robot"]
         self.frame = lru_cache(CACHE_BYTES // (robot["width"] * robot["height"] * 3))(self.read)
 
@@ -591,161 +705,6 @@ class VlnEgo:
         except (OSError, zipfile.BadZipFile, KeyError, EOFError) as error:
             raise UserError(f"{path}, frame {t} of walk {walk_id}: {error}; delete that zip and "
                             "run make_data.py with its old flags: only it is made anew") from None
-
-
-class ShareGpt:
-    """Records as LLaMA-Factory reads them: {"conversations": [human, gpt], "images": [paths]}.
-
-    Words and labels are used as they stand, the released files' shift by one step included. Paths
-    are tried as they are, then with leading folders left out, below image_root (default: where the
-    JSON lies): VLN-Ego/data/r2r_training_rgb/ep_1/traj_2/step_0.jpg finds <root>/ep_1/traj_2/...
-    """
-
-    def __init__(self, json_path, image_root=None):
-        self.json_path, self.image_root = str(json_path), image_root
-        try:
-            with open(json_path, encoding="utf-8") as f:
-                self.records = json.load(f)
-        except (OSError, ValueError) as error:
-            raise UserError(f"{json_path} cannot be read as JSON ({error}); give a file made by "
-                            "make_data.py --export-sharegpt or the released converter") from None
-        for i, record in enumerate(self.records):
-            turns = [turn.get("from") for turn in record.get("conversations", ())]
-            if turns != ["human", "gpt"]:
-                raise UserError(f"{json_path}: record {i} has the turns {turns}, not one human and "
-                                "one gpt; remove it")
-            marks, images = self.words(i)[0].count("<image>"), len(record.get("images", ()))
-            if marks != images or marks == 0:
-                raise UserError(f"{json_path}: record {i} has {marks} <image> in its words and "
-                                f"{images} images; repair or remove it")
-        self.episodes = [{"episode_id": i, "instruction": self.words(i)[0]}
-                         for i in range(len(self.records))]
-        self.meta = {"dataset": os.path.basename(self.json_path), "robot": self.spoken_robot()}
-        self.frame = lru_cache(CACHE_BYTES // (640 * 480 * 3))(self.read)
-
-    def __reduce__(self):
-        return ShareGpt, (self.json_path, self.image_root)
-
-    def __len__(self):
-        return len(self.records)
-
-    def words(self, i):
-        """(the human's, gpt's)"""
-        return [turn["value"] for turn in self.records[i]["conversations"]]
-
-    def spoken_robot(self):
-        """Turn angle and step as the words state them; R2R's say 30 and the pictures show 15."""
-        text = self.words(0)[0] if self.records else ""
-        turn = re.search(r"turn left ([\d.]+) degrees", text, re.IGNORECASE)
-        step = re.search(r"move forward ([\d.]+) cm", text, re.IGNORECASE)
-        robot = {"turn_deg": float(turn.group(1))} if turn else {}
-        return {**robot, "forward_m": float(step.group(1)) / 100} if step else robot
-
-    def steps(self, i):
-        return [0]
-
-    def decision(self, i, t, nav):
-        """Record i. Its plan is what the answer says in nav's phrases, None in unreadable slots."""
-        human, gpt = self.words(i)
-        plan = parse_plan(gpt, action_phrases(nav["turn_deg"], nav["forward_m"]), nav["horizon"])
-        return Decision("", tuple(self.records[i]["images"]),
-                        () if set(plan) == {None} else tuple(plan), human, gpt)
-
-    def read(self, key):
-        """key: an image path as in the record -> uint8 (H, W, 3). Ask for .frame(key)."""
-        path = self.find(key)
-        with open(path, "rb") as f:
-            return decode(f.read(), f"the frame {path} (copy it again, or remove its record)")
-
-    def find(self, path):
-        """An image path of a record -> a file that exists."""
-        root, parts = self.image_root or os.path.dirname(self.json_path) or ".", path.split("/")
-        tries = [path] + [os.path.join(root, *parts[k:]) for k in range(len(parts))]
-        found = next((p for p in tries if os.path.isfile(p)), None)
-        if found is None:
-            raise UserError(f"the frame {path} of {self.json_path} is not there (last looked for "
-                            f"below {root}); give the folder of the pictures: --image-root")
-        return found
-
-
-# ---------------------------------------------------------------- to and from other formats
-
-
-def export_sharegpt(data, folder, nav):
-    """Write a VlnEgo as picture files and the JSON that LLaMA-Factory reads. -> number of records
-
-    Writes <folder>/vln_ego.json, dataset_info.json (LLaMA-Factory's register) and images/<walk>/.
-    Picture files are the recording's own bytes. One record a line: R2R's train split is gigabytes.
-    """
-    from model import window_prompt  # brings torch: only for this
-    phrases, n = action_phrases(nav["turn_deg"], nav["forward_m"]), 0
-    suffix = "." + data.meta["image_format"]
-    for walk_id, walk in data.walks.items():
-        os.makedirs(f"{folder}/images/{walk_id}", exist_ok=True)
-        for t in range(len(walk["actions"])):
-            with open(f"{folder}/images/{walk_id}/{t:04d}{suffix}", "wb") as f:
-                f.write(data.frame_bytes((walk_id, t)))
-    with open(f"{folder}/vln_ego.json.tmp", "w", encoding="utf-8") as f:
-        for d in (data.decision(i, t, nav) for i in range(len(data)) for t in data.steps(i)):
-            human = window_prompt(d.instruction, len(d.frames) - 1, nav)
-            f.write(("[\n" if n == 0 else ",\n") + json.dumps({
-                "conversations": [{"from": "human", "value": human},
-                                  {"from": "gpt", "value": write_plan(d.plan, phrases)}],
-                "images": [f"images/{walk_id}/{t:04d}{suffix}" for walk_id, t in d.frames]}))
-            n += 1
-        f.write("\n]\n" if n else "[]\n")
-    os.replace(f"{folder}/vln_ego.json.tmp", f"{folder}/vln_ego.json")
-    write_text(f"{folder}/dataset_info.json", json.dumps({"vln_ego": {
-        "file_name": "vln_ego.json", "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "images": "images"}}}, indent=1) + "\n")
-    return n
-
-
-def released_walks(folder, split):
-    """Walks of the released VLN-Ego (ep_*/traj_*/action_list.json) at or below folder.
-
-    -> (walks, rows of episodes.jsonl), by episode number. The files name no scene and no poses.
-    """
-    found = sorted((os.path.abspath(root) for root, _, files in os.walk(folder)
-                    if "action_list.json" in files),
-                   key=lambda root: ([int(n) for n in re.findall(r"\d+", root)], root))
-    if not found:
-        raise UserError(f"no action_list.json at or below {folder}; --import-walk wants a folder "
-                        "ep_*/traj_*/ of the released VLN-Ego, or one that holds such folders")
-    walks, rows = [], []
-    for root in found:
-        episode, trajectory = root.split(os.sep)[-2:]
-        walks.append({"walk_id": f"{episode}-{trajectory}", "folder": root, "actions": None,
-                      "episode": {"scene_id": None, "trajectory_id": trajectory}})
-        try:
-            with open(f"{root}/instruction.txt", encoding="utf-8") as f:
-                rows.append({"episode_id": episode, "walk_id": f"{episode}-{trajectory}",
-                             "instruction": " ".join(f.read().split()), "split": split})
-        except (OSError, ValueError) as error:
-            raise UserError(f"{root}/instruction.txt cannot be read ({error}); copy it again, or "
-                            "remove that folder") from None
-    return walks, rows
-
-
-def import_shard(name, walks, out):
-    """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
-    shard = Shard(out, name)
-    for walk in walks:
-        try:
-            with open(f"{walk['folder']}/action_list.json", encoding="utf-8") as f:
-                actions = json.load(f)
-            pictures = []
-            for t in range(len(actions)):                       # frame t: before action t, as ours
-                with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:
-                    pictures.append(f.read())
-                decode(pictures[-1], f"{walk['folder']}/step_{t}.jpg")
-            if actions[-1:] != [STOP] or not set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}:
-                raise UserError(f"{walk['folder']}/action_list.json must be 1, 2, 3 and a last 0")
-            shard.add({"walk_id": walk["walk_id"], **walk["episode"], "actions": actions},
-                      pictures, "jpg")
-        except (OSError, ValueError, UserError) as error:
-            shard.skip(walk["walk_id"], "damaged", str(error))
-    shard.commit()
 
 
 # ---------------------------------------------------------------- the run, top to bottom
@@ -821,6 +780,7 @@ def main(args):
     # 1. another format out of a recording that is there
     if args.export_sharegpt:
         from model import NAV
+        from tools.sharegpt import export_sharegpt
         data = VlnEgo(out)
         nav = {**NAV, **data.meta["robot"], "horizon": args.horizon,
                "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
@@ -836,6 +796,7 @@ def main(args):
     if args.import_walk:
         if args.robot in (None, "houses"):
             raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")
+        from tools.sharegpt import import_shard, released_walks
         walks, rows = released_walks(args.import_walk, args.split)
         robot, flags = robot_from_args(args, ROBOTS[args.robot]), ("split", "shard_walks")
         args.image_format = "jpg"

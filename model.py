@@ -481,12 +481,14 @@ class Policy(nn.Module):
             self._words[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return self._words[text]
 
-    def prompt(self, text, features):
+    def prompt(self, text, features, before=()):
         """One user turn and the opening of the answer, in the model's own chat template.
 
         text with one <image> per tensor in features [(rows, cols, H)] -> Prompt
+        before: earlier messages of the chat, ((role, text), ..); their <image> come first.
         """
-        chat = self._chat(text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
+        chat = self._chat(text, before).replace("<image>",
+                                                "<|vision_start|><|image_pad|><|vision_end|>")
         pieces = chat.split("<|image_pad|>")                    # special tokens split cleanly
         if len(pieces) != len(features) + 1:
             raise UserError(f"the prompt has {len(pieces) - 1} <image> marks for {len(features)} "
@@ -503,8 +505,13 @@ class Policy(nn.Module):
             ids += [self.image_token] * (feature.shape[0] * feature.shape[1]) + words
         return Prompt(ids, mrope_positions(tuple(runs)), features, head)
 
-    def _chat(self, text):
-        """The chat template around a text; rendered once and filled in, for it is slow."""
+    def _chat(self, text, before=()):
+        """The chat template around a text; rendered once and filled in, for it is slow. With
+        earlier messages before it: rendered each time, as they differ from record to record."""
+        if before:
+            return self.tokenizer.apply_chat_template(
+                [{"role": role, "content": words} for role, words in (*before, ("user", text))],
+                tokenize=False, add_generation_prompt=True)
         if not hasattr(self, "_template"):
             mark = "\x00"
             self._template = self.tokenizer.apply_chat_template(
@@ -681,14 +688,14 @@ class Policy(nn.Module):
     # ------------------------------------------------------------ training: log-probabilities
 
     def read(self, decisions, frames):
-        """Decisions (instruction, frames: keys, the current one last, prompt or None) and frames
+        """Decisions (make_data.Decision: frames are keys, the current one last) and frames
         {key: uint8 (H, W, 3), or features that encode_frames made} -> one Prompt each. Every
         distinct frame is encoded once.
         """
         new = [key for key, frame in frames.items() if not torch.is_tensor(frame)]
         features = {**frames, **dict(zip(new, self.encode_frames([frames[key] for key in new])))}
         return [self.prompt(d.prompt or window_prompt(d.instruction, len(d.frames) - 1, self.nav),
-                            [features[key] for key in d.frames]) for d in decisions]
+                            [features[key] for key in d.frames], d.before) for d in decisions]
 
     def sizes(self, decisions, frames, group_size=1, branches=None):
         """Tokens that the decoder is given for each decision and its answers; of a dialog (with

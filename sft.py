@@ -44,7 +44,7 @@ import torch
 import engine as E
 import lsm
 from cli import Help, UserError, count, run
-from make_data import ShareGpt, VlnEgo
+from make_data import VlnEgo, open_data
 from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
 from reward import parse_plan, write_plan
 from world.robots import ROBOTS
@@ -54,8 +54,9 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
     add = p.add_argument_group("files").add_argument
     add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
-    add("--data", default="data/vln_ego/train", help="VLN-Ego folder or ShareGPT .json")
-    add("--image-root", help="where a ShareGPT file's images are (default: beside it)")
+    add("--data", default="data/vln_ego/train", help="VLN-Ego folder, or ShareGPT .json or .jsonl")
+    add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
+        "that of the file")
     add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
@@ -190,9 +191,8 @@ def setup(args, world, device):
     horizon = args.horizon or contract["horizon"]
     if not 1 <= horizon <= (8 if contract is NAV else 3):    # model.py lists all plans there are
         raise UserError(f"--horizon {horizon}: give 1 to 8 actions per answer, 1 to 3 in a dialog")
-    data = (ShareGpt(args.data, args.image_root) if args.data.endswith(".json")
-            else VlnEgo(args.data))
-    if is_dialog(contract) and isinstance(data, ShareGpt):
+    data = open_data(args.data, args.image_root)
+    if is_dialog(contract) and not data.whole_walks:
         raise UserError(f"--prompt dialog needs whole walks and {args.data} holds single answers; "
                         "give a VLN-Ego folder (make_data.py --import-walk reads released walks)")
     robot = data.meta.get("robot", {})
@@ -205,6 +205,8 @@ def setup(args, world, device):
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now
+    if not data.whole_walks:
+        E.check_lengths(policy, data.lengths(policy), args.data)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return data, policy
@@ -216,7 +218,7 @@ def main(args):
     E.open_run(args, rank)
 
     dialogs = is_dialog(policy.nav)
-    per_walk = 1 if dialogs or isinstance(data, ShareGpt) else args.steps_per_walk
+    per_walk = 1 if dialogs or not data.whole_walks else args.steps_per_walk
     if args.batch_size % (per_walk * world):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes x "
                         f"--steps-per-walk {per_walk}; change one of them")
@@ -232,6 +234,8 @@ def main(args):
     val_units = batch_units(val, 0, 0, None if dialogs else 8) if val else []
     val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
     if rank == 0:
+        for note in data.notes:
+            print(note)
         print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
               f"epoch, {steps} steps, {weights:,} weights on "
               f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))

@@ -18,7 +18,7 @@ from reward import write_plan
 torch.set_num_threads(1)
 NAV30 = dict(NAV, turn_deg=30)
 WORDS = "turn around left right go to the red green blue sofa chair and stop in front of it".split()
-Decision = namedtuple("Decision", "instruction frames plan prompt", defaults=(None,))
+Decision = namedtuple("Decision", "instruction frames plan prompt before", defaults=(None, ()))
 
 
 def texts(n=60):

@@ -1,0 +1,638 @@
+"""
+ShareGPT files, in and out, and the released walks of VLN-Ego.
+
+In    ShareGpt reads what LLaMA-Factory and LLaVA read: records of a conversation with pictures.
+        file      a JSON array, or JSON lines under either name (.json, .jsonl); UTF-8, BOM or not
+        turns     "conversations" of {"from", "value"}, or "messages" of {"role", "content"}; first
+                  a system turn, if there is one, then human and gpt in turn. Content is text with
+                  <image> marks, or Qwen's list of {"type": "image"} and {"type": "text"}
+        pictures  "images" or "image": a path, {"path": ..}, or a list of them, one per <image>
+        "system"  a text that replaces the chat template's own system message
+      Each gpt turn is a decision: it is trained given all that stands before it. Every record is
+      checked when the file is read; what cannot be used is refused with the record's number
+      (from 0) and the field. Words and labels are used as they stand, the released files' shift
+      by one step included (make_data.py says more).
+Out   export_sharegpt writes a recording for LLaMA-Factory, with the contract (nav.json) that a
+      policy trained on it has to obey. The command below gives it to the trained checkpoint.
+Walks released_walks and import_shard turn ep_*/traj_* folders into VLN-Ego.
+
+Run it
+    python make_data.py --out data/vln_ego --split train --export-sharegpt data/sharegpt
+    python -m tools.sharegpt --nav data/sharegpt --ckpt llama_factory/output
+    python evaluate.py --ckpt llama_factory/output
+
+Reads    --nav   a folder that --export-sharegpt wrote;  --ckpt  a model's folder
+Writes   --ckpt/nav.json
+
+[1] LLaMA-Factory, data/README.md (ShareGPT format)   [2] VLN-R1, arXiv 2506.17221
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+from collections import Counter
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from cli import Help, UserError, count, lock_folder, run, write_json
+from make_data import (
+    CACHE_BYTES,
+    MOST_ASPECT,
+    Decision,
+    Shard,
+    check_instruction,
+    decode,
+)
+from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases, parse_plan, write_plan
+
+# ---------------------------------------------------------------- one record
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+         "system": "system"}
+EMPTY = (None, "", [], {})
+# What other trainers use of a record, and this one does not.
+REFUSED = ("tools", "functions", "videos", "video", "audios", "audio", "objects", "chosen",
+           "rejected", "rejected_response", "kto_tag")
+USED = {"conversations", "messages", "images", "image", "system", *REFUSED}
+# The model's special tokens, and LLaMA-Factory's placeholders for what is refused above.
+RESERVED = re.compile(r"<\|[^<>\s]*>?|<video>|<audio>")
+KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
+         str: "text", list: "a list", dict: "an object"}
+
+
+class Record(NamedTuple):
+    """One conversation. In a human's text one <image> stands for each of images, in order."""
+    system: str             # "": the chat template's own system message
+    rounds: tuple           # ((human's text, gpt's answer), ..)
+    images: tuple           # paths as written, but with "/" between folders
+
+
+def kind(value):
+    return KINDS[type(value)]
+
+
+def filled(record, *keys):
+    """Those of the keys under which a record holds something."""
+    return [key for key in keys if record.get(key) not in EMPTY]
+
+
+def read_text(value, field):
+    """A text field -> its text. ValueError if it is not text, or holds a reserved mark."""
+    if not isinstance(value, str):
+        raise ValueError(f"{field} is {kind(value)}, not text")
+    mark = RESERVED.search(value)
+    if mark:
+        raise ValueError(f"{field} holds the reserved mark {mark[0]}; take it out")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field} holds half of a UTF-16 pair; mend its encoding") from None
+    return value
+
+
+def read_path(value, field):
+    """A picture: its path, {"path": ..} or {"url": ..} -> the path, "/" between its folders."""
+    if isinstance(value, dict):
+        rest = filled(value, *(set(value) - {"path", "url"}))
+        if rest:
+            raise ValueError(f"{field} holds {rest[0]!r}; give the path of a picture file alone")
+        value = value.get("path") or value.get("url")
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{field} is {kind(value)}, not the path of a picture")
+    value = value.removeprefix("file://")
+    if "://" in value or value.startswith("data:"):
+        raise ValueError(f"{field} is at {value[:40]!r}; download it and give the file's path")
+    return value.replace("\\", "/")
+
+
+def read_content(content, field):
+    """A turn's content, text or a list of parts -> (text with <image> marks, its parts' paths)."""
+    if not isinstance(content, list):
+        return read_text(content, field), []
+    words, paths = [], []
+    for k, part in enumerate(content):
+        name = f"part {k} of {field}"
+        if not isinstance(part, dict):
+            raise ValueError(f"{name} is {kind(part)}, not an object")
+        sort = part.get("type") or next(iter(filled(part, "text", "image", "image_url")), None)
+        where = filled(part, "image", "image_url", "path", "url")
+        more = filled(part, *(set(part) - {"type", "image", "image_url", "path", "url", "text"}))
+        if (more or sort not in ("text", "image", "image_url")
+                or len(where + filled(part, "text")) > 1):
+            raise ValueError(f"{name} is {json.dumps(part)[:80]}; known are "
+                             '{"type": "text", "text": ..} and {"type": "image", "image": path}')
+        if sort == "text":
+            words.append(read_text(part.get("text"), name))
+            if "<image>" in words[-1]:
+                raise ValueError(f"{name} holds <image> in its text; give it a part of its own")
+        else:
+            words.append("<image>")
+            paths += [read_path(part[key], name) for key in where]
+    return "".join(words), paths
+
+
+def read_turns(record):
+    """A record's turns -> [(role, text), ..], and the paths that stand in their parts."""
+    keys = filled(record, "conversations", "messages")
+    if len(keys) != 1 or not isinstance(record[keys[0]], list):
+        raise ValueError("needs a list 'conversations' (of from and value) or 'messages' (of role "
+                         f"and content); it has {', '.join(record) or 'nothing'}")
+    turns, paths = [], []
+    for k, turn in enumerate(record[keys[0]]):
+        if not isinstance(turn, dict):
+            raise ValueError(f"turn {k} is {kind(turn)}, not an object")
+        names = ("from", "value") if "from" in turn else ("role", "content")
+        more = filled(turn, *(set(turn) - set(names)))
+        if more:
+            raise ValueError(f"turn {k} has {more[0]!r}, which is not used; remove it")
+        role = turn.get(names[0])
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"turn {k} has {names[0]!r} {json.dumps(role)}; known are "
+                             f"{', '.join(ROLES)}")
+        text, named = read_content(turn.get(names[1]), f"{names[1]!r} of turn {k} ({role})")
+        turns.append((ROLES[role], text))
+        paths += named
+    return turns, paths
+
+
+def read_images(record, paths):
+    """A record's pictures -> their paths. paths: those that stand in the parts of its turns."""
+    found = [paths] if paths else []
+    for key in filled(record, "images", "image"):
+        value = record[key]
+        value = [value] if isinstance(value, (str, dict)) else value
+        if not isinstance(value, list):
+            raise ValueError(f"{key!r} is {kind(value)}, not a list of paths")
+        found.append([read_path(path, f"picture {k} of {key!r}") for k, path in enumerate(value)])
+    if any(other != found[0] for other in found):
+        raise ValueError("names its pictures twice and differently; keep one list of them")
+    return tuple(found[0]) if found else ()
+
+
+def read_record(record):
+    """A record as JSON gives it -> Record. ValueError says which field is wrong, and how."""
+    if not isinstance(record, dict):
+        raise ValueError(f"is {kind(record)}, not an object")
+    for key in filled(record, *REFUSED):
+        if record[key] != "[]":                     # LLaMA-Factory's "no tools"
+            raise ValueError(f"has {key!r}, which is not used here; remove it, or the record")
+    turns, paths = read_turns(record)
+    system = read_text(record.get("system") or "", "'system'")
+    if turns and turns[0][0] == "system":
+        if system not in ("", turns[0][1]):
+            raise ValueError("has two system texts that differ; keep one")
+        system, turns = turns[0][1], turns[1:]
+    if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError(f"has the turns {', '.join(role for role, _ in turns) or 'none'}; wanted "
+                         "are user (human) and assistant (gpt) in turn, a system text at most "
+                         "before them")
+    words, answers = ([text for _, text in turns[k::2]] for k in (0, 1))
+    for k, (human, answer) in enumerate(zip(words, answers)):
+        if not human.strip() or not answer.strip():
+            raise ValueError(f"has nothing in {'the answer' if human.strip() else 'the question'} "
+                             f"of round {k}; remove the record")
+    if "<image>" in system + "".join(answers):
+        raise ValueError("has <image> in its system text or an answer; only questions show "
+                         "pictures")
+    images, marks = read_images(record, paths), "".join(words).count("<image>")
+    if marks != len(images):
+        raise ValueError(f"has {marks} <image> in its words and {len(images)} images; make them "
+                         "agree")
+    if "<image>" not in words[0]:
+        raise ValueError("has no <image> before its first answer; a decision needs a picture")
+    return Record(system, tuple(zip(words, answers)), images)
+
+
+# ---------------------------------------------------------------- a file of records
+
+
+def read_json(path):
+    """A file -> [(name, value as JSON gives it), ..]. UserError if it holds no list of records."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            text = file.read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON in UTF-8 ({error})") from None
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        data = read_json_lines(path, text)
+        if data is None:
+            raise UserError(f"{path} cannot be read as JSON ({error}); copy it again, or write it "
+                            "as a list of records or one record a line") from None
+        return data
+    if isinstance(data, dict) and filled(data, "conversations", "messages"):
+        data = [data]                               # JSON lines, of one line
+    if isinstance(data, dict):
+        lists = [key for key, value in data.items() if isinstance(value, list)]
+        raise UserError(f"{path} holds one object ({', '.join(data)}), not a list of records; " + (
+            f"write the list {lists[0]!r} alone" if lists else "write a list"))
+    if not isinstance(data, list) or not data:
+        raise UserError(f"{path} holds {kind(data) if data else 'no records'}; it must be a list "
+                        "of records")
+    return [(f"record {i}", value) for i, value in enumerate(data)]
+
+
+def read_json_lines(path, text):
+    """Text of one JSON object a line -> [(name, object), ..]; None if it is no such text."""
+    found = []
+    for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if not found:
+                return None
+            raise UserError(f"{path}, line {n}: {error}; mend or remove that line") from None
+        if not found and not isinstance(value, dict):
+            return None
+        found.append((f"record {len(found)} (line {n})", value))
+    return found or None
+
+
+# A released picture is ep_1/traj_2/step_0.jpg: these folders say which walk it belongs to.
+WALK_FOLDER = re.compile(r"(ep|traj)_\d+")
+
+
+def split_path(path, image_root):
+    """A path -> its parts. With an image_root, an absolute one starts there, too.
+
+    >>> split_path("/data/./a/0.png", None), split_path("/data/a/0.png", "/elsewhere")
+    (('/', 'data', 'a', '0.png'), ('data', 'a', '0.png'))
+    """
+    parts = tuple(part for part in path.split("/") if part not in ("", "."))
+    return parts if image_root or not path.startswith("/") else ("/", *parts)
+
+
+def droppable(paths):
+    """How many leading folders no record needs: those that all paths share, but the last one,
+    and none that names a walk.
+
+    >>> droppable([("VLN-Ego", "data", "ep_1", "0.jpg"), ("VLN-Ego", "data", "ep_2", "0.jpg")])
+    2
+    >>> droppable([("ep_2", "step_0.png")]), droppable([("images", "a.png"), ("b.png",)])
+    (0, 0)
+    """
+    shared = os.path.commonprefix([path[:-1] for path in paths])
+    names = [k for k, part in enumerate(shared) if WALK_FOLDER.fullmatch(part)]
+    return min([*names, *(max(len(path) - 2, 0) for path in paths)])
+
+
+def find_pictures(json_path, records, image_root):
+    """Where the records' pictures are -> (root, k): each is below root when the first k parts of
+    its path are left out, the same k for all; the least for which all are there. UserError if
+    there is none.
+
+    root is image_root, or else the JSON's folder; the working directory plays no part.
+    """
+    root = image_root or os.path.dirname(json_path) or "."
+    if not os.path.isdir(root):
+        raise UserError(f"--image-root {root} is not a folder")
+    paths = {image: split_path(image, image_root) for record in records for image in record.images}
+    def missing(k):
+        return (image for image, parts in paths.items()
+                if not os.path.isfile(os.path.join(root, *parts[k:])))
+    choices = range(droppable(paths.values()) + 1)
+    for k in choices:
+        if next(missing(k), None) is None:
+            return root, k
+    lost, k = min(((list(missing(k)), k) for k in choices), key=lambda item: len(item[0]))
+    i = next(i for i, record in enumerate(records) if lost[0] in record.images)
+    raise UserError(
+        f"{json_path}: {len(lost):,} of {len(paths):,} pictures are not there; the first is "
+        f"{lost[0]} of record {i}, looked for at {os.path.join(root, *paths[lost[0]][k:])}; give "
+        "the folder in which the paths start with --image-root, or copy the pictures again")
+
+
+class ShareGpt:
+    """A ShareGPT file, as data: record i, round t -> Decision; picture -> frame."""
+    whole_walks = False                             # see make_data.VlnEgo
+
+    def __init__(self, json_path, image_root=None):
+        self.json_path, self.records, keys = str(json_path), [], Counter()
+        for name, value in read_json(self.json_path):
+            try:
+                self.records.append(read_record(value))
+            except ValueError as error:
+                raise UserError(f"{json_path}: {name} {error}") from None
+            keys.update(set(value) - USED)
+        self.image_root = image_root
+        self.root, self.dropped = find_pictures(self.json_path, self.records, image_root)
+        self.notes = [f"{json_path}: pictures below {self.root}, {self.dropped} leading folders "
+                      "of each path left out"]
+        if keys:
+            self.notes.append(f"{json_path}: not used: {', '.join(sorted(map(str, keys)))}")
+        self.episodes = [{"episode_id": i, "instruction": record.rounds[0][0]}
+                         for i, record in enumerate(self.records)]
+        self.meta = {"dataset": os.path.basename(self.json_path), "robot": self.stated_robot()}
+        self.frame = lru_cache(CACHE_BYTES // (640 * 480 * 3))(self.read)
+
+    def __len__(self):
+        return len(self.records)
+
+    def stated_robot(self):
+        """Turn angle and step of the first record that states them; R2R's say 30 degrees where
+        the pictures show 15."""
+        robot = {}
+        for record in self.records:
+            text = record.system + record.rounds[0][0]
+            for key, unit, words in (("turn_deg", 1, r"turn left (\d+(?:\.\d+)?) degrees"),
+                                     ("forward_m", 100, r"move forward (\d+(?:\.\d+)?) cm")):
+                stated = re.search(words, text, re.IGNORECASE)
+                if stated and float(stated.group(1)) > 0:
+                    robot.setdefault(key, float(stated.group(1)) / unit)
+            if len(robot) == 2:
+                break
+        return robot
+
+    def steps(self, i):
+        return list(range(len(self.records[i].rounds)))
+
+    def decision(self, i, t, nav):
+        """Record i up to its round t. The plan is what the answer says in nav's phrases, None in
+        unreadable slots, () if none can be read."""
+        record = self.records[i]
+        human, answer = record.rounds[t]
+        plan = parse_plan(answer, action_phrases(nav["turn_deg"], nav["forward_m"]),
+                          nav["horizon"])
+        before = [("system", record.system)] if record.system else []
+        for words, said in record.rounds[:t]:
+            before += [("user", words), ("assistant", said)]
+        shown = sum(words.count("<image>") for words, _ in record.rounds[:t + 1])
+        return Decision("", record.images[:shown], () if set(plan) == {None} else tuple(plan),
+                        human, answer, tuple(before))
+
+    def read(self, key):
+        """key: a picture's path as in its record -> uint8 (H, W, 3). Ask for .frame(key)."""
+        with open(self.find(key), "rb") as file:
+            data = file.read()
+        try:
+            return decode(data, f"the picture {self.find(key)}")
+        except UserError as error:
+            i = next(i for i, record in enumerate(self.records) if key in record.images)
+            raise UserError(f"{error}; it belongs to record {i} of {self.json_path}: copy it "
+                            "again, or remove the record") from None
+
+    def find(self, key):
+        """A picture's path as in its record -> the file's path."""
+        return os.path.join(self.root, *split_path(key, self.image_root)[self.dropped:])
+
+    def check_plans(self, nav):
+        """UserError if no answer can be read as a plan: then GRPO has nothing to compare with."""
+        if not any(self.decision(i, t, nav).plan for i in range(len(self)) for t in self.steps(i)):
+            phrases = ", ".join(action_phrases(nav["turn_deg"], nav["forward_m"]).values())
+            raise UserError(f"{self.json_path}: no answer is a plan in the policy's words "
+                            f"({phrases}), so no plan can be rewarded; give the data it learned "
+                            "from")
+
+    def lengths(self, policy, least_answer=0):
+        """Tokens of each record, as engine.check_lengths wants them -> [(name, tokens), ..].
+
+        An upper bound where that is within the model's context (a byte is at most one token), the
+        exact number else. UserError if a text holds a special token of this tokenizer.
+        least_answer: tokens that an answer may have at least (of a sampled one).
+        """
+        special = "|".join(re.escape(token.content) for token in
+                           policy.tokenizer.added_tokens_decoder.values() if token.special)
+        context = policy.model.config.text_config.max_position_embeddings
+        budget = policy.nav["max_pixels"]
+        most = max(budget / 28 ** 2, math.sqrt(MOST_ASPECT * budget) / 28 + 1)    # a thin picture
+        found = []
+        for i, record in enumerate(self.records):
+            text = " ".join([record.system, *(part for both in record.rounds for part in both)])
+            mark = re.search(special, text) if special else None
+            if mark:
+                raise UserError(f"{self.json_path}: record {i} holds {mark[0]}, a special token of "
+                                "the model; take it out")
+            bound = len(text.encode()) + 64 + 16 * len(record.rounds) + least_answer + math.ceil(
+                most * len(record.images))
+            found.append((f"record {i}", bound if bound <= context
+                          else self.exact_length(i, policy, least_answer)))
+        return found
+
+    def exact_length(self, i, policy, least_answer):
+        """Tokens of the whole of record i, from its pictures' headers."""
+        from model import fit_pixels
+        decision = self.decision(i, len(self.records[i].rounds) - 1, policy.nav)
+        frames = {}
+        for key in decision.frames:
+            try:
+                with Image.open(self.find(key)) as image:
+                    width, height = image.size
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                self.read(key)                      # says what is wrong with it
+                raise
+            size = fit_pixels(height, width, policy.nav["min_pixels"], policy.nav["max_pixels"])
+            frames[key] = np.broadcast_to(np.uint8(0), (*size, 3))
+        prompt, = policy.sizes([decision], frames, group_size=0)
+        answer = policy.tokenizer(decision.answer, add_special_tokens=False)["input_ids"]
+        return prompt + max(len(answer) + 1, least_answer)
+
+
+# ---------------------------------------------------------------- a recording, for others
+
+
+def export_sharegpt(data, folder, nav):
+    """Write a VlnEgo as picture files and the JSON that LLaMA-Factory reads. -> number of records
+
+    Writes <folder>/vln_ego.json, dataset_info.json (LLaMA-Factory's register), nav.json (the
+    contract of what is trained on it) and images/<walk>/. Picture files are the recording's own
+    bytes. One record a line: R2R's train split is gigabytes.
+    """
+    from model import window_prompt  # brings torch: only for this
+    lock_folder(folder, "--export-sharegpt")
+    phrases, n = action_phrases(nav["turn_deg"], nav["forward_m"]), 0
+    suffix = "." + data.meta["image_format"]
+    for walk_id, walk in data.walks.items():
+        os.makedirs(f"{folder}/images/{walk_id}", exist_ok=True)
+        for t in range(len(walk["actions"])):
+            with open(f"{folder}/images/{walk_id}/{t:04d}{suffix}", "wb") as f:
+                f.write(data.frame_bytes((walk_id, t)))
+    with open(f"{folder}/vln_ego.json.tmp", "w", encoding="utf-8") as f:
+        for d in (data.decision(i, t, nav) for i in range(len(data)) for t in data.steps(i)):
+            human = window_prompt(d.instruction, len(d.frames) - 1, nav)
+            f.write(("[\n" if n == 0 else ",\n") + json.dumps({
+                "conversations": [{"from": "human", "value": human},
+                                  {"from": "gpt", "value": write_plan(d.plan, phrases)}],
+                "images": [f"images/{walk_id}/{t:04d}{suffix}" for walk_id, t in d.frames]}))
+            n += 1
+        f.write("\n]\n" if n else "[]\n")
+    os.replace(f"{folder}/vln_ego.json.tmp", f"{folder}/vln_ego.json")
+    write_json(f"{folder}/dataset_info.json", {"vln_ego": {
+        "file_name": "vln_ego.json", "formatting": "sharegpt",
+        "columns": {"messages": "conversations", "images": "images"}}})
+    write_json(f"{folder}/nav.json", nav)
+    return n
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tools.sharegpt", formatter_class=Help, description=
+                                "Give a checkpoint that another tool trained on our ShareGPT "
+                                "export its navigation contract, nav.json.")
+    p.add_argument("--nav", required=True, metavar="FOLDER",
+                   help="the export (make_data.py --export-sharegpt) that it was trained on")
+    p.add_argument("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
+    p.add_argument("--max-pixels", type=count, help="what a frame was shrunk to at most in that "
+                   "training; default: the export's own")
+    return p.parse_args(argv)
+
+
+def read_object(path, what):
+    """A JSON file that holds an object -> dict. `what` says in a UserError what is wanted."""
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            content = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give {what}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object; give {what}")
+    return content
+
+
+def main(args):
+    from model import NAV
+    nav = read_object(os.path.join(args.nav, "nav.json"),
+                      "a folder that make_data.py --export-sharegpt wrote")
+    other = [key for key in NAV if key not in nav]
+    if other or nav["prompt"] != NAV["prompt"] or nav["version"] != NAV["version"]:
+        raise UserError(f"{args.nav}/nav.json is not a contract that this code can obey "
+                        f"({', '.join(other) or 'another version'}); export the recording again")
+    nav["max_pixels"] = args.max_pixels or nav["max_pixels"]
+    if not os.path.exists(os.path.join(args.ckpt, "config.json")) and os.path.exists(
+            os.path.join(args.ckpt, "adapter_config.json")):
+        raise UserError(f"{args.ckpt} holds a LoRA adapter alone; merge it into its base model "
+                        "first, and give the merged folder")
+    config = read_object(os.path.join(args.ckpt, "config.json"), "the folder of a trained model")
+    if not isinstance(config.get("model_type"), str):
+        raise UserError(f"{args.ckpt}/config.json names no model_type; give a model's folder")
+    path = os.path.join(args.ckpt, "nav.json")
+    if os.path.exists(path) and read_object(path, "another --ckpt, or remove that file") != nav:
+        raise UserError(f"{path} is there and differs; remove it to write that of {args.nav}")
+    write_json(path, nav)
+    print(f"wrote {path}: {nav['horizon']} actions, turns of {nav['turn_deg']:g} degrees, frames "
+          f"of at most {nav['max_pixels']:,} pixels")
+
+
+# ---------------------------------------------------------------- the released walks
+
+
+def walk_folders(folder):
+    """Every folder at or below `folder` that holds a released walk, or what is left of one.
+
+    Symbolic links are followed; a folder that two ways lead to is found once, by the way without
+    links if there is one.
+    """
+    def fail(error):
+        raise UserError(f"--import-walk: {error.filename} cannot be read ({error.strerror})")
+    found, seen, starts = [], set(), [os.path.abspath(folder)]
+    for start in starts:                            # grows: links wait until the rest is done
+        for root, folders, files in os.walk(start, onerror=fail):
+            if os.path.realpath(root) in seen:      # a second way here, or a circle
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(root))
+            folders.sort()
+            starts += [os.path.join(root, name) for name in folders
+                       if os.path.islink(os.path.join(root, name))]
+            lost = [name for name in files if WALK_FOLDER.fullmatch(name)
+                    and not os.path.exists(os.path.join(root, name))]
+            if lost:
+                raise UserError(f"{os.path.join(root, lost[0])} is a symbolic link to nothing; "
+                                "mend or remove it")
+            if {"action_list.json", "instruction.txt", "step_0.jpg"} & set(files):
+                found.append(root)
+    return found
+
+
+def name_walks(folders):
+    """Folders ../ep_1/traj_2 -> {folder: (walk_id, episode_id, trajectory_id)}.
+
+    A walk's id is made of the last two names, and of as many before them as make all ids unique.
+
+    >>> [name for name, *_ in name_walks(["/a/ep_1/traj_1", "/b/ep_1/traj_1"]).values()]
+    ['a-ep_1-traj_1', 'b-ep_1-traj_1']
+    """
+    parts = [folder.strip(os.sep).split(os.sep) for folder in folders]
+    for depth in range(2, max(map(len, parts)) + 2):
+        walks = ["-".join(names[-depth:]) for names in parts]
+        episodes = ["-".join(names[-depth:-1]) for names in parts]
+        if len(set(walks)) == len(walks):
+            break
+    else:
+        twice = Counter(walks).most_common(1)[0][0]
+        raise UserError(f"two folders would both be the walk {twice}; rename one of them")
+    if len(set(episodes)) < len(episodes):          # several walks in one ep_ folder
+        episodes = walks
+    return {folder: (walk, episode, names[-1])
+            for folder, walk, episode, names in zip(folders, walks, episodes, parts)}
+
+
+def released_walks(folder, split):
+    """Walks of the released VLN-Ego (ep_*/traj_*/action_list.json) at or below folder.
+
+    -> (walks, rows of episodes.jsonl), by episode number. The files name no scene and no poses.
+    A walk without usable words has their fault under "damaged", and import_shard leaves it out.
+    """
+    found = sorted(walk_folders(folder),
+                   key=lambda root: ([int(n) for n in re.findall(r"\d+", root)], root))
+    if not found:
+        raise UserError(f"no action_list.json at or below {folder}; --import-walk wants a folder "
+                        "ep_*/traj_*/ of the released VLN-Ego, or one that holds such folders")
+    walks, rows = [], []
+    for root, (walk_id, episode_id, trajectory) in name_walks(found).items():
+        words, damaged = "", None
+        try:
+            with open(f"{root}/instruction.txt", encoding="utf-8-sig") as f:
+                words = " ".join(f.read().split())
+            check_instruction(words)
+        except (OSError, ValueError) as error:
+            damaged = f"{root}/instruction.txt: {error}"
+        walks.append({"walk_id": walk_id, "folder": root, "actions": None, "damaged": damaged,
+                      "episode": {"scene_id": None, "trajectory_id": trajectory}})
+        rows.append({"episode_id": episode_id, "walk_id": walk_id, "instruction": words,
+                     "split": split})
+    return walks, rows
+
+
+def read_actions(path):
+    """action_list.json -> its actions. ValueError unless they are 1, 2, 3 and a last 0."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            actions = json.load(f)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not (isinstance(actions, list) and all(type(action) is int for action in actions)
+            and actions[-1:] == [STOP] and set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}):
+        raise ValueError(f"{path} must be a list of 1, 2, 3 and a last 0")
+    return actions
+
+
+def import_shard(name, walks, out):
+    """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
+    shard = Shard(out, name)
+    for walk in walks:
+        try:
+            if walk["damaged"]:
+                raise ValueError(walk["damaged"])
+            actions = read_actions(f"{walk['folder']}/action_list.json")
+            pictures = []
+            for t in range(len(actions)):                       # frame t: before action t, as ours
+                with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:
+                    pictures.append(f.read())
+                decode(pictures[-1], f"{walk['folder']}/step_{t}.jpg")
+            shard.add({"walk_id": walk["walk_id"], **walk["episode"], "actions": actions},
+                      pictures, "jpg")
+        except (OSError, ValueError, UserError) as error:
+            shard.skip(walk["walk_id"], "damaged", str(error))
+    shard.commit()
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
