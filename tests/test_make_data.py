@@ -21,7 +21,7 @@ from PIL import Image
 import lsm
 import make_data
 from cli import UserError
-from make_data import ShareGpt, VlnEgo, window
+from make_data import VlnEgo, window
 from world import SimDied, SimError
 from world.episodes import read_episodes, read_ground_truth
 from world.house_sim import HouseSim
@@ -380,54 +380,6 @@ def test_readers_travel_to_other_processes_and_forget(world, pool, monkeypatch):
         assert np.array_equal(data.frame(("h0-2", t)), picture(2, t))
     assert data.frame(("h0-2", 19)) is data.frame(("h0-2", 19)), "decoded once"
     assert data.frame.cache_info().currsize == 3
-
-
-# ---------------------------------------------------------------- ShareGPT
-
-
-def test_sharegpt_there_and_back(world, pool):
-    pytest.importorskip("torch")
-    data = record(world, world / "out")
-    make_data.main(make_data.parse_args(["--out", f"{world}/out", "--memory-budget", "4",
-                                         "--export-sharegpt", f"{world}/share"]))
-    read = ShareGpt(f"{world}/share/vln_ego.json")
-    assert len(read) == sum(len(data.steps(i)) for i in range(len(data)))
-    assert read.meta["robot"] == {"turn_deg": 30.0, "forward_m": 0.25}
-    pairs = [(i, t) for i in range(len(data)) for t in data.steps(i)]
-    nav = {**NAV, "memory": {**NAV["memory"], "budget": 4}}
-    for k, (i, t) in enumerate(pairs):
-        ours, theirs = data.decision(i, t, nav), read.decision(k, 0, nav)
-        assert theirs.plan == ours.plan and ours.instruction in theirs.prompt
-        assert [data.frame_bytes(key) for key in ours.frames] == [
-            open(read.find(key), "rb").read() for key in theirs.frames]
-        assert np.array_equal(read.frame(theirs.frames[-1]), data.frame(ours.frames[-1]))
-    with open(f"{world}/share/dataset_info.json") as f:
-        assert json.load(f)["vln_ego"]["file_name"] == "vln_ego.json"
-
-
-def test_sharegpt_bad_records(tmp_path):
-    def written(images, marks=1, turns=("human", "gpt")):
-        record = {"conversations": [{"from": turn, "value": "<image>" * marks if turn == "human"
-                                     else "D. Stop"} for turn in turns], "images": images}
-        with open(tmp_path / "x.json", "w") as f:
-            json.dump([record], f)
-        return ShareGpt(tmp_path / "x.json")
-    with pytest.raises(UserError, match="record 0 has 2 <image> in its words and 1 images"):
-        written(["a.jpg"], marks=2)
-    with pytest.raises(UserError, match="record 0 has the turns"):
-        written(["a.jpg"], turns=("human", "gpt", "human"))
-    data = written(["VLN-Ego/data/ep_1/a.jpg"])
-    assert data.decision(0, 0, NAV).plan == (0, None, None, None, None, None)
-    with pytest.raises(UserError, match="ep_1/a.jpg .*--image-root"):
-        data.frame("VLN-Ego/data/ep_1/a.jpg")
-    os.makedirs(tmp_path / "ep_1")
-    (tmp_path / "ep_1/a.jpg").write_bytes(pictures_jpg())
-    assert data.frame("VLN-Ego/data/ep_1/a.jpg").shape == (32, 32, 3)
-    (tmp_path / "ep_1/b.jpg").write_bytes(pictures_jpg()[:-200])
-    with pytest.raises(UserError, match="ep_1/b.jpg .copy it again.*truncated"):
-        data.frame("ep_1/b.jpg")
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        ShareGpt(tmp_path / "none.json")
 
 
 # ---------------------------------------------------------------- the real simulator, two houses

@@ -12,8 +12,9 @@ import pytest
 from conftest import ROOT
 
 import sft
-from make_data import ShareGpt, VlnEgo
+from make_data import VlnEgo
 from model import load_policy
+from tools.sharegpt import ShareGpt
 
 SAMPLE = os.path.join(ROOT, "..", "shared", "data", "vln_ego_sample")
 FRAMES = os.path.join(SAMPLE, "rgb_images_r2r_debug")

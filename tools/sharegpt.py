@@ -33,6 +33,7 @@ import json
 import math
 import os
 import re
+import stat
 from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
@@ -99,12 +100,12 @@ def read_text(value, field):
 def read_path(value, field):
     """A picture: its path, {"path": ..} or {"url": ..} -> the path, "/" between its folders."""
     if isinstance(value, dict):
-        rest = filled(value, *(set(value) - {"path", "url"}))
+        rest = filled(value, *sorted(set(value) - {"path", "url"}))
         if rest:
             raise ValueError(f"{field} holds {rest[0]!r}; give the path of a picture file alone")
         value = value.get("path") or value.get("url")
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} is {kind(value)}, not the path of a picture")
+        raise ValueError(f"{field} is {json.dumps(value)[:40]}, not the path of a picture")
     value = value.removeprefix("file://")
     if "://" in value or value.startswith("data:"):
         raise ValueError(f"{field} is at {value[:40]!r}; download it and give the file's path")
@@ -141,14 +142,14 @@ def read_turns(record):
     """A record's turns -> [(role, text), ..], and the paths that stand in their parts."""
     keys = filled(record, "conversations", "messages")
     if len(keys) != 1 or not isinstance(record[keys[0]], list):
-        raise ValueError("needs a list 'conversations' (of from and value) or 'messages' (of role "
-                         f"and content); it has {', '.join(record) or 'nothing'}")
+        raise ValueError("it needs one list, 'conversations' (of from and value) or 'messages' "
+                         f"(of role and content); it has {', '.join(record) or 'nothing'}")
     turns, paths = [], []
     for k, turn in enumerate(record[keys[0]]):
         if not isinstance(turn, dict):
             raise ValueError(f"turn {k} is {kind(turn)}, not an object")
         names = ("from", "value") if "from" in turn else ("role", "content")
-        more = filled(turn, *(set(turn) - set(names)))
+        more = filled(turn, *sorted(set(turn) - set(names)))
         if more:
             raise ValueError(f"turn {k} has {more[0]!r}, which is not used; remove it")
         role = turn.get(names[0])
@@ -171,41 +172,42 @@ def read_images(record, paths):
             raise ValueError(f"{key!r} is {kind(value)}, not a list of paths")
         found.append([read_path(path, f"picture {k} of {key!r}") for k, path in enumerate(value)])
     if any(other != found[0] for other in found):
-        raise ValueError("names its pictures twice and differently; keep one list of them")
+        raise ValueError("it names its pictures twice and differently; keep one list of them")
     return tuple(found[0]) if found else ()
 
 
 def read_record(record):
     """A record as JSON gives it -> Record. ValueError says which field is wrong, and how."""
     if not isinstance(record, dict):
-        raise ValueError(f"is {kind(record)}, not an object")
+        raise ValueError(f"it is {kind(record)}, not an object")
     for key in filled(record, *REFUSED):
         if record[key] != "[]":                     # LLaMA-Factory's "no tools"
-            raise ValueError(f"has {key!r}, which is not used here; remove it, or the record")
+            raise ValueError(f"it has {key!r}, which is not used here; remove it, or the record")
     turns, paths = read_turns(record)
-    system = read_text(record.get("system") or "", "'system'")
+    system = record.get("system")
+    system = "" if system is None else read_text(system, "'system'")
     if turns and turns[0][0] == "system":
         if system not in ("", turns[0][1]):
-            raise ValueError("has two system texts that differ; keep one")
+            raise ValueError("it has two system texts that differ; keep one")
         system, turns = turns[0][1], turns[1:]
     if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"has the turns {', '.join(role for role, _ in turns) or 'none'}; wanted "
-                         "are user (human) and assistant (gpt) in turn, a system text at most "
-                         "before them")
+        raise ValueError(f"it has the turns {', '.join(role for role, _ in turns) or 'none'}; "
+                         "wanted are user (human) and assistant (gpt) in turn, with at most one "
+                         "system text before them")
     words, answers = ([text for _, text in turns[k::2]] for k in (0, 1))
     for k, (human, answer) in enumerate(zip(words, answers)):
         if not human.strip() or not answer.strip():
-            raise ValueError(f"has nothing in {'the answer' if human.strip() else 'the question'} "
-                             f"of round {k}; remove the record")
+            empty = "answer" if human.strip() else "question"
+            raise ValueError(f"the {empty} of round {k} is empty; remove the record")
     if "<image>" in system + "".join(answers):
-        raise ValueError("has <image> in its system text or an answer; only questions show "
+        raise ValueError("it has <image> in its system text or an answer; only questions show "
                          "pictures")
     images, marks = read_images(record, paths), "".join(words).count("<image>")
     if marks != len(images):
-        raise ValueError(f"has {marks} <image> in its words and {len(images)} images; make them "
+        raise ValueError(f"it has {marks} <image> in its words and {len(images)} images; make them "
                          "agree")
     if "<image>" not in words[0]:
-        raise ValueError("has no <image> before its first answer; a decision needs a picture")
+        raise ValueError("it has no <image> before its first answer; a decision needs a picture")
     return Record(system, tuple(zip(words, answers)), images)
 
 
@@ -285,6 +287,14 @@ def droppable(paths):
     return min([*names, *(max(len(path) - 2, 0) for path in paths)])
 
 
+def holds_bytes(path):
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):                   # ValueError: a null byte in the path
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size > 0
+
+
 def find_pictures(json_path, records, image_root):
     """Where the records' pictures are -> (root, k): each is below root when the first k parts of
     its path are left out, the same k for all; the least for which all are there. UserError if
@@ -298,7 +308,7 @@ def find_pictures(json_path, records, image_root):
     paths = {image: split_path(image, image_root) for record in records for image in record.images}
     def missing(k):
         return (image for image, parts in paths.items()
-                if not os.path.isfile(os.path.join(root, *parts[k:])))
+                if not holds_bytes(os.path.join(root, *parts[k:])))
     choices = range(droppable(paths.values()) + 1)
     for k in choices:
         if next(missing(k), None) is None:
@@ -306,9 +316,9 @@ def find_pictures(json_path, records, image_root):
     lost, k = min(((list(missing(k)), k) for k in choices), key=lambda item: len(item[0]))
     i = next(i for i, record in enumerate(records) if lost[0] in record.images)
     raise UserError(
-        f"{json_path}: {len(lost):,} of {len(paths):,} pictures are not there; the first is "
-        f"{lost[0]} of record {i}, looked for at {os.path.join(root, *paths[lost[0]][k:])}; give "
-        "the folder in which the paths start with --image-root, or copy the pictures again")
+        f"{json_path}: {len(lost):,} of {len(paths):,} pictures are not there, or empty; the first "
+        f"is {lost[0]} of record {i}, looked for at {os.path.join(root, *paths[lost[0]][k:])}; "
+        "give the folder in which the paths start with --image-root, or copy the pictures again")
 
 
 class ShareGpt:
@@ -321,7 +331,7 @@ class ShareGpt:
             try:
                 self.records.append(read_record(value))
             except ValueError as error:
-                raise UserError(f"{json_path}: {name} {error}") from None
+                raise UserError(f"{json_path}: {name}: {error}") from None
             keys.update(set(value) - USED)
         self.image_root = image_root
         self.root, self.dropped = find_pictures(self.json_path, self.records, image_root)
