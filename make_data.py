@@ -779,13 +779,16 @@ def main(args):
 
     # 1. another format out of a recording that is there
     if args.export_sharegpt:
-        from model import NAV
+        from model import NAV, fit_pixels
         from tools.sharegpt import export_sharegpt
         data = VlnEgo(out)
         nav = {**NAV, **data.meta["robot"], "horizon": args.horizon,
                "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
         n = export_sharegpt(data, args.export_sharegpt, nav)
-        print(f"{args.export_sharegpt}/vln_ego.json: {n:,} records of {len(data):,} episodes")
+        seen = fit_pixels(nav["height"], nav["width"], nav["min_pixels"], nav["max_pixels"])
+        print(f"{args.export_sharegpt}/vln_ego.json: {n:,} records of {len(data):,} episodes; for "
+              f"LLaMA-Factory: template qwen2_vl, image_max_pixels {math.prod(seen)}; give "
+              "what it trains its nav.json with python -m tools.sharegpt")
         return
 
     # 2. what there is to do, and whether the flags fit it

@@ -2,8 +2,10 @@
 
 Run it   python -m pytest tests/test_sharegpt.py
 """
+import ast
 import copy
 import doctest
+import glob
 import io
 import json
 import os
@@ -11,7 +13,7 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import script
+from conftest import ROOT, script
 from PIL import Image
 
 import make_data
@@ -58,6 +60,14 @@ def policy():
 
 def test_doctests():
     assert doctest.testmod(sharegpt).failed == 0
+
+
+def test_the_root_imports_its_tools_only_when_asked():
+    for path in glob.glob(os.path.join(ROOT, "*.py")):
+        with open(path, encoding="utf-8") as file:
+            at_once = [node for node in ast.parse(file.read()).body
+                       if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not any("tools" in ast.unparse(node) for node in at_once), path
 
 
 # ---------------------------------------------------------------- one record, in the forms in use
@@ -157,6 +167,34 @@ BAD = [
 def test_a_record_that_cannot_be_used_is_refused_by_number_and_field(folder, value, words):
     with pytest.raises(UserError, match=f"x.json: record 1: .*{words}"):
         ShareGpt(written(folder, [record(), value]))
+
+
+def fields_of(value, path=()):
+    """Every place in a JSON value, as the keys that lead there."""
+    yield path
+    for key, inner in (value.items() if isinstance(value, dict) else enumerate(value)
+                       if isinstance(value, list) else ()):
+        yield from fields_of(inner, (*path, key))
+
+
+@pytest.mark.parametrize("form", range(len(SAME)))
+def test_any_json_type_in_any_field_is_read_or_refused_in_a_sentence(folder, form):
+    odd = [None, True, 0, -1.5, "", "x", [], [None], [[]], {}, {"a": [1]}, {"path": 3}]
+    refused = 0
+    for *path, last in filter(None, fields_of(SAME[form])):
+        for value in odd:
+            changed = copy.deepcopy(SAME[form])
+            place = changed
+            for key in path:
+                place = place[key]
+            place[last] = value
+            try:
+                data = ShareGpt(written(folder, [record(), changed]))
+                assert data.frame(data.decision(1, 0, NAV).frames[0]).shape == (56, 56, 3)
+            except UserError as error:
+                assert "record 1" in str(error)
+                refused += 1
+    assert refused > 40
 
 
 # ---------------------------------------------------------------- a file of records
