@@ -65,13 +65,13 @@ from typing import NamedTuple
 
 import numpy as np
 import trimesh
-from episodes import scene_hash
 from PIL import Image
 from tqdm import tqdm
 
 from cli import Help, UserError, run
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
+from world.episodes import scene_hash
 from world.robots import ROBOTS, rotation_of
 
 SPLITS = ("train", "val_seen", "val_unseen")
