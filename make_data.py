@@ -544,18 +544,17 @@ def unfit(image):
     if max(w, h) > MOST_ASPECT * min(w, h):
         return (f"has {w} x {h} pixels; one side may be at most {MOST_ASPECT} times the other, "
                 "as in Qwen's image processors; cut it")
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        return "has 32-bit values of unknown range; save it with 8 bits"
     if frames > 1 and image.format != "MPO":          # MPO: a JPEG with a second view behind it
         return f"holds {frames} pictures in one file; save the one that is meant"
     return None
 
 
 def to_rgb(image):
-    """PIL image of any mode -> PIL image of mode RGB. ValueError if its range is not known."""
-    deep = image.mode == "I" and image.format == "PNG"      # 16 bits in Pillow 10
-    if image.mode.startswith("I;16") or deep:
+    """PIL image of any mode that unfit() lets pass -> PIL image of mode RGB."""
+    if image.mode.startswith("I"):                  # 16-bit grey, which Pillow 10 calls I in a PNG
         image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError("its pixels are 32-bit values of unknown range; save it with 8 bits")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
