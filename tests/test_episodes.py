@@ -385,8 +385,8 @@ def good_contents(n=2):
     return {"episodes": episodes}, {str(i): walk_at_30(i % 5) for i in range(n)}
 
 
-def write_tree(folder, split="val_seen", n=2, change=lambda episodes, truths: None):
-    """n good episodes with ground truth and scenes (plain JSON), changed -> evaluate's flags."""
+def write_tree(folder, split="val_seen", n=2, change=lambda episodes, truths: None, pack=False):
+    """n good episodes with ground truth and scenes (plain or gzipped), changed -> their flags."""
     episodes, truths = good_contents(n)
     for scan in ("scan0", "scan1"):
         os.makedirs(f"{folder}/scenes/mp3d/{scan}", exist_ok=True)
@@ -394,8 +394,9 @@ def write_tree(folder, split="val_seen", n=2, change=lambda episodes, truths: No
             with open(f"{folder}/scenes/mp3d/{scan}/{scan}.{ending}", "wb") as f:
                 f.write(content)
     change(episodes, truths)
-    write_json(f"{folder}/{split}/{split}_guide.json", episodes)
-    write_json(f"{folder}/{split}/{split}_guide_gt.json", truths)
+    for name, content in (("guide", episodes), ("guide_gt", truths)):
+        path = f"{folder}/{split}/{split}_{name}.json"
+        write_gz(path + ".gz", content) if pack else write_json(path, content)
     return ["--episodes", str(folder), "--split", split]
 
 
@@ -439,6 +440,7 @@ def test_any_value_in_any_field_is_good_or_refused_in_a_sentence(tmp_path, which
     taken, value = set(), VALUES[name]
     good = good_contents()[which != "episodes"]
     assert len(list(places(good))) > 8
+    everything(write_tree(tmp_path, pack=True))             # as it is, it is good
 
     def put(path):
         def change(*files):
@@ -450,7 +452,7 @@ def test_any_value_in_any_field_is_good_or_refused_in_a_sentence(tmp_path, which
 
     for path in list(places(good))[1:]:
         try:
-            everything(write_tree(tmp_path, change=put(path)))
+            everything(write_tree(tmp_path, change=put(path), pack=True))
         except UserError as error:
             assert "episode" in str(error) or path[-1] == "radius", (path, error)
         else:
@@ -481,7 +483,7 @@ def truth(**changes):
     (words("go on " * 1001), "episode 1 .*2,002 words, 6,006 letters"),
     (words("x" * 20001), "episode 1 .*1 words, 20,001 letters"),
     (words("see <image> there"), "episode 1 .*it holds <image>"),
-    (words("say <|im_end|>"), "episode 1 .*it holds <|"),
+    (words("say <|im_end|>"), r"episode 1 .*it holds <\|"),
     (lambda e, t: e["episodes"].__setitem__(1, None), r"episodes\[1\].*is no episode .null."),
     (field("start_position", [None, 0, 0]), "episode 1 .*'start_position' .*finite"),
     (field("start_position", [math.nan, 0, 0]), "episode 1 .*'start_position' .*finite"),
