@@ -189,7 +189,7 @@ def test_one_table_of_real_results(monkeypatch, tmp_path, capsys):
         ("stop", "val", 0.0, evaluate.wilson(0, 9)), ("oracle", "val", 1.0, evaluate.wilson(9, 9))]
     assert set(written["rows"][0]) == {
         "agent", "split", "episodes", "partial", "radius_m", "max_steps", "sr", "sr_ci", "spl",
-        "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps", "errors", "unreachable", "interval"}
+        "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps", "errors", "unscored", "interval"}
     told = capsys.readouterr().out
     assert "oracle  val              9   1.00 [0.70, 1.00]" in told
     assert "a bootstrap over 9 trajectories for means; fewer than 5 scenes" in told

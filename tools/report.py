@@ -291,7 +291,7 @@ def table_row(results, found):
             "radius_m": found["radius_m"], "max_steps": results.run["max_steps"],
             "sr_ci": metrics["success"]["ci"],
             **{key: metrics[name]["mean"] for key, name in COLUMNS.items()},
-            "unreachable": found["unreachable"], "errors": found["errors"],
+            "unscored": found["episodes"] - found["scored"], "errors": found["errors"],
             "interval": found["interval"]}
 
 
@@ -299,15 +299,14 @@ def print_rows(rows):
     """The table on the screen. `-` where a metric has no value."""
     width = max(6, *(len(r["agent"]) for r in rows)) + 2
     print(f"{'agent':{width}}{'split':12}{'walks':>6}  {'SR':>5} {'[95%]':14}{'SPL':>5} {'OS':>5} "
-          f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'no score':>9}   "
+          f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'unscored':>9}   "
           f"SR, SPL, OS at {rows[0]['radius_m']:g} m; at most {rows[0]['max_steps']} steps")
     for r in rows:
         ci = "[{:.2f}, {:.2f}]".format(*r["sr_ci"])
         values = " ".join(f"{'-':>5}" if r[key] is None else f"{r[key]:5.2f}"
                           for key in ("spl", "os", "ne_m", "tl_m", "ndtw", "sdtw"))
-        lost = r["errors"] + r["unreachable"]
         print(f"{r['agent']:{width}}{r['split']:12}{r['episodes']:6}  {r['sr']:5.2f} {ci:14}"
-              f"{values} {r['steps']:5.1f} {lost:9}" + "   partial" * r["partial"])
+              f"{values} {r['steps']:5.1f} {r['unscored']:9}" + "   partial" * r["partial"])
 
 
 def stage_minutes(folder):
