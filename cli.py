@@ -8,7 +8,6 @@ Imports  the standard library only, in Python 3.9 syntax: a simulator's interpre
 import argparse
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import sys
@@ -101,15 +100,3 @@ def lock_folder(folder, flag="--out"):
         return None                                # a file system without locks: nothing to hold
     os.set_inheritable(handle, False)
     return handle                                  # never closed: held for the process's life
-
-
-def hash_file(path):
-    """A short name for a file's content (16 hex digits of SHA-256); None if it is not there."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.hexdigest()[:16]

@@ -82,7 +82,6 @@ from world.episodes import (
     LANGUAGES,
     VLNCE_RADIUS_M,
     add_episode_args,
-    check_scenes,
     check_turn_deg,
     dataset_of,
     no_ground_truth,
@@ -91,7 +90,7 @@ from world.episodes import (
     read_ground_truth,
     scenes_of,
 )
-from world.pool import SimPool
+from world.pool import SimPool, scenes_used
 from world.robots import (
     ROBOTS,
     add_robot_args,
@@ -1173,8 +1172,7 @@ def prepare(args):
                         "--sim-python that is there, the scenes on this machine, a split with "
                         "goals, and turns of whole degrees (habitat-lab knows no others)")
     check_episodes(every, truths, f"{source} ({args.split})")
-    # with --sim-command the scenes may be elsewhere: the simulators are asked later
-    used = None if args.sim_command else check_scenes(episodes, scenes)
+    used = scenes_used(args, robot, scenes, episodes)
     if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
         check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
     if args.submit and args.limit:
@@ -1250,8 +1248,7 @@ def main(args):
                 gpus) as pool, \
                 tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                      mininterval=1 if sys.stderr.isatty() else 30) as bar:
-            if args.sim_command:
-                pool.hash_scenes({episode["scene_id"] for episode in episodes})
+            pool.note_versions(out)
             for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
                                       look, tally):
                 reference = truths and truths[walk.name]["locations"]
@@ -1282,6 +1279,7 @@ def main(args):
     rows = [rows[name] for name in names]
     versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
     results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
+    results["simulator"] = read_json(os.path.join(out, "simulator.json"))
     if args.witness:
         results["witness"] = testify(rows, episodes, settings, scenes, args.sim_python)
     write_lines(os.path.join(out, "episodes.jsonl"), rows)

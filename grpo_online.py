@@ -94,14 +94,13 @@ from world import SimDied, SimError
 from world.episodes import (
     VLNCE_RADIUS_M,
     add_episode_args,
-    check_scenes,
     read_episodes,
     read_ground_truth,
     scenes_of,
     turned,
     yaw_deg,
 )
-from world.pool import SimPool
+from world.pool import SimPool, scenes_used
 from world.robots import add_robot_args, add_simulator_args, simulator_commands, visible_gpus
 
 
@@ -291,8 +290,7 @@ class World:
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
         check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
                       self.robot)
-        if not args.sim_command:                  # else the simulators are asked, in open()
-            check_scenes(self.episodes, self.scenes)
+        scenes_used(args, self.robot, self.scenes, self.episodes)
         radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}
         if not args.success_m and len(radii) > 1:
             raise UserError("the goals of the data have no common radius: give --success-m")
@@ -305,8 +303,6 @@ class World:
                else None)
         self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims,
                             simulator_commands(args), args.sim_timeout, args.sim_gpus or own)
-        if args.sim_command:
-            self.pool.hash_scenes({episode["scene_id"] for episode in self.episodes})
         return self.pool
 
     def truth(self, episode):

@@ -72,7 +72,6 @@ from world import SimDied
 from world.episodes import (
     VLNCE_RADIUS_M,
     add_episode_args,
-    check_scenes,
     check_turn_deg,
     dataset_of,
     find_ground_truth,
@@ -88,7 +87,7 @@ from world.episodes import (
     walked_turn_deg,
     yaw_deg,
 )
-from world.pool import SimPool
+from world.pool import SimPool, scenes_used
 from world.robots import (
     ROBOTS,
     add_robot_args,
@@ -811,8 +810,7 @@ def main(args):
             return verify_input(args, episodes, scenes, robot)
         truths = choose_expert(args, episodes, robot)
         walks, rows = plan_walks(episodes, truths, args)
-        # with --sim-command the scenes may be elsewhere: the simulators are asked later
-        used = None if args.sim_command else check_scenes(episodes, scenes)
+        used = scenes_used(args, robot, scenes, episodes)
         args.image_format = args.image_format or ("png" if args.robot == "houses" else "jpg")
         flags = ("split", "role", "languages", "sim", "expert", "waypoints", "noise",
                  "noise_copies", "horizon", "max_steps", "seed", "success_m", "max_drift",
@@ -838,15 +836,18 @@ def main(args):
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
                 SimPool(args.sim, robot, scenes, sims, simulator_commands(args),
                         args.sim_timeout, args.sim_gpus) as pool:
-            if args.sim_command:
-                pool.hash_scenes({walk["episode"]["scene_id"] for walk in walks})
+            pool.note_versions(out)
             drive(pool, sims, (record_shard(name, shards[name], args, robot, out, threads)
                                for name in todo))
 
     # 4. one table out of many, and the account
+    simulator = {}
+    if not args.import_walk:
+        with open(f"{out}/simulator.json", encoding="utf-8") as file:
+            simulator = {"simulator": json.load(file)}
     finish(out, [walk["walk_id"] for walk in walks], shards, rows, {
         "dataset": args.robot, "split": args.split, "robot": robot,
-        "image_format": args.image_format, "args": settings})
+        "image_format": args.image_format, "args": settings, **simulator})
 
 
 if __name__ == "__main__":

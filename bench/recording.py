@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 from common import ROOT, in_turn, parser, script, tell
-from episodes import read_episodes, read_ground_truth
 from PIL import Image
 
 import make_data
 from reward import STOP
+from world.episodes import read_episodes, read_ground_truth
 from world.house_sim import HouseSim
 from world.robots import ROBOTS
 

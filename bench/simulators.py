@@ -26,10 +26,10 @@ import time
 
 import numpy as np
 from common import FRAME_PX, make_world, parser, spelling_policy, tell
-from episodes import read_episodes, read_ground_truth
 
 from evaluate import Walk, policy_agent, walk_episodes
 from model import load_policy, window_prompt
+from world.episodes import read_episodes, read_ground_truth
 from world.pool import SimPool
 from world.robots import ROBOTS
 

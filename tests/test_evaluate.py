@@ -22,7 +22,7 @@ from conftest import GLB
 from PIL import Image
 
 import evaluate
-from cli import UserError
+from cli import UserError, write_json
 from evaluate import (
     Walk,
     cluster_bootstrap,
@@ -74,6 +74,9 @@ class FakePool:
                  gpus=None, seed=0):
         self.dice, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
         self.place = {}
+
+    def note_versions(self, folder):
+        write_json(os.path.join(folder, "simulator.json"), {"simulator": "a fake"})
 
     def __enter__(self):
         return self

@@ -20,7 +20,7 @@ from PIL import Image
 
 import lsm
 import make_data
-from cli import UserError
+from cli import UserError, write_json
 from make_data import VlnEgo, window
 from world import SimDied, SimError
 from world.episodes import read_episodes, read_ground_truth
@@ -60,6 +60,9 @@ class FakePool:
 
     def __init__(self, kind, robot, scenes_dir, sims, commands, timeout_s, *more):
         self.jobs, self.random = {}, random.Random(sims)
+
+    def note_versions(self, folder):
+        write_json(os.path.join(folder, "simulator.json"), {"simulator": "a fake"})
 
     def __enter__(self):
         return self

@@ -16,10 +16,11 @@ from test_house_sim import EPISODE, ROBOT, house, scenes  # noqa: F401  (fixture
 
 import evaluate
 import make_data
-from cli import UserError, hash_file
+from cli import UserError
 from reward import FORWARD, RIGHT, STOP
 from world import SimDied, SimError, check, worker
 from world import pool as pool_module
+from world.episodes import check_scenes
 from world.pool import SimPool
 from world.robots import simulator_commands
 
@@ -195,7 +196,8 @@ def test_what_libraries_print_does_not_reach_the_answers():
                           "os.system('echo hello') or print('hi') or {}")
     process.send({"verb": "chat"})
     greeting, started, chat = next_answers(process, 3)
-    assert greeting["code"] == worker.code_hash() and started == chat == {}
+    assert greeting["code"] == worker.code_hash() and chat == {}
+    assert started == {"simulator": "house_sim 2"}
     process.process.stdin.close()
     assert process.process.wait(10) == 0
 
@@ -219,10 +221,11 @@ def test_a_command_that_passes_through_another_process(scenes):  # noqa: F811
         assert pool.wait(1)["state"]["position"] == [-3.0, 0.0, -1.0]
         pids = [w.greeting["pid"] for w in pool.workers]
         assert pids != [w.process.pid for w in pool.workers]
-        assert pool.hash_scenes([EPISODE["scene_id"]]) == {
-            EPISODE["scene_id"]: hash_file(os.path.join(scenes, EPISODE["scene_id"]))}
-        with pytest.raises(UserError, match="none.glb is missing below"):
-            pool.hash_scenes(["houses/none.glb"])
+        assert pool.check_scenes([EPISODE]) == check_scenes([EPISODE], scenes)
+        with pytest.raises(UserError, match="1 scenes are missing.*the first is houses/none.glb"):
+            pool.check_scenes([{"scene_id": "houses/none.glb"}])
+        with pytest.raises(UserError, match="episodes of one world on scenes of another"):
+            pool.check_scenes([dict(EPISODE, scene_sha256="0" * 16)])
         pool.timeout_s = 1
         pool.submit(0, "reset", episode=EPISODE)
         pool.wait(0)
@@ -375,3 +378,17 @@ def test_without_habitat_the_conda_line_is_given(scenes):  # noqa: F811
             SimPool("habitat", ROBOT, scenes, sims=1)
     else:
         pytest.skip("habitat_sim is installed here")
+
+
+def test_a_folder_is_not_continued_with_another_simulator(pool, tmp_path):
+    pool.note_versions(tmp_path)
+    held = json.loads((tmp_path / "simulator.json").read_text())
+    assert held["simulator"] == "house_sim 2" and held["numpy"] == np.__version__
+    pool.note_versions(tmp_path)
+    for worker_here in pool.workers:
+        worker_here.greeting["simulator"] = "habitat-sim 0.3.4 (conda 0.3.4 build)"
+    with pytest.raises(UserError, match="was begun with house_sim 2.*go on with habitat-sim 0.3.4"):
+        pool.note_versions(tmp_path)
+    pool.workers[1].greeting["simulator"] = "habitat-sim 0.3.3 (conda 0.3.3 build)"
+    with pytest.raises(UserError, match="has habitat-sim 0.3.3.*has habitat-sim 0.3.4"):
+        pool.versions()

@@ -6,6 +6,8 @@ One agent, one colour camera, a picture only when asked for. Written against hab
 
 Imports  habitat_sim, numpy and pillow, in Python 3.9 syntax: its interpreter loads this file
 """
+import glob
+import json
 import math
 import os
 import sys
@@ -20,6 +22,20 @@ from world.robots import visible_gpus
 HABITAT_MISSING = """habitat_sim does not import in {python} ({error}). Install it with
   conda create -n habitat -c conda-forge -c aihabitat python=3.9 habitat-sim=0.3.3 headless pillow
 and pass --sim-python <that environment>/bin/python (`conda env list` shows where it is)"""
+
+
+def build_of(habitat_sim):
+    """Which build of habitat-sim this is, beyond the number that it gives itself: its main branch
+    and its tag v0.3.4 call themselves 0.3.3, and they step differently without sliding."""
+    name = os.path.join(sys.prefix, "conda-meta", "habitat-sim-*.json")
+    for path in sorted(glob.glob(name)):
+        with open(path, encoding="utf-8") as file:
+            package = json.load(file)
+        return f"conda {package.get('version')} {package.get('build')}"
+    module = os.path.dirname(habitat_sim.__file__)
+    found = glob.glob(os.path.join(module, "**", "habitat_sim_bindings*.so"), recursive=True)
+    size = f", bindings of {os.path.getsize(found[0]):,} bytes" if found else ""
+    return f"from source{size}, Python {sys.version_info[0]}.{sys.version_info[1]}"
 
 
 class HabitatSim:
@@ -41,6 +57,7 @@ class HabitatSim:
         if gpu is not None and gpu >= cards:
             raise UserError(f"GPU {gpu} was asked for, but this machine shows {cards} to CUDA: "
                             "name another with --sim-gpus, or leave it out")
+        self.version = f"habitat-sim {habitat_sim.__version__} ({build_of(habitat_sim)})"
         self.gpu = gpu if gpu is not None else (0 if cards else -1)
         self.habitat, self.magnum, self.sim, self.file = habitat_sim, magnum, None, None
         self.robot, self.scenes_dir = robot, scenes_dir

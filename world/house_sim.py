@@ -456,6 +456,8 @@ def moves(nav, start, steps, sliding):
 class HouseSim:
     """A house of houses.py. reset() before anything else; positions are [x, y, z] on the floor."""
 
+    version = "house_sim 2"  # counted up when the same actions lead elsewhere or look different
+
     def __init__(self, robot, scenes_dir, gpu=None):
         self.robot, self.scenes_dir = robot, scenes_dir
         self.turn = math.radians(robot["turn_deg"])

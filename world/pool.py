@@ -11,6 +11,7 @@ The worker's greeting holds a hash of its code. Another hash is refused: the sam
 other answers. A worker that dies or hangs is killed, with all processes of its group, and started
 again; its caller gets SimDied.
 """
+import json
 import math
 import os
 import selectors
@@ -19,8 +20,10 @@ import subprocess
 import sys
 import time
 
-from cli import UserError
+from cli import UserError, write_json
 from world import SimDied, SimError
+from world.episodes import check_scenes
+from world.robots import simulator_commands
 from world.worker import MAGIC, ProtocolError, code_hash, decode, encode, write_all
 
 START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
@@ -104,6 +107,15 @@ class Worker:
         self.process.stdout.close()
 
 
+def scenes_used(args, robot, scenes, episodes):
+    """check_scenes(), on this machine or, with --sim-command, where the simulators run."""
+    if not args.sim_command:
+        return check_scenes(episodes, scenes)
+    commands = simulator_commands(args)
+    with SimPool(args.sim, robot, scenes, len(commands), commands) as pool:
+        return pool.check_scenes(episodes)
+
+
 class SimPool:
     """`sims` simulators, each a process of its own, each asked one thing at a time.
 
@@ -164,6 +176,7 @@ class SimPool:
         reply = self.first_reply(worker, who, deadline)
         if "error" in reply:
             raise UserError(reply["text"])
+        worker.greeting["simulator"] = reply["simulator"]
 
     def first_reply(self, worker, who, deadline):
         reply = None
@@ -192,23 +205,43 @@ class SimPool:
         return message
 
     def versions(self):
-        """What the simulators run with, for the results: the greeting of the first."""
-        return {key: value for key, value in self.workers[0].greeting.items() if key != "pid"}
+        """{"simulator", "python", "numpy", "pillow", "code"} of the simulators, for the results.
+        UserError if two machines have different simulators: their walks would differ."""
+        greetings = [worker.greeting for worker in self.workers]
+        for other in greetings:
+            if other["simulator"] != greetings[0]["simulator"]:
+                raise UserError(f"{other['host']} has {other['simulator']} and "
+                                f"{greetings[0]['host']} has {greetings[0]['simulator']}: use one")
+        return {key: greetings[0][key] for key in ("simulator", "python", "numpy", "pillow",
+                                                   "code")}
 
-    def hash_scenes(self, scenes):
-        """{scene_id: hash}, read where the simulators read. UserError if one is missing, or if two
-        of the machines hold different files."""
-        found = {}
+    def note_versions(self, folder):
+        """Write versions() to folder/simulator.json. UserError if the folder was begun with another
+        simulator: habitat-sim's versions differ in how a robot moves along a wall."""
+        path, now = os.path.join(folder, "simulator.json"), self.versions()
+        if not os.path.exists(path):
+            write_json(path, now)
+        with open(path, encoding="utf-8") as file:
+            then = json.load(file)
+        if then["simulator"] != now["simulator"]:
+            raise UserError(f"{folder} was begun with {then['simulator']} and would go on with "
+                            f"{now['simulator']}: use the former, or give another --out")
+
+    def check_scenes(self, episodes):
+        """episodes.check_scenes(), done where the simulators read the scenes. UserError, too, if
+        two machines hold different files."""
+        keys, found = ("scene_id", "scene_sha256"), []
+        needed = [{key: e[key] for key in keys if key in e} for e in episodes]
         for i in range(min(len(self.commands), len(self.workers))):
-            self.submit(i, "hash_scenes", scenes=sorted(scenes))
-            for scene, digest in self.wait(i)["hashes"].items():
-                if digest is None:
-                    raise UserError(f"scene {scene} is missing below {self.start['scenes']} for "
-                                    f"{self.workers[i].name}: see --scenes")
-                if found.setdefault(scene, digest) != digest:
-                    raise UserError(f"scene {scene} is another file for {self.workers[i].name} "
-                                    f"than for {self.workers[0].name}: copy the scenes again")
-        return found
+            self.submit(i, "check_scenes", episodes=needed)
+            try:
+                found.append(self.wait(i))
+            except SimError as error:
+                raise UserError(f"{self.workers[i].name}: {error}") from None
+            if found[i] != found[0]:
+                raise UserError(f"the scenes for {self.workers[i].name} are not those for "
+                                f"{self.workers[0].name}: copy them again")
+        return found[0]
 
     # ------------------------------------------------------------ ask, and wait for answers
 

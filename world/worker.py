@@ -31,9 +31,10 @@ try:
 except ImportError as missing:  # --sim-python may name any Python
     sys.exit(f"{sys.executable}: {missing}; a simulator needs numpy and pillow there")
 
-from cli import UserError, hash_file
+from cli import UserError
 from reward import FORWARD, RIGHT, STOP
 from world import SimError
+from world.episodes import check_scenes
 from world.habitat_sim import HabitatSim
 from world.house_sim import HouseSim
 from world.robots import rotation_of
@@ -268,11 +269,6 @@ def expert_walk(sim, way, noise, seed, horizon, max_steps):
     return actions, poses, labels[::-1]
 
 
-def hash_scenes(scenes_dir, scenes):
-    """{scene_id: hash of its file, None where it is missing}: what was measured depends on them."""
-    return {scene_id: hash_file(os.path.join(scenes_dir, scene_id)) for scene_id in scenes}
-
-
 VERBS = {
     "reset": do_reset,
     "step": do_step,
@@ -282,7 +278,7 @@ VERBS = {
     "check": do_check,
     "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},
     "topdown": lambda sim: dict(zip(("image", "bounds"), sim.topdown())),
-    "hash_scenes": lambda sim, scenes: {"hashes": hash_scenes(sim.scenes_dir, scenes)},
+    "check_scenes": lambda sim, episodes: check_scenes(episodes, sim.scenes_dir),
 }
 
 # ---------------------------------------------------------------- the process
@@ -321,7 +317,8 @@ def answer(sim, request, scenes_dir):
     try:
         if verb == "start":
             where = scenes_dir or request["scenes"]
-            return SIMULATORS[request["kind"]](request["robot"], where, request["gpu"]), {}
+            sim = SIMULATORS[request["kind"]](request["robot"], where, request["gpu"])
+            return sim, {"simulator": sim.version}
         return sim, VERBS[verb](sim, **request)
     except (SimError, UserError) as error:
         return sim, {"error": type(error).__name__, "text": str(error)}
