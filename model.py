@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
-from cli import UserError
+from cli import UserError, write_json
 from reward import (
     RESERVED_MARKS,
     STOP,
@@ -78,6 +78,7 @@ NAV = {
 DIALOG = {**{key: NAV[key] for key in NAV if key != "memory"},
           "prompt": "dialog-1", "horizon": 3, "merge": 3}
 CONTRACTS = {contract["prompt"].split("-")[0]: contract for contract in (NAV, DIALOG)}
+NULLABLE = {"hfov_deg", "camera_height_m", "radius_m", "height_m", "sliding", "width", "height"}
 
 
 def is_dialog(nav):
@@ -146,7 +147,7 @@ def resize(frame, nav):
     return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC))
 
 
-def patchify(frames, patch=14, merge=2):
+def patchify(frames, patch=14, merge=2, mean=IMAGE_MEAN, std=IMAGE_STD):
     """uint8 (n, h, w, 3) -> float32 (n, p, 3 * patch * patch), normalised, in merge order.
 
     Merge order: the four patches that become one token are neighbours in the sequence [1]. The
@@ -154,8 +155,7 @@ def patchify(frames, patch=14, merge=2):
     keep one copy and add the two halves of the weight instead (PatchProjection).
     """
     n, h, w, _ = frames.shape
-    mean = torch.tensor(IMAGE_MEAN, device=frames.device) * 255
-    std = torch.tensor(IMAGE_STD, device=frames.device) * 255
+    mean, std = (torch.tensor(x, device=frames.device) * 255 for x in (mean, std))
     x = (frames.float() - mean) / std
     x = x.view(n, h // patch // merge, merge, patch, w // patch // merge, merge, patch, 3)
     return x.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(n, -1, 3 * patch * patch)
@@ -360,11 +360,16 @@ def certain(node):
 
 
 class Policy(nn.Module):
-    """A Qwen2-VL model, its tokenizer and its navigation contract."""
+    """A Qwen2-VL model, its tokenizer and its navigation contract.
 
-    def __init__(self, model, tokenizer, nav):
+    files: {name: bytes} of the folder it was loaded from (KEPT_FILES), for save_policy().
+    """
+
+    def __init__(self, model, tokenizer, nav, files=None):
         super().__init__()
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.files = model, tokenizer, files or {}
+        self.processor = image_processor(self.files, model.config.vision_config)
+        self.nan_logits = False          # has a sampled token's distribution not been finite?
         self.promise(nav)
         self.checkpointing = False
         self.flops = self.tokens = 0     # computed, and learned from, since engine.work() asked
@@ -452,7 +457,8 @@ class Policy(nn.Module):
         grids = [(len(p), p.shape[1] // 14, p.shape[2] // 14) for p in pixels]
         self._spend(sum(n * vision_flops(self.model.config.vision_config, h * w)
                         for n, h, w in grids), learns=attn.qkv.weight.requires_grad)
-        x = torch.cat([patchify(p, merge=merge).flatten(0, 1) for p in pixels])
+        mean, std = self.processor["image_mean"], self.processor["image_std"]
+        x = torch.cat([patchify(p, merge=merge, mean=mean, std=std).flatten(0, 1) for p in pixels])
         x = self.vision.patch_embed.proj(x.to(self.dtype))                                # (X, E)
         counts = [n * h * w for n, h, w in grids]
 
@@ -863,14 +869,19 @@ class Policy(nn.Module):
                           for seed in seeds])
 
     def _draw(self, logits, noise, lengths, proposals):
-        """One token per row and open place: argmax, or the inverse of the distribution function."""
+        """One token per row and open place: argmax, or the inverse of the distribution function.
+
+        Where no distribution is (NaN, infinity) any token is returned and nan_logits is set: one
+        rank that raised here would leave the others waiting. Whoever samples reads the flag.
+        """
+        self.nan_logits |= not bool(logits.amax(dim=-1).isfinite().all())
         if noise is None:
             return logits.argmax(dim=-1).tolist()
         cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)                           # (N, K, V)
         place = torch.tensor(lengths)[:, None] + torch.arange(logits.shape[1])
         u = noise.gather(1, place.clamp(max=noise.shape[1] - 1)).to(self.device)
         return torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True
-                                  ).squeeze(-1).tolist()
+                                  ).squeeze(-1).clamp(max=logits.shape[-1] - 1).tolist()
 
     def draft(self, answer, guess=8):
         """The tokens that must follow `answer` (list of ids) if it is to become a plan; often none.
@@ -1059,49 +1070,267 @@ class Policy(nn.Module):
 # ---------------------------------------------------------------- disk
 
 
+# What a checkpoint brings besides its weights and config.json, and takes along when it is saved.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
+                   "added_tokens.json", "special_tokens_map.json", "chat_template.json",
+                   "chat_template.jinja")
+KEPT_FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
+              "generation_config.json")
+# Settings that the forward pass above takes as given: {key of config.json: values it stands for}.
+# Whatever it leaves to transformers' own modules (widths, norms, activations) may be anything.
+TEXT_KEYS = {"model_type": ("qwen2_vl_text", "qwen2_vl"), "use_sliding_window": (False,),
+             "attention_dropout": (0,), "attention_bias": (True,), "partial_rotary_factor": (1,)}
+VISION_KEYS = {"model_type": ("qwen2_vl", "qwen2_vl_vision"), "patch_size": (14,),
+               "spatial_merge_size": (2,), "temporal_patch_size": (2,), "in_channels": (3,),
+               "in_chans": (3,), "attention_dropout": (0,)}
+PROCESSOR_KEYS = {"do_resize": (True,), "do_rescale": (True,), "do_normalize": (True,),
+                  "rescale_factor": (1 / 255,), "resample": (3,), "patch_size": (14,),
+                  "merge_size": (2,), "temporal_patch_size": (2,)}
+
+
 def load_policy(name, nav=None, device="cpu", dtype="float32", texts=None, seed=0):
     """A folder, a hub id, a short name of HUB_NAMES, or "tiny" (built from `texts`) -> Policy.
 
     nav: the contract for a model that carries none (a fresh start); a checkpoint's own nav.json
     wins. texts: the data set's words, from which tiny's byte-level BPE is learned.
-    UserError when the weights are not there or not a Qwen2-VL.
+    UserError when the weights are not there, not whole, not finite, or need another forward pass.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoTokenizer, Qwen2VLForConditionalGeneration
+    from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
     if name == "tiny":
         return build_tiny(texts or [], nav or NAV, seed).to(device, getattr(torch, dtype))
     source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
     try:
-        config = AutoConfig.from_pretrained(source)
-        if config.model_type != "qwen2_vl":
-            raise UserError(f"{source} is a {config.model_type}; this project drives "
-                            "qwen2_vl models (Qwen2-VL-2B, Qwen2-VL-7B, or a checkpoint of ours)")
+        check_config(source)
         tokenizer = AutoTokenizer.from_pretrained(source)
-        model = Qwen2VLForConditionalGeneration.from_pretrained(
-            source, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    except (OSError, ValueError, SafetensorError) as error:
+        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa",
+            output_loading_info=True, ignore_mismatched_sizes=True)     # check_weights names them
+    except UserError:
+        raise
+    except Exception as error:          # the library raises what it likes at a file it cannot read
+        told = (str(error).splitlines() or [repr(error)])[0]
         if os.path.isdir(name):
-            raise UserError(f"{name} does not load as a model ({str(error).splitlines()[0]}); copy "
-                            "it again, or give another folder") from error
+            raise UserError(f"{name} does not load as a model ({told}); copy it again, or give "
+                            "another folder") from error
         raise UserError(
             f"no model at {source!r}: it is neither a folder here nor in the Hugging Face cache, "
-            f"and the hub did not give it ({str(error).splitlines()[0]}). On a machine with network"
+            f"and the hub did not give it ({told}). On a machine with network"
             f" run `hf download {source} --local-dir models/{os.path.basename(source)}`, "
             "copy the folder here and pass --model FOLDER; or use --model tiny") from error
+    check_weights(model, report, source)
+    check_tokenizer(tokenizer, model, source)
+    contract = read_file(source, "nav.json")
+    files = {file: read_file(source, file) for file in KEPT_FILES}
+    policy = Policy(model.to(device), tokenizer,
+                    read_contract(source, contract) if contract else nav or NAV,
+                    {file: content for file, content in files.items() if content is not None})
+    check_template(policy, source)
+    return policy
+
+
+def read_file(source, name):
+    """A file of a folder or of a hub id -> bytes, or None where it has no such file."""
+    from transformers.utils import cached_file
+    path = (os.path.join(source, name) if os.path.isdir(source) else cached_file(
+        source, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries
+        =False, _raise_exceptions_for_connection_errors=False))
+    if not path or not os.path.isfile(path):
+        return None
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def read_object(where, content):
+    """Bytes of a JSON file -> dict. UserError if it is anything else."""
+    try:
+        content = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON ({error}); copy that file again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds no JSON object; copy that file again")
+    return content
+
+
+def is_like(value, example):
+    """Is a JSON value of the example's kind? A number must be finite, an object hold its keys.
+
+    >>> is_like(2, 0.25), is_like(True, 1), is_like({"a": "x"}, {"a": 1}), is_like({}, {"a": 1})
+    (True, False, False, False)
+    """
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(is_like(value.get(k), v) for k, v in example.items())
+    if isinstance(example, (bool, str)):
+        return type(value) is type(example)
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_contract(source, content):
+    """nav.json, whole and of a version that this code has -> dict."""
     path = os.path.join(source, "nav.json")
-    if os.path.exists(path):
-        with open(path) as f:
-            nav = json.load(f)
-        for key in ("version", "prompt"):
-            spoken = [contract[key] for contract in CONTRACTS.values()]
-            if nav.get(key) not in spoken:
-                raise UserError(f"{path}: {key} is {nav.get(key)!r} and this code speaks "
-                                f"{spoken[0]!r}; run the code that trained it, or train anew")
-    return Policy(model.to(device), tokenizer, nav or NAV)
+    nav = read_object(path, content)
+    for key in ("version", "prompt"):
+        spoken = [contract[key] for contract in CONTRACTS.values()]
+        if nav.get(key) not in spoken:
+            raise UserError(f"{path}: {key} is {nav.get(key)!r} and this code speaks "
+                            f"{spoken[0]!r}; run the code that trained it, or train anew")
+    for key, like in (DIALOG if is_dialog(nav) else NAV).items():
+        value = nav.get(key)
+        if not (is_like(value, like) or value is None and key in nav and key in NULLABLE):
+            raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
+                            "nav.json again from the checkpoint")
+    return nav
+
+
+def refuse_values(where, found, known):
+    """UserError if a key of `found` says what the code does not do. known: {key: its values}."""
+    for key, values in known.items():
+        if found.get(key) is not None and found[key] not in values:
+            raise UserError(f"{where}: {key} is {found[key]!r}, which this code does not implement "
+                            f"(it stands for {values[0]!r}); give another checkpoint")
+
+
+def check_config(source):
+    """UserError if a folder's config.json asks for what the forward pass does not do."""
+    from transformers import AutoConfig
+    path, content = os.path.join(source, "config.json"), read_file(source, "config.json")
+    if read_file(source, "adapter_config.json") is not None:
+        raise UserError(f"{source} holds a LoRA adapter (adapter_config.json), which is not part of"
+                        " the weights yet: merge it into its base model (PEFT: "
+                        "merge_and_unload(), then save_pretrained()) and give that folder")
+    if content is None:
+        AutoConfig.from_pretrained(source)                # says what is missing, and where it asked
+    config = read_object(path, content)
+    if config.get("model_type") != "qwen2_vl":
+        raise UserError(f"{source} is a {config.get('model_type')}; this project drives qwen2_vl "
+                        "models (Qwen2-VL-2B, Qwen2-VL-7B, or a checkpoint of ours)")
+    refuse_values(path, config, {"quantization_config": (None,)})
+    text = config.get("text_config") or {k: v for k, v in config.items() if k != "model_type"}
+    vision = config.get("vision_config") or {}
+    refuse_values(path, text, TEXT_KEYS)
+    refuse_values(f"{path}, vision_config", vision, VISION_KEYS)
+    for i, kind in enumerate(text.get("layer_types") or []):
+        refuse_values(path, {f"layer_types[{i}]": kind}, {f"layer_types[{i}]": ("full_attention",)})
+    check_rotary(path, text, vision)
+
+
+def check_rotary(path, text, vision):
+    """The part of check_config() that is about positions and the sizes of heads."""
+    hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
+    rope = {**(text.get("rope_parameters") or {}), **(text.get("rope_scaling") or {})}
+    for key in ("type", "rope_type"):
+        refuse_values(f"{path}, rope_scaling", rope, {key: ("default", "mrope")})
+    refuse_values(f"{path}, rope_scaling", rope, {"partial_rotary_factor": (1,)})
+    refuse_values(f"{path}, vision_config, rope_parameters", vision.get("rope_parameters") or {},
+                  {"rope_theta": (10000,), "rope_type": ("axial", "default")})
+    if not (isinstance(hidden, int) and isinstance(heads, int) and heads and hidden % heads == 0):
+        raise UserError(f"{path}: hidden_size {hidden} and num_attention_heads {heads} do not give "
+                        "the size of a head; copy config.json again")
+    refuse_values(path, text, {"head_dim": (hidden // heads,)})
+    section = rope.get("mrope_section")
+    if not isinstance(section, list) or len(section) != 3 or 2 * sum(section) != hidden // heads:
+        raise UserError(f"{path}: mrope_section is {section}; it should be three numbers that are "
+                        f"{hidden // heads // 2} together (half of a head of {hidden // heads}); "
+                        "copy config.json again")
+    refuse_values(f"{path}, vision_config", vision, {"hidden_size": (hidden,)})
+
+
+def a_few(names):
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_weights(model, report, source):
+    """Every tensor there, none left over, each of its shape and finite; else UserError.
+
+    report: the loading info of from_pretrained().
+    """
+    mend = "copy the folder again whole, or give another"
+    if report["mismatched_keys"]:
+        key, there, wanted = min(report["mismatched_keys"])
+        raise UserError(f"{source}: {key} is {tuple(there)} in the weights and {tuple(wanted)} by "
+                        "config.json (vocab_size, hidden_size ..); the two are not of one model: "
+                        + mend)
+    if report["missing_keys"]:
+        untied = ("; tie_word_embeddings is false in config.json, so the weights must hold the head"
+                  if "lm_head.weight" in report["missing_keys"] else "")
+        raise UserError(f"{source}: its weights lack {a_few(report['missing_keys'])}{untied}; "
+                        + mend)
+    if report["unexpected_keys"]:
+        raise UserError(f"{source}: its weights hold {a_few(report['unexpected_keys'])}, which a "
+                        "Qwen2-VL of its config.json does not have; merge adapters first, or "
+                        + mend)
+    if model.config.tie_word_embeddings and (model.lm_head.weight is not
+                                             model.get_input_embeddings().weight):
+        raise UserError(f"{source}: config.json says tie_word_embeddings and the weights hold a "
+                        "lm_head.weight of its own; set tie_word_embeddings to false there")
+    broken = [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        raise UserError(f"{source}: {a_few(broken)} hold numbers that are not finite (NaN or "
+                        "infinity): the run that wrote it has diverged; train again with a lower "
+                        "--lr, or give an earlier checkpoint")
+
+
+def check_tokenizer(tokenizer, model, source):
+    """UserError if the tokenizer lacks a mark of the prompt, or is not of this model."""
+    config, rows = model.config, model.get_input_embeddings().num_embeddings
+    lacking = [mark for mark in ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+                                 "<|image_pad|>")
+               if tokenizer(mark, add_special_tokens=False)["input_ids"]
+               != [tokenizer.convert_tokens_to_ids(mark)]]
+    if lacking:
+        raise UserError(f"{source}: its tokenizer has no token {', '.join(lacking)}; copy the "
+                        "tokenizer's files from the model that it was trained from")
+    most = max(tokenizer.get_vocab().values())
+    if most >= rows:
+        raise UserError(f"{source}: its tokenizer has ids up to {most} and the weights embed {rows}"
+                        "; copy the tokenizer's files from the model that it was trained from")
+    for key, mark in (("image_token_id", "<|image_pad|>"),
+                      ("vision_start_token_id", "<|vision_start|>")):
+        if getattr(config, key) != tokenizer.convert_tokens_to_ids(mark):
+            raise UserError(f"{source}: config.json says {key} {getattr(config, key)} and the "
+                            f"tokenizer's {mark} is {tokenizer.convert_tokens_to_ids(mark)}; copy "
+                            "both from one model")
+
+
+def check_template(policy, source):
+    """UserError if the chat template does not put a user's text, unchanged, between its marks."""
+    try:
+        policy._chat("")
+        parts = [*policy._template, *policy._later]
+    except Exception as error:             # jinja's own, and transformers' where there is none
+        raise UserError(f"{source}: its chat template does not render ({error}); copy the "
+                        "tokenizer's files, chat_template included, again") from error
+    if len(policy._template) != 2 or len(policy._later) != 2 or "<|im_start|>" not in parts[1]:
+        raise UserError(f"{source}: its chat template does not show a user's text once and open "
+                        "the answer; copy the tokenizer's files, chat_template included, again")
+
+
+def image_processor(files, vision):
+    """The settings by which pictures were prepared for these weights -> dict, Qwen2-VL's where the
+    folder has none. UserError if they ask for what patchify() does not do."""
+    content = {}
+    if "preprocessor_config.json" in files:
+        content = read_object("preprocessor_config.json", files["preprocessor_config.json"])
+    elif "processor_config.json" in files:                        # as transformers 5 writes it
+        content = read_object("processor_config.json", files["processor_config.json"]
+                              ).get("image_processor") or {}
+    refuse_values("preprocessor_config.json", content, PROCESSOR_KEYS)
+    for key, default in (("image_mean", IMAGE_MEAN), ("image_std", IMAGE_STD)):
+        values = content.setdefault(key, list(default))
+        if not (isinstance(values, list) and len(values) == 3 and all(
+                isinstance(v, (int, float)) and 0 <= v < math.inf for v in values)):
+            raise UserError(f"preprocessor_config.json: {key} is {values}; it should be three "
+                            "numbers; copy that file again")
+    if 0 in content["image_std"]:
+        raise UserError("preprocessor_config.json: image_std holds a 0; copy that file again")
+    return {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size, **content}
 
 
 def save_policy(policy, folder, state_dict=None):
-    """Write a folder that from_pretrained reads and vLLM serves, plus nav.json.
+    """Write a folder that from_pretrained (transformers 4 and 5) reads and vLLM serves, plus
+    nav.json.
 
     Everything goes to a temporary folder first and is moved into place file by file, so a crash
     leaves each file whole. state_dict: consolidated weights of policy (ZeRO), else its own.
@@ -1112,19 +1341,48 @@ def save_policy(policy, folder, state_dict=None):
     if state_dict is not None:
         state_dict = {k[len("model."):]: v for k, v in state_dict.items() if k.startswith("model.")}
     policy.model.save_pretrained(temporary, state_dict=state_dict)
-    policy.tokenizer.save_pretrained(temporary)
-    vision, nav = policy.model.config.vision_config, policy.nav
-    processor = {"image_processor_type": "Qwen2VLImageProcessor",
-                 "min_pixels": nav["min_pixels"], "max_pixels": nav["max_pixels"],
-                 "image_mean": IMAGE_MEAN, "image_std": IMAGE_STD, "patch_size": vision.patch_size,
-                 "merge_size": vision.spatial_merge_size,
-                 "temporal_patch_size": vision.temporal_patch_size}
-    for file, content in (("preprocessor_config.json", processor), ("nav.json", nav)):
-        with open(os.path.join(temporary, file), "w") as f:
-            json.dump(content, f, indent=2)
+    if "tokenizer_config.json" not in policy.files:
+        policy.tokenizer.save_pretrained(temporary)
+    for file, content in policy.files.items():
+        if file != "processor_config.json":       # its picture settings would outrank those below
+            with open(os.path.join(temporary, file), "wb") as f:
+                f.write(content)
+    pixels = {"min_pixels": policy.nav["min_pixels"], "max_pixels": policy.nav["max_pixels"]}
+    processor = {**policy.processor, **pixels, "size": {
+        "shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
+    for file, content in (("preprocessor_config.json", processor), ("nav.json", policy.nav)):
+        write_json(os.path.join(temporary, file), content)
+    for file, change in (("config.json", for_version_4), ("tokenizer_config.json", plain_classes)):
+        path = os.path.join(temporary, file)
+        with open(path, encoding="utf-8") as f:
+            content = change(json.load(f))
+        write_json(path, content)
+    # safetensors makes its file readable for its owner alone; the other files follow the umask.
+    mode = os.stat(os.path.join(temporary, "nav.json")).st_mode
     for file in sorted(os.listdir(temporary)):
+        os.chmod(os.path.join(temporary, file), mode)
         os.replace(os.path.join(temporary, file), os.path.join(folder, file))
     os.rmdir(temporary)
+
+
+def for_version_4(config):
+    """config.json of transformers 5, with the keys of version 4 beside its own: there
+    rope_parameters is not read, and rope_theta falls back to 1e6 without a word."""
+    text = config["text_config"]
+    rope = text["rope_parameters"]
+    text["rope_theta"] = rope["rope_theta"]
+    text["rope_scaling"] = {"type": "mrope", "rope_type": "default",
+                            "mrope_section": rope["mrope_section"]}
+    return config
+
+
+def plain_classes(config):
+    """tokenizer_config.json of transformers 5 in words that version 4 knows as well."""
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    return config
 
 
 # ---------------------------------------------------------------- tiny: the same model, small
@@ -1133,11 +1391,19 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_s
                   "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
                   "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                   "<|image_pad|>", "<|video_pad|>"]
-# Qwen2-VL's template for text turns (images are already marks in the text when it is applied).
+# Qwen2-VL's template. A content is a text (ours: the images are marks in it already) or a list of
+# parts, {"type": "text", "text": ..} or an image, as servers are sent it. Videos are left out.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for content in message['content'] %}"
+    "{% if content['type'] in ('image', 'image_url') or 'image' in content"
+    " or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # Words are split as Qwen2 splits them, but an option of a plan ("A. Move forward 25 cm, ") and a
 # line of the prompt's frame stay whole, so that a BPE learned on them makes each one token.
@@ -1173,7 +1439,8 @@ def tiny_tokenizer(texts, nav, vocab_size=1536):
     bpe.add_special_tokens(SPECIAL_TOKENS)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        padding_side="left", chat_template=CHAT_TEMPLATE)
+        padding_side="left", chat_template=CHAT_TEMPLATE,
+        model_input_names=["input_ids", "attention_mask"])       # no token_type_ids: Qwen2 has none
 
 
 def build_tiny(texts, nav, seed=0):
@@ -1186,7 +1453,7 @@ def build_tiny(texts, nav, seed=0):
         text_config=dict(
             vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
             num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=4096, tie_word_embeddings=True,
+            max_position_embeddings=32768, tie_word_embeddings=True,
             bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
             pad_token_id=token("<|endoftext|>"),
             initializer_range=hidden ** -0.5,

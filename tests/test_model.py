@@ -4,6 +4,10 @@ Run it   python -m pytest tests/test_model.py
 """
 import json
 import os
+import shutil
+import stat
+import subprocess
+import sys
 from collections import Counter, namedtuple
 
 import numpy as np
@@ -324,3 +328,286 @@ def test_tiny_is_deterministic():
 def test_a_missing_model_is_said_in_a_sentence():
     with pytest.raises(UserError, match="hf download Qwen/Qwen2-VL-2B-Instruct"):
         load_policy("Qwen2-VL-2B")
+
+
+# ---------------------------------------------------------------- folders that are not whole
+
+
+@pytest.fixture(scope="module")
+def saved(policy, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_policy(policy, str(folder))
+    return folder
+
+
+def copy_of(saved, folder, tensors=None, **changes):
+    """A copy of a saved policy: tensors, a function that changes the state dict in place; other
+    names, a JSON file's (without its end), with a function that changes its content in place."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(saved, folder)
+    if tensors:
+        state = load_file(folder / "model.safetensors")
+        tensors(state)
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    for name, change in changes.items():
+        content = json.loads((folder / f"{name}.json").read_text())
+        change(content)
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def refused(folder, *words):
+    with pytest.raises(UserError) as told:
+        load_policy(folder)
+    for word in (folder, *words):
+        assert word in str(told.value)
+
+
+NORM = "model.layers.1.post_attention_layernorm.weight"
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda s: s.pop(NORM), ["lack", "layers.1.post_attention_layernorm"]),
+    (lambda s: [s.pop(k) for k in list(s) if "visual.blocks.1" in k], ["lack", "and 9 more"]),
+    (lambda s: s.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(64)}),
+     ["hold", "q_norm"]),
+    (lambda s: s.update({NORM: torch.ones(64)}), ["post_attention_layernorm", "(64,)", "(128,)"]),
+    (lambda s: s.update({"model.embed_tokens.weight": s["model.embed_tokens.weight"][:-8]}),
+     ["embed_tokens.weight", "by config.json (vocab_size"]),
+    (lambda s: s.update({"lm_head.weight": s["model.embed_tokens.weight"] + 1}),
+     ["tie_word_embeddings", "lm_head.weight of its own"]),
+    (lambda s: s[NORM].fill_(torch.nan), ["layers.1.post_attention_layernorm", "not finite"]),
+    (lambda s: s["visual.merger.ln_q.bias"].view(-1)[3:4].fill_(torch.inf), ["ln_q.bias", "--lr"]),
+])
+def test_weights_that_are_not_whole_are_refused(saved, tmp_path, change, words):
+    refused(copy_of(saved, tmp_path / "x", tensors=change), *words)
+
+
+def both(change):
+    """A change of text_config, as far as files have one."""
+    return lambda config: change(config["text_config"])
+
+
+@pytest.mark.parametrize("change,words", [
+    (lambda c: c.update(tie_word_embeddings=False) or c["text_config"].update(
+        tie_word_embeddings=False), ["lack lm_head.weight", "tie_word_embeddings is false"]),
+    (both(lambda t: t.update(vocab_size=5000)), ["embed_tokens.weight", "(5000, 128)"]),
+    (both(lambda t: t["rope_scaling"].update(type="yarn", rope_type="yarn", factor=4.0)),
+     ["rope_scaling", "'yarn'"]),
+    (both(lambda t: t.pop("rope_scaling") and t["rope_parameters"].update(
+        rope_type="linear", factor=2.0)), ["rope_scaling", "'linear'"]),
+    (both(lambda t: t["rope_scaling"].update(mrope_section=[8, 8, 8])), ["mrope_section", "32"]),
+    (both(lambda t: t.update(use_sliding_window=True, sliding_window=8)), ["use_sliding_window"]),
+    (both(lambda t: t.update(layer_types=["full_attention", "linear_attention", "full_attention"])),
+     ["layer_types[1]", "linear_attention"]),
+    (both(lambda t: t.update(head_dim=32)), ["head_dim is 32"]),
+    (both(lambda t: t.update(num_attention_heads=3)), ["num_attention_heads 3"]),
+    (both(lambda t: t.update(attention_dropout=0.1)), ["attention_dropout"]),
+    (both(lambda t: t.update(attention_bias=False)), ["attention_bias"]),
+    (lambda c: c.update(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
+    (lambda c: c.update(model_type="qwen3_5"), ["is a qwen3_5"]),
+    (lambda c: c.update(image_token_id=7), ["image_token_id 7"]),
+    (lambda c: c["vision_config"].update(patch_size=16), ["vision_config: patch_size is 16"]),
+    (lambda c: c["vision_config"].update(spatial_merge_size=4), ["spatial_merge_size is 4"]),
+    (lambda c: c["vision_config"].update(hidden_size=64), ["hidden_size is 64"]),
+    (lambda c: c["vision_config"]["rope_parameters"].update(rope_theta=100.0), ["rope_theta"]),
+])
+def test_a_configuration_that_needs_another_forward_pass_is_refused(saved, tmp_path, change, words):
+    refused(copy_of(saved, tmp_path / "x", config=change), *words)
+
+
+def test_settings_that_transformers_modules_carry_out_are_obeyed(policy, saved, tmp_path):
+    """Activations and norms are the library's own modules: any value, and the same answer."""
+    def other(config):
+        config["text_config"].update(hidden_act="gelu", rms_norm_eps=0.1)
+        config["vision_config"].update(hidden_act="silu")
+    changed = load_policy(copy_of(saved, tmp_path / "x", config=other))
+    frames = pictures(2)
+    prompt = make_prompt(changed, frames)
+    ids, mask = changed.answers(["A. Move forward 25 cm"])
+    ours = changed.logps([prompt], ids, mask)[0]
+    torch.testing.assert_close(ours, hf_logps(changed, prompt, frames, ids[0]), atol=2e-5, rtol=0)
+    with torch.no_grad():
+        assert (policy.logps([make_prompt(policy, frames)], ids, mask)[0] - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_an_adapter_is_not_taken_for_a_model(saved, tmp_path, base):
+    folder = copy_of(saved, tmp_path / "x") if base else str(tmp_path)
+    with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+        f.write('{"peft_type": "LORA"}')
+    refused(folder, "LoRA adapter", "merge")
+
+
+def rename_token(path, mark):
+    path.write_text(path.read_text().replace(mark, "<|other|>"))
+
+
+@pytest.mark.parametrize("mark", ["<|image_pad|>", "<|im_end|>"])
+def test_a_tokenizer_without_a_mark_is_refused(saved, tmp_path, mark):
+    folder = copy_of(saved, tmp_path / "x")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        rename_token(tmp_path / "x" / name, mark)
+    refused(folder, mark, "copy the tokenizer's files")
+
+
+def test_a_tokenizer_of_more_words_than_the_weights_is_refused(saved, tmp_path):
+    def one_more(tokenizer):
+        added = tokenizer["added_tokens"]
+        added.append(dict(added[-1], id=2000, content="<x>"))
+    folder = copy_of(saved, tmp_path / "x", tokenizer=one_more)
+    refused(folder, "the weights embed")
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['words'] }}",
+                                      "{% for m in messages %}{{ m['role'] }}{% endfor %}"])
+def test_a_chat_template_that_loses_the_words_is_refused(saved, tmp_path, template):
+    folder = copy_of(saved, tmp_path / "x")
+    os.remove(tmp_path / "x" / "chat_template.jinja")
+    if template:
+        (tmp_path / "x" / "chat_template.jinja").write_text(template)
+    refused(folder, "chat template")
+
+
+@pytest.mark.parametrize("content,words", [
+    ("{", ["is not JSON"]), ("[]", ["holds no JSON object"]),
+    ({"horizon": None}, ["horizon is None"]), ({"turn_deg": "15"}, ["turn_deg is '15'"]),
+    ({"max_pixels": True}, ["max_pixels"]), ({"memory": {"name": "lsm"}}, ["memory"])])
+def test_a_contract_that_is_not_whole_is_refused(saved, tmp_path, content, words):
+    folder = copy_of(saved, tmp_path / "x")
+    (tmp_path / "x" / "nav.json").write_text(
+        content if isinstance(content, str) else json.dumps(dict(NAV30, **content)))
+    refused(folder, "nav.json", *words)
+
+
+# ---------------------------------------------------------------- folders that others open
+
+
+def test_what_was_loaded_is_what_is_saved(saved, tmp_path):
+    """The picture's mean and std, the generation settings and the tokenizer's files go through."""
+    def other(processor):
+        processor.update(image_mean=[0.5, 0.5, 0.5], image_std=[0.25, 0.5, 1.0])
+    folder = copy_of(saved, tmp_path / "x", preprocessor_config=other, generation_config=lambda g: (
+        g.update(temperature=0.01, top_k=1, do_sample=True, repetition_penalty=1.05)))
+    tokenizer = (tmp_path / "x" / "tokenizer.json").read_bytes()
+    loaded = load_policy(folder)
+    save_policy(loaded, str(tmp_path / "again"))
+    again = tmp_path / "again"
+    processor = json.loads((again / "preprocessor_config.json").read_text())
+    assert processor["image_mean"] == [0.5, 0.5, 0.5] and processor["max_pixels"] == 65536
+    settings = json.loads((again / "generation_config.json").read_text())
+    assert settings["repetition_penalty"] == 1.05 and settings["temperature"] == 0.01
+    assert (again / "tokenizer.json").read_bytes() == tokenizer
+    frame = pictures(1)[0]
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    want = Qwen2VLImageProcessorPil.from_pretrained(str(again))([frame], return_tensors="pt")
+    theirs = loaded.model.model.get_image_features(
+        want["pixel_values"], want["image_grid_thw"], return_dict=True).pooler_output[0]
+    torch.testing.assert_close(loaded.encode_frames([frame])[0].flatten(0, 1), theirs,
+                               atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change,words", [
+    ({"do_rescale": False}, "do_rescale is False"), ({"image_std": [1, 1]}, "image_std"),
+    ({"image_std": [1, 0, 1]}, "a 0"), ({"image_mean": ["a", 1, 1]}, "image_mean"),
+    ({"patch_size": 16}, "patch_size is 16")])
+def test_pictures_that_we_would_prepare_otherwise_are_refused(saved, tmp_path, change, words):
+    folder = copy_of(saved, tmp_path / "x", preprocessor_config=lambda p: p.update(change))
+    with pytest.raises(UserError, match=words):
+        load_policy(folder)
+
+
+def test_files_follow_the_umask(policy, tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_policy(policy, str(tmp_path))
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(f.stat().st_mode) for f in tmp_path.iterdir()} == {0o640}
+
+
+def test_the_chat_template_takes_lists_of_parts(policy):
+    """What a server is sent (words and pictures, in order) gives the ids that we train on."""
+    frames = pictures(2)
+    prompt = make_prompt(policy, frames)
+    text = window_prompt(texts()[0], 1, policy.nav)
+    parts = []
+    for words in text.split("<image>"):
+        parts += [{"type": "text", "text": words}, {"type": "image_url", "image_url": {"url": "x"}}]
+    parts[1]["type"] = "image"
+
+    def render(content):
+        return policy.tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                    tokenize=False, add_generation_prompt=True)
+    chat = render(parts[:-1])
+    assert chat == render(text.replace("<image>", "<|vision_start|><|image_pad|><|vision_end|>"))
+    rows = [f.shape[0] * f.shape[1] for f in policy.encode_frames(frames)]
+    for n in rows:                             # a processor writes one mark for each feature
+        chat = chat.replace("<|image_pad|>", "<mark>" * n, 1)
+    ids = policy.tokenizer(chat.replace("<mark>", "<|image_pad|>"))["input_ids"]
+    assert ids == prompt.ids
+
+
+OTHERS = """
+import json, sys, torch, transformers
+from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+folder, inputs, out = sys.argv[1:]
+model = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+asked = torch.load(inputs)
+if transformers.__version__ < "5":
+    asked.pop("mm_token_type_ids")
+tokenizer = AutoTokenizer.from_pretrained(folder)
+text = asked.pop("text")
+with torch.no_grad():
+    torch.save({"logits": model(**asked).logits, "ids": tokenizer(text)["input_ids"],
+                "penalty": model.generation_config.repetition_penalty}, out)
+"""
+
+
+# What transformers 4 needs that is not here already, or here in another version.
+WITH_VERSION_4 = ("tokenizers==0.22.1", "huggingface_hub==0.36.0", "requests", "urllib3", "idna",
+                  "certifi", "charset_normalizer")
+
+
+def other_transformers(version, cache):
+    """A folder for PYTHONPATH with that version: $TRANSFORMERS_4573 (say), or pip's, kept in
+    pytest's cache; skips the test where neither is to be had."""
+    variable = "TRANSFORMERS_" + version.replace(".", "")
+    if variable in os.environ:
+        return os.environ[variable]
+    folder = cache.mkdir(f"transformers-{version}")
+    if not (folder / "done").exists():
+        packages = [f"transformers=={version}", *WITH_VERSION_4] if version < "5" else []
+        done = packages and subprocess.run(
+            [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--retries", "0",
+             "--timeout", "5", "--upgrade", "--target", folder, *packages], capture_output=True)
+        if not packages or done.returncode:
+            pytest.skip(f"needs transformers {version}: set {variable} to a folder made with "
+                        f"pip install --target FOLDER transformers=={version}")
+        (folder / "done").touch()
+    return str(folder)
+
+
+@pytest.mark.parametrize("version", ["4.57.3", "5.17.0"])
+def test_other_versions_of_transformers_compute_the_same(saved, tmp_path, version, pytestconfig):
+    path = other_transformers(version, pytestconfig.cache)
+    loaded = load_policy(copy_of(
+        saved, tmp_path / "x", generation_config=lambda g: g.update(repetition_penalty=1.05),
+        tokenizer_config=lambda t: t.update(tokenizer_class="TokenizersBackend",
+                                            extra_special_tokens=["<|im_start|>"])))
+    save_policy(loaded, str(tmp_path / "saved"))
+    frames = pictures(2) + pictures(1, 84, 112)
+    prompt = make_prompt(loaded, frames)
+    text = loaded.tokenizer.decode(prompt.ids) + "A. Move forward 25 cm, go to the sofa"
+    inputs = hf_inputs(loaded, torch.tensor([prompt.ids]), frames)
+    torch.save({**inputs, "text": text}, tmp_path / "inputs.pt")
+    done = subprocess.run([sys.executable, "-c", OTHERS, tmp_path / "saved", tmp_path / "inputs.pt",
+                           tmp_path / "out.pt"], capture_output=True, text=True,
+                          env=dict(os.environ, PYTHONPATH=path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    theirs = torch.load(tmp_path / "out.pt")
+    with torch.no_grad():
+        ours = loaded.model(**inputs).logits
+    torch.testing.assert_close(theirs["logits"], ours, atol=1e-5, rtol=0)
+    assert theirs["ids"] == loaded.tokenizer(text)["input_ids"]
+    assert theirs["penalty"] == 1.05
