@@ -51,16 +51,33 @@ def run(main, parse_args):
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())    # for the last flush
             sys.exit(1)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        except Exception as error:
+            why = disk_full(error)
+            if not why:
                 raise
-            where = f" while writing {error.filename}" if error.filename else ""
-            raise UserError(f"the disk is full{where} ({error.strerror}); free some space and run "
-                            "the same command again: it goes on from the last complete file"
-                            ) from None
+            sys.unraisablehook = lambda _: None        # nor can files be closed that are still open
+            raise UserError(f"the disk is full ({why}); free some space and run the same command "
+                            "again: it goes on from the last complete file") from None
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+# What libraries that hide the system's error say instead: safetensors and tokenizers (Rust) quote
+# it, torch.save says only that its file is not as long as it should be.
+FULL = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28",
+        "os error 122", "os error 27", "file write failed", "unexpected pos")
+
+
+def disk_full(error):
+    """Why an exception, or one that it followed, says that the disk is full; None if none does."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{error.strerror}" + (f": {error.filename}" if error.filename else "")
+        if any(words in str(error) for words in FULL):
+            return str(error).splitlines()[0]
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # ---------------------------------------------------------------- files
@@ -81,15 +98,23 @@ def write_json(path, content, indent=2):
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def lock_folder(folder, flag="--out"):
-    """Make a folder and hold it until the process ends. UserError if another process holds it, or
-    if it cannot be written. The kernel frees the lock however the process ends."""
+HELD = {}                                          # this process's locks: {file: handle}
+
+
+def lock_folder(folder, flag="--out", name=".lock"):
+    """Make a folder and hold it until the process ends, which may take it again. UserError if
+    another process holds it, or if it cannot be written. The kernel frees the lock however the
+    process ends. name: of the lock's file, which stays there, empty."""
     try:
         os.makedirs(folder, exist_ok=True)
-        handle = os.open(os.path.join(folder, ".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         raise UserError(f"{flag} {folder}: cannot write there ({error.strerror}); choose another "
                         "folder") from None
+    file = os.fstat(handle).st_dev, os.fstat(handle).st_ino
+    if file in HELD:
+        os.close(handle)
+        return HELD[file]
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -99,4 +124,5 @@ def lock_folder(folder, flag="--out"):
                             "has ended, or choose another folder") from None
         return None                                # a file system without locks: nothing to hold
     os.set_inheritable(handle, False)
-    return handle                                  # never closed: held for the process's life
+    HELD[file] = handle                            # never closed: held for the process's life
+    return handle

@@ -74,7 +74,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
-from cli import Help, UserError, count, run, write_json, write_text
+from cli import Help, UserError, count, lock_folder, run, write_json, write_text
 from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
 from world import SimDied, SimError
@@ -541,23 +541,43 @@ def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0,
     return decide
 
 
+def machine_of(args):
+    """--device and --dtype, with their defaults -> (device, dtype); (None, None) for a baseline."""
+    if args.agent != "policy":
+        return None, None
+    import torch
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+
+
 def load_agent(args, settings, instructions=()):
-    """The flags' decide(walks). UserError if one of the instructions is too long for the policy."""
+    """The flags' decide(walks). UserError if one of the instructions is too long for the policy. A
+    distribution that is not finite ends the run: what is drawn from it is no answer of the policy.
+    """
     if args.agent != "policy":
         return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
     import torch
 
     from model import is_dialog, load_policy, window_prompt
     torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    device, dtype = machine_of(args)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
     check_context(policy, instructions, settings["robot"])
     if is_dialog(policy.nav):
-        return dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
-    return policy_agent(policy, window_prompt, args.execute, args.malformed, args.blank_frames,
-                        args.temperature, args.seed)
+        agent = dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
+    else:
+        agent = policy_agent(policy, window_prompt, args.execute, args.malformed,
+                             args.blank_frames, args.temperature, args.seed)
+
+    def decide(walks):
+        plans = agent(walks)
+        if policy.nan_logits:
+            raise UserError(f"{settings['ckpt']} gives log-probabilities that are not finite: the "
+                            "run that wrote it has diverged; train again with a lower --lr, or "
+                            "give an earlier checkpoint")
+        return plans
+    return decide
 
 
 # ---------------------------------------------------------------- rows and results
@@ -1138,9 +1158,9 @@ def fingerprint(folder):
 
 def open_out(out, settings):
     """Make the results folder, or go on in one that holds the same measurement."""
-    path = os.path.join(out, "run.json")
+    path, rank = os.path.join(out, "run.json"), os.environ.get("RANK", "0")
+    lock_folder(out, name=".lock" if rank == "0" else f".lock.{rank}")      # each has its own files
     try:
-        os.makedirs(out, exist_ok=True)
         if not os.path.exists(path):
             write_json(path, settings)
     except OSError as error:
@@ -1198,7 +1218,9 @@ def prepare(args):
     data = json.dumps([episodes, [walk["locations"] for walk in walked]])
     flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
              "max_steps", "limit", "blank_frames", "shuffle_instructions", "seed")
+    device, dtype = machine_of(args)
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
+                "device": device and device.split(":")[0], "dtype": dtype,
                 "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0,

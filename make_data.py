@@ -66,7 +66,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import lsm
-from cli import Help, UserError, count, run
+from cli import Help, UserError, count, lock_folder, run
 from reward import FORWARD, LEFT, RIGHT, STOP, merged_phrases
 from world import SimDied
 from world.episodes import (
@@ -710,6 +710,7 @@ class VlnEgo:
 
 def open_folder(out, settings):
     """Make the folder, or go on in one that was begun with the same flags on the same input."""
+    lock_folder(out)
     try:
         for folder in ("frames", "rows"):
             os.makedirs(f"{out}/{folder}", exist_ok=True)

@@ -6,18 +6,26 @@ import gzip
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import script
+import torch
+from conftest import ROOT, script
 
+import cli
+import engine
 import evaluate
 import grpo_online
 import make_data
+import sft
 from cli import UserError
 from model import DIALOG, NAV, load_policy, save_policy
 from tools import report
 from world import SimError
+from world import houses as houses_script
 from world.episodes import check_scenes, read_episodes, scene_hash
 from world.house_sim import HouseSim
 from world.robots import ROBOTS
@@ -281,3 +289,124 @@ def test_an_instruction_longer_than_the_models_context(houses, checkpoint, tmp_p
             "--ckpt", str(tmp_path / "short"), "--episodes", str(houses), "--out",
             str(tmp_path / "y"), "--sims", "1", "--device", "cpu", "--turn-deg", "15"]))
     assert (tmp_path / "y" / "episodes.jsonl").exists() is False
+
+
+# ---------------------------------------------------------------- a policy that has diverged
+
+
+def test_a_policy_that_gives_no_numbers_is_not_scored(houses, checkpoint, tmp_path, capsys):
+    """Weights that are finite, and log-probabilities that are not: no walk is written."""
+    policy = load_policy(str(checkpoint))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight.mul_(1e17)
+    policy.nav["turn_deg"] = 30
+    (tmp_path / "lost").mkdir()
+    save_policy(policy, str(tmp_path / "lost"))
+    args = ["--ckpt", str(tmp_path / "lost"), "--episodes", str(houses), "--device", "cpu",
+            "--out", str(tmp_path / "y"), "--sims", "1"]
+    with pytest.raises(SystemExit) as left:
+        cli.run(evaluate.main, lambda: evaluate.parse_args(args))
+    assert left.value.code == 2
+    assert "log-probabilities that are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "y" / "results.json").exists()
+    assert evaluate.read_rows(tmp_path / "y" / "episodes.jsonl")[0] == []
+
+
+def test_results_are_not_continued_with_another_dtype(houses, checkpoint, tmp_path):
+    where = ["--ckpt", str(checkpoint), "--episodes", str(houses), "--device", "cpu"]
+    settings = {dtype: evaluate.prepare(evaluate.parse_args([*where, "--dtype", dtype]))[0]
+                for dtype in ("float32", "bfloat16")}
+    assert settings["float32"]["device"] == "cpu" and settings["float32"]["dtype"] == "float32"
+    evaluate.open_out(str(tmp_path / "y"), settings["float32"])
+    with pytest.raises(UserError, match="another measurement.*dtype"):
+        evaluate.open_out(str(tmp_path / "y"), settings["bfloat16"])
+
+
+# ---------------------------------------------------------------- one folder, two processes
+
+
+def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path, monkeypatch):
+    """Every script asks; a kill -9 frees the folder, and nothing had been written."""
+    out = str(tmp_path / "out")
+    code = f"import cli, time; cli.lock_folder({out!r}); print('held', flush=True); time.sleep(99)"
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == b"held\n"
+    monkeypatch.setattr(houses_script, "plan_work", lambda args: pytest.fail("it went on"))
+    run = sft.parse_args(["--out", out, "--device", "cpu"])
+    engine.start(run)
+    tries = [lambda: engine.open_run(run), lambda: make_data.open_folder(out, {}),
+             lambda: evaluate.open_out(out, {}),
+             lambda: houses_script.main(houses_script.parse_args(["--out", out]))]
+    for attempt in tries:
+        with pytest.raises(UserError, match="is being written by another process"):
+            attempt()
+    assert os.listdir(out) == [".lock"]
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    for attempt in tries[:3]:
+        attempt()
+    with monkeypatch.context() as patch:        # the second rank's own rows, in the same folder
+        patch.setenv("RANK", "1")
+        evaluate.open_out(out, {})
+    assert {".lock", ".lock.1"} < set(os.listdir(out))
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """make(bytes) -> a folder on a disk of that size; skips where nothing may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def make(size):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder],
+                              capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip("needs the right to mount a small disk (root): " + done.stderr.strip())
+        return folder
+    yield make
+    subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def writers(ego):
+    """Each script's main, on the two houses; the sizes let the first files through."""
+    worlds = os.path.normpath(os.path.join(ego, "..", "..", "houses"))
+    return {
+        "houses": (houses_script, 60_000, ["--train-houses", "2", "--walks-per-house", "4",
+                   "--val-episodes", "4", "--unseen-houses", "2", "--jobs", "1"]),
+        "make_data": (make_data, 60_000, ["--episodes", worlds, "--sims", "1"]),
+        "evaluate": (evaluate, 20_000, ["--episodes", worlds, "--agent", "oracle", "--sims", "1"]),
+        "sft, its state": (sft, 1_000_000, ["--data", ego, "--model", "tiny", "--device", "cpu",
+                           "--batch-size", "8", "--max-steps", "1"]),
+        "sft, its policy": (sft, 12_500_000, ["--data", ego, "--model", "tiny", "--device", "cpu",
+                            "--batch-size", "8", "--max-steps", "1"]),
+    }
+
+
+@pytest.mark.parametrize("name", list(writers("")))
+def test_a_full_disk_is_a_sentence(ego, small_disk, name, capsys):
+    module, size, flags = writers(ego)[name]
+    out = small_disk(size) / "out"
+    with pytest.raises(SystemExit) as left:
+        cli.run(module.main, lambda: module.parse_args([*flags, "--out", str(out)]))
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert "error: the disk is full (" in said and "Traceback" not in said
+    if name == "sft, its policy":                        # what was complete before is complete now
+        assert (out / "state" / "latest").read_text() == "step_000001"
+
+
+def test_whatever_a_library_says_of_a_full_disk_is_understood():
+    full = OSError(28, "No space left on device", "x/y")
+    assert cli.disk_full(full) == "No space left on device: x/y"
+    outer = RuntimeError("could not write")
+    outer.__cause__ = full
+    assert cli.disk_full(outer) == cli.disk_full(full)
+    for words in ("Error while serializing: I/O error: No space left on device (os error 28)",
+                  "[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"):
+        assert cli.disk_full(RuntimeError(words)) == words
+    assert cli.disk_full(OSError(13, "Permission denied")) is None
+    assert cli.disk_full(RuntimeError("shapes cannot be multiplied")) is None

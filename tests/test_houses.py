@@ -330,7 +330,7 @@ def test_one_way_to_walk_in_and_no_nook_to_get_stuck(tmp_path):
 
 def test_mistakes_are_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="--out .*name another folder"):
+    with pytest.raises(UserError, match="--out .*choose another folder"):
         houses.main(houses.parse_args(["--out", str(tmp_path / "file/below"), "--jobs", "1"]))
     with pytest.raises(UserError, match="--train-houses must be at least 1"):
         houses.main(houses.parse_args(["--out", str(tmp_path), "--train-houses", "0"]))

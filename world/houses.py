@@ -68,7 +68,7 @@ import trimesh
 from PIL import Image
 from tqdm import tqdm
 
-from cli import Help, UserError, run
+from cli import Help, UserError, lock_folder, run
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.episodes import scene_hash
@@ -753,6 +753,7 @@ def main(args):
     for flag in ("train_houses", "walks_per_house", "unseen_houses", "val_episodes", "jobs"):
         if getattr(args, flag) < 1:
             raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
+    lock_folder(args.out)
     try:
         made_by = {key: value for key, value in vars(args).items() if key not in ("out", "jobs")}
         write_file(os.path.join(args.out, "args.json"), json.dumps(made_by, indent=1).encode())
