@@ -7,7 +7,7 @@ DeepSpeed engine (ZeRO 0-3, set by ds_config.json or --zero-stage) over gloo on 
 GPUs; a single process is a world of one.
 
 A run directory (--out):
-    args.json                 the flags, as they were
+    args.json                 the flags, as they were;  .lock  held by the run that writes here
     log.jsonl                 one line a step; tb/ holds the same for TensorBoard
     state/step_000200/        weights, optimizer, step: everything that resuming needs
     config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (model.save_policy)
@@ -34,7 +34,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import UserError, count
+from cli import UserError, count, lock_folder, write_json, write_text
+from model import fit_pixels, is_dialog, is_sound
 
 # ---------------------------------------------------------------- pure
 
@@ -127,6 +128,20 @@ def start(args):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def on_first_rank(action):
+    """Run action() on rank 0. A UserError there ends every rank with the same words: one that went
+    on alone would wait for the others for ever."""
+    said = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except UserError as error:
+            said = [str(error)]
+    dist.broadcast_object_list(said, src=0)
+    if said[0]:
+        raise UserError(said[0])
+
+
 def leave_together():
     """The last act of a run: nobody goes while another rank still writes."""
     dist.barrier()
@@ -157,11 +172,13 @@ def ahead(load, steps):
 
 def work(device, *models):
     """What our policies have computed since this was last asked, over all ranks -> (FLOPs, tokens
-    learned from). A model may be wrapped, or None."""
+    learned from, ranks that drew from a distribution that was not finite). A model may be wrapped,
+    or None."""
     policies = [getattr(m, "module", m) for m in models if m is not None]
-    done = total([sum(p.flops for p in policies), sum(p.tokens for p in policies)], device)
+    done = total([sum(p.flops for p in policies), sum(p.tokens for p in policies),
+                  any(p.nan_logits for p in policies)], device)
     for policy in policies:
-        policy.flops = policy.tokens = 0
+        policy.flops, policy.tokens, policy.nan_logits = 0, 0, False
     return done
 
 
@@ -271,21 +288,46 @@ def check_lengths(policy, lengths, source):
                         "pictures, or remove it")
 
 
+def walk_lengths(policy, data, vary_turns=False):
+    """What is longest in a VLN-Ego folder -> [(name of the episode, tokens with the answer), ..].
+
+    One decision: the longest instruction with as many frames as the memory keeps. A dialog: that
+    of the longest instruction and that of the longest walk, as they are merged in the first epoch.
+    """
+    nav, n = policy.nav, range(len(data.episodes))
+    h, w = fit_pixels(nav["height"] or 480, nav["width"] or 640, nav["min_pixels"],
+                      nav["max_pixels"])
+    wordy = max(n, key=lambda i: len(data.episodes[i]["instruction"]))
+    if is_dialog(nav):
+        chosen = [wordy, max(n, key=lambda i: len(data.steps(i)))]
+        asked = policy.spell([data.dialog(i, nav, 0, vary_turns) for i in chosen])
+    else:
+        chosen = [wordy]
+        asked = [data.decision(wordy, data.steps(wordy)[0], nav)._replace(
+            frames=tuple(range(nav["memory"]["budget"] + 1)))]
+    frame = torch.empty(h // 28, w // 28, 0)
+    sizes = policy.sizes(asked, {key: frame for some in asked for key in some.frames})
+    return [(f"episode {data.episodes[i].get('episode_id', i)}", size)
+            for i, size in zip(chosen, sizes)]
+
+
 def make_engine(policy, args):
     """DeepSpeed around the trainable weights; accumulate() says when it steps."""
     import deepspeed
     try:
         with open(args.deepspeed_config) as f:
             config = json.load(f)
-    except (OSError, ValueError) as error:
+        zero = config.setdefault("zero_optimization", {})
+        zero.setdefault("stage", 0)
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"--deepspeed-config {args.deepspeed_config}: {error}; it wants a file "
                         "like ds_config.json") from error
     if args.zero_stage is not None:
-        config["zero_optimization"]["stage"] = args.zero_stage
+        zero["stage"] = args.zero_stage
     if default_dtype(args) == "bfloat16":
         # DeepSpeed's bf16 without ZeRO takes an optimizer step on zeros at its start (Adam's bias
         # correction is off by one ever after); stage 1 does not.
-        config["zero_optimization"]["stage"] = max(1, config["zero_optimization"]["stage"])
+        zero["stage"] = max(1, zero["stage"])
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
                   gradient_clipping=args.max_grad_norm,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
@@ -295,6 +337,24 @@ def make_engine(policy, args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
+
+
+def backward_step(engine, loss):
+    """The backward pass of a micro-batch's loss; after the last one (accumulate) the update."""
+    engine.backward(loss)
+    if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
+        # Without ZeRO, DeepSpeed clips the gradients and does not keep their norm.
+        gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        engine._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
+    engine.step()
+
+
+def update_metrics(engine):
+    """The last update's gradient norm, before clipping, and the updates left out so far: DeepSpeed
+    skips one whose gradients are not finite."""
+    norm = engine.get_global_grad_norm()                   # None: the config file switches it off
+    return ({} if norm is None else {"grad_norm": float(norm)}) | {
+        "skipped_steps": engine.skipped_steps}
 
 
 def set_learning_rate(engine, lr):
@@ -340,27 +400,23 @@ FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every
         "gradient_checkpointing", "zero_stage", "dtype"}          # the last two: see made_by
 
 
-def open_run(args, rank):
-    """Make --out and write args.json. UserError if it cannot be written, or holds another run."""
+def open_run(args):
+    """Take --out for this run and write args.json. UserError on every rank if another process
+    writes there, if it cannot be written, or if it holds another run."""
     path = os.path.join(args.out, "args.json")
-    if os.path.exists(os.path.join(args.out, "state", "latest")) and os.path.exists(path):
-        with open(path) as f:
-            before = json.load(f)
-        other = [k for k, v in vars(args).items() if k not in FREE and before.get(k, v) != v]
-        if other:
-            raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
-                            f"{before[other[0]]}, not {getattr(args, other[0])}; resume it with "
-                            "its own flags, or choose another folder, or remove this one")
-    dist.barrier()                                     # all have read before rank 0 writes
-    try:
-        os.makedirs(args.out, exist_ok=True)
-        if rank == 0:
-            with open(os.path.join(args.out, "args.json.tmp"), "w") as f:
-                json.dump(vars(args), f, indent=2, sort_keys=True)
-            os.replace(os.path.join(args.out, "args.json.tmp"), path)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot write there ({error.strerror}); "
-                        "choose another folder") from error
+
+    def take():
+        lock_folder(args.out)
+        if os.path.exists(os.path.join(args.out, "state", "latest")) and os.path.exists(path):
+            with open(path) as f:
+                before = json.load(f)
+            other = [k for k, v in vars(args).items() if k not in FREE and before.get(k, v) != v]
+            if other:
+                raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
+                                f"{before[other[0]]}, not {getattr(args, other[0])}; resume it "
+                                "with its own flags, or choose another folder, or remove this one")
+        write_text(path, json.dumps(vars(args), indent=2, sort_keys=True))
+    on_first_rank(take)
 
 
 def made_by(engine):
@@ -369,18 +425,45 @@ def made_by(engine):
             "--dtype": "bfloat16" if engine.bfloat16_enabled() else "float32"}
 
 
+def last_state(out):
+    """The folder of the last complete state; None if there is none."""
+    try:
+        with open(os.path.join(out, "state", "latest")) as f:
+            return os.path.join(out, "state", f.read())
+    except FileNotFoundError:
+        return None
+
+
+def diverged(out, step, what, lr):
+    """The UserError of a run whose numbers are not finite."""
+    good = last_state(out)
+    good = (f"The last good state is {good}; start again with a lower --lr and another --out, or "
+            f"remove {out} (a run goes on with its own flags only)" if good else
+            f"No state was saved in {out}; run the same command with a lower --lr")
+    return UserError(f"step {step}: {what} (learning rate {lr:g}). {good}")
+
+
+def broken_weights(engine):
+    """How many of the trained tensors are not finite, counted alike on every rank."""
+    bad = sum(not is_sound(getattr(p, "ds_tensor", p))              # ZeRO-3: this rank's part of it
+              for p in engine.module.parameters() if p.requires_grad)
+    return int(total([bad], engine.device)[0])
+
+
 def save_state(engine, out, step):
-    """Write state/step_N, then drop the older one. Killed half-way, the older one still counts."""
+    """Write state/step_N, then drop the older one. Killed half-way, the older one still counts.
+    UserError, and nothing is written, if the weights are not finite."""
+    broken = broken_weights(engine)
+    if broken:
+        raise diverged(out, step, f"{broken} of the weights' tensors are not finite",
+                       engine.optimizer.param_groups[0]["lr"])
     folder, tag = os.path.join(out, "state"), f"step_{step:06d}"
     engine.save_checkpoint(folder, tag=tag, client_state={"step": step}, save_latest=False)
     # Here every rank's part is on the disk (save_checkpoint ends with a barrier). DeepSpeed itself
     # would name the state when rank 0's part is, and leave an empty name if killed while naming it.
     if dist.get_rank() == 0:
-        with open(os.path.join(folder, tag, "made_by.json"), "w") as f:
-            json.dump(made_by(engine), f)
-        with open(os.path.join(folder, "latest.tmp"), "w") as f:
-            f.write(tag)
-        os.replace(os.path.join(folder, "latest.tmp"), os.path.join(folder, "latest"))
+        write_json(os.path.join(folder, tag, "made_by.json"), made_by(engine))
+        write_text(os.path.join(folder, "latest"), tag)
         for old in os.listdir(folder):
             if old.startswith("step_") and old != tag:
                 shutil.rmtree(os.path.join(folder, old))
@@ -389,17 +472,19 @@ def save_state(engine, out, step):
 
 def load_state(engine, out):
     """Resume from the last complete state -> its step; 0 if there is none."""
-    folder = os.path.join(out, "state")
-    if not os.path.exists(os.path.join(folder, "latest")):
+    state = last_state(out)
+    if state is None:
         return 0
-    with open(os.path.join(folder, "latest")) as f:
-        tag = f.read()
-    with open(os.path.join(folder, tag, "made_by.json")) as f:
+    folder, tag = os.path.split(state)
+    with open(os.path.join(state, "made_by.json")) as f:
         then, now = json.load(f), made_by(engine)
     if then != now:
         raise UserError(f"{folder} was written with {then} and would be resumed with {now}; make "
                         "them agree, give another --out, or remove that folder to start again")
     _, client = engine.load_checkpoint(folder, tag=tag)
+    if broken_weights(engine):
+        raise UserError(f"{state} holds weights that are not finite; remove {folder} to start "
+                        "again, with a lower --lr and another --out")
     return client["step"]
 
 
@@ -407,11 +492,25 @@ def load_state(engine, out):
 CLOCK = {"seconds", "wait", "tokens_per_second", "tflops", "peak_share", "memory_gb", "eta_minutes"}
 
 
-class Log:
-    """One JSON line a step (log.jsonl), the same to TensorBoard, and a progress bar, on rank 0."""
+# DeepSpeed skips a bf16 update whose gradients are not finite. One comes and goes; so many in a row
+# mean that the weights are lost.
+MAX_SKIPPED_STEPS = 20
 
-    def __init__(self, out, rank, step, steps, show):
-        self.path, self.show, self.on = os.path.join(out, "log.jsonl"), show, rank == 0
+
+def finite(value):
+    """A number as JSON knows it: None for one that is not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Log:
+    """One JSON line a step (log.jsonl), the same to TensorBoard, and a progress bar, on rank 0.
+    Ends the run, on every rank, at a number that is not finite."""
+
+    def __init__(self, engine, out, step, steps, show):
+        self.path, self.show = os.path.join(out, "log.jsonl"), show
+        self.out, self.first, self.steps, self.on = out, step, steps, dist.get_rank() == 0
+        self.may_skip = MAX_SKIPPED_STEPS if engine.bfloat16_enabled() else 0
+        self.skipped, self.skipped_in_a_row = engine.skipped_steps, 0
         if not self.on:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -420,25 +519,26 @@ class Log:
             with open(self.path) as f:
                 kept = [line for line in f
                         if line.endswith("\n") and json.loads(line)["step"] <= step]
-        with open(self.path + ".tmp", "w") as f:
-            f.writelines(kept)
-        os.replace(self.path + ".tmp", self.path)
+        write_text(self.path, "".join(kept))
         self.file = open(self.path, "a", buffering=1)
         self.board = SummaryWriter(os.path.join(out, "tb"), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True,
                         mininterval=1 if sys.stderr.isatty() else 30)
         self.shown = {}
         self.last = self.begun = time.monotonic()
-        self.first, self.steps = step, steps
 
     def __call__(self, step, work=None, **values):
-        """work: (FLOPs, tokens) of all ranks in this step, from work()."""
-        if not self.on:
-            return
+        """values: what every rank knows alike; work: what work() says of this step. UserError if a
+        value is not finite."""
+        if self.on:
+            self.write(step, work, dict(values))
+        self.check(step, values, work is not None and work[2] > 0)
+
+    def write(self, step, work, values):
         now = time.monotonic()
         values["seconds"], self.last = now - self.last, now
         if work:
-            flops, tokens = (count / values["seconds"] for count in work)
+            flops, tokens = (count / values["seconds"] for count in work[:2])
             card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
             values |= {"tokens_per_second": tokens, "memory_gb": memory_gb(),
                        "tflops": flops / dist.get_world_size() / 1e12,
@@ -446,12 +546,27 @@ class Log:
                        * (self.steps - step) / 60}
             if peak_tflops(card):
                 values["peak_share"] = values["tflops"] / peak_tflops(card)
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        row = {"step": step, **{key: finite(value) for key, value in values.items()}}
+        self.file.write(json.dumps(row, allow_nan=False) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
         self.shown.update({k: f"{values[k]:.3g}" for k in self.show if k in values})
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
+
+    def check(self, step, values, nan_logits=False):
+        """End the run at a value that is not finite, unless bf16's skipping may still mend it."""
+        before, self.skipped = self.skipped, values.get("skipped_steps", self.skipped)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped > before else 0
+        bad = [f"{key} is {value}" for key, value in values.items() if finite(value) is None]
+        if nan_logits:
+            bad.insert(0, "a log-probability of a sampled token is not finite")
+        elif not bad or 0 < self.skipped_in_a_row < self.may_skip:
+            return
+        what = ", ".join(bad[:3])
+        if self.skipped_in_a_row > 1:
+            what += f"; DeepSpeed has skipped the last {self.skipped_in_a_row} updates"
+        raise diverged(self.out, step, what, values.get("lr", 0.0))
 
     def close(self):
         if self.on:

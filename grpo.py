@@ -247,7 +247,8 @@ def draw_curves(out, panels=(("reward", "val/reward"), ("kl",), ("frac_reward_ze
     figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
     for axis, keys in zip(axes, panels):
         for key in keys:
-            points = np.array([(r["step"], r[key]) for r in rows if key in r]).reshape(-1, 2)
+            points = np.array([(r["step"], r[key]) for r in rows if r.get(key) is not None]
+                              ).reshape(-1, 2)
             if key.startswith("val/"):
                 axis.plot(*points.T, "o-", color="tab:orange", label=f"{key} (greedy)")
                 continue
@@ -302,9 +303,12 @@ def setup(args, device):
             if abs(seen - taught) > 1e-6:
                 raise UserError(f"{args.init} was taught with {key} {taught:g}, and --data {path} "
                                 f"was recorded with {seen:g}; give the data it learned from")
-        if not data.whole_walks:
+        if data.whole_walks:
+            lengths = E.walk_lengths(policy, data)
+        else:
             data.check_plans(policy.nav)
-            E.check_lengths(policy, data.lengths(policy, 96), path)     # 96: Policy.generate's
+            lengths = data.lengths(policy, 96)                 # 96: Policy.generate's
+        E.check_lengths(policy, lengths, path)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return sources, policy
@@ -327,7 +331,7 @@ def load_reference(args, engine, device):
 def main(args):
     rank, world, device = E.start(args)
     sources, policy = setup(args, device)
-    E.open_run(args, rank)
+    E.open_run(args)
 
     if args.batch_size % world:
         raise UserError(f"--batch-size {args.batch_size} does not split into {world} processes")
@@ -362,7 +366,7 @@ def main(args):
                     *item[0], args.group_size)), args.micro_tokens, device)]
     E.tell_memory(engine, reference, max(policy.activations(decisions, frames, args.group_size)
                   for decisions, frames, _ in forwards(load(first), range(args.batch_size))), rank)
-    log = E.Log(args.out, rank, first, steps, ("reward", "kl", "frac_reward_zero_std"))
+    log = E.Log(engine, args.out, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)
     if val_units and first == 0:                               # where the SFT policy stands
@@ -426,8 +430,7 @@ def main(args):
                 loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages[rows], mask,
                                         args.clip_eps, args.kl_coef)
                 loss = (loss * votes[rows]).sum() / max(all_votes, 1)
-                engine.backward(loss * world)                  # DeepSpeed averages over ranks
-                engine.step()
+                E.backward_step(engine, loss * world)          # DeepSpeed averages over ranks
                 sums += [x.sum().item() for x in (loss, stats["kl"], stats["clip_frac"],
                                                   -masked_mean(logps, mask))]
 
@@ -439,7 +442,7 @@ def main(args):
             "plan_tokens": sum(roll.completion_mask.sum().item() for roll in rolls),
             "frac_reward_zero_std": flat.sum().item() * args.group_size}
         told = {k: v / n for k, v in zip(told, E.total(list(told.values()), device))}
-        told |= {"lr": lr, "wait": wait}
+        told |= {"lr": lr, "wait": wait} | E.update_metrics(engine)
         if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world, args))

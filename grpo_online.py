@@ -535,8 +535,9 @@ def draw_runs(folders, out):
         axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
     for folder, rows in runs.items():
         label = os.path.basename(folder.rstrip("/"))
-        points, sampled = (np.array([(r.get("minutes", 0), r[key]) for r in rows if key in r]
-                                    ).reshape(-1, 2) for key in ("val/success", "success"))
+        points, sampled = (np.array([(r.get("minutes", 0), r[key]) for r in rows
+                                     if r.get(key) is not None]).reshape(-1, 2)
+                           for key in ("val/success", "success"))
         axes[0].plot(*points.T, "o-", label=label)
         width = max(1, min(20, len(sampled)))
         axes[1].plot(sampled[width - 1:, 0],
@@ -636,8 +637,7 @@ def learn(engine, reference, parts, tokens, ranks, args):
                                     args.clip_low, args.kl_coef, args.clip_high)
             votes = mask.sum(dim=1) * counts / tokens                         # one token, one vote
             loss = (loss * votes).sum()
-            engine.backward(loss * ranks)                          # DeepSpeed averages over ranks
-            engine.step()
+            E.backward_step(engine, loss * ranks)                  # DeepSpeed averages over ranks
             sums += [loss.item(), *((x * votes).sum().item() for x in (
                 stats["kl"], stats["clip_frac"], -masked_mean(logps, mask)))]
     return sums / args.updates_per_batch
@@ -648,7 +648,7 @@ def main(args):
         return draw_runs(args.draw, args.out)
     rank, ranks, device = E.start(args)
     policy, world, val = setup(args, device)
-    E.open_run(args, rank)
+    E.open_run(args)
 
     if args.batch_size % ranks:
         raise UserError(f"--batch-size {args.batch_size} does not split into {ranks} processes")
@@ -674,7 +674,7 @@ def main(args):
         cut_lines(f"{args.out}/rollouts.jsonl", first)
     spent = [row.get("minutes", 0) for row in cut_lines(f"{args.out}/log.jsonl", first)
              ] if rank == 0 and first else []
-    log = E.Log(args.out, rank, first, steps, ("reward", "success", "val/success"))
+    log = E.Log(engine, args.out, first, steps, ("reward", "success", "val/success"))
 
     last = min(steps, args.stop_after or steps)
     walks_each = 1 if state_groups else args.group_size
@@ -727,7 +727,7 @@ def main(args):
                 "deaths": tally["deaths"], "untried": tally["untried"], "minutes": clock / 60,
                 "walking_s": walking / ranks}
             told = means(summary(walks, marks, worth), others, per_rank * ranks, device)
-            told |= {"tokens": tokens, "lr": lr}
+            told |= {"tokens": tokens, "lr": lr} | (E.update_metrics(engine) if tokens else {})
             told["frac_reward_zero_std"] /= max(told["groups"], 1)
             told["minutes"] += max(spent, default=0)
             if val and (done % args.val_every == 0 or done == steps):

@@ -1239,6 +1239,16 @@ def a_few(names):
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
+def is_sound(tensor):
+    """Is a tensor of weights finite, and so are its squares? Beyond 1e19 no norm of it is, and the
+    forward pass gives NaN.
+
+    >>> is_sound(torch.ones(3)), is_sound(torch.tensor([1, math.nan])), is_sound(torch.tensor(1e22))
+    (True, False, False)
+    """
+    return bool(torch.linalg.vector_norm(tensor, dtype=torch.float32).square().isfinite())
+
+
 def check_weights(model, report, source):
     """Every tensor there, none left over, each of its shape and finite; else UserError.
 
@@ -1263,11 +1273,11 @@ def check_weights(model, report, source):
                                              model.get_input_embeddings().weight):
         raise UserError(f"{source}: config.json says tie_word_embeddings and the weights hold a "
                         "lm_head.weight of its own; set tie_word_embeddings to false there")
-    broken = [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    broken = [key for key, tensor in model.named_parameters() if not is_sound(tensor)]
     if broken:
-        raise UserError(f"{source}: {a_few(broken)} hold numbers that are not finite (NaN or "
-                        "infinity): the run that wrote it has diverged; train again with a lower "
-                        "--lr, or give an earlier checkpoint")
+        raise UserError(f"{source}: {a_few(broken)} hold numbers that are not finite (NaN, "
+                        "infinity, or above 1e19): the run that wrote it has diverged; train again "
+                        "with a lower --lr, or give an earlier checkpoint")
 
 
 def check_tokenizer(tokenizer, model, source):

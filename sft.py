@@ -205,8 +205,8 @@ def setup(args, world, device):
     policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now
-    if not data.whole_walks:
-        E.check_lengths(policy, data.lengths(policy), args.data)
+    E.check_lengths(policy, E.walk_lengths(policy, data, args.vary_turns) if data.whole_walks
+                    else data.lengths(policy), args.data)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return data, policy
@@ -215,7 +215,7 @@ def setup(args, world, device):
 def main(args):
     rank, world, device = E.start(args)
     data, policy = setup(args, world, device)
-    E.open_run(args, rank)
+    E.open_run(args)
 
     dialogs = is_dialog(policy.nav)
     per_walk = 1 if dialogs or not data.whole_walks else args.steps_per_walk
@@ -251,7 +251,7 @@ def main(args):
             units, lambda unit: sum(policy.sizes(*unit)), args.micro_tokens, device)]
     E.tell_memory(engine, None, max(policy.activations(*part) for part in forwards(load(first))),
                   rank)
-    log = E.Log(args.out, rank, first, steps, ("loss", "val/first", "val/plan", "val/right"))
+    log = E.Log(engine, args.out, first, steps, ("loss", "val/first", "val/plan", "val/right"))
     last = min(steps, args.stop_after or steps)
     for step, batch, wait in E.ahead(load, range(first, last)):
         lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
@@ -265,13 +265,13 @@ def main(args):
         losses = 0.0
         for asked, mask in E.accumulate(engine, questions):
             loss = -(engine(*asked) * mask).sum() / tokens
-            engine.backward(loss * world)                       # DeepSpeed averages over ranks
-            engine.step()
+            E.backward_step(engine, loss * world)               # DeepSpeed averages over ranks
             losses += loss.item()
 
         # 3. tell, check, keep
         done = step + 1
         told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens, "wait": wait}
+        told |= E.update_metrics(engine)
         if val_units and (done % args.val_every == 0 or done == steps):
             with E.gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world))

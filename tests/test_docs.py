@@ -155,7 +155,8 @@ def test_every_logged_key_has_its_line():
     import grpo_online
     logged = {key for key in grpo_online.summary([], [], []) if not key.startswith("end_")} | {
         "groups", "rerolled", "deaths", "minutes", "walking_s", "loss", "kl", "clip_frac",
-        "entropy", "plan_tokens", "frac_reward_zero_std", "lr", "tokens"}
+        "entropy", "plan_tokens", "frac_reward_zero_std", "lr", "tokens", "grad_norm",
+        "skipped_steps"}
     logged |= set(grpo.summary([])) | engine.CLOCK
     assert logged <= told
 

@@ -444,6 +444,25 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), (two, key)
 
 
+def test_a_diverging_run_ends_with_a_sentence(world, tmp_path):
+    """Its first update leaves weights from which no plan can be drawn; none of them is saved."""
+    out = tmp_path / "out"
+    more = ["--lr=1e22", "--drop-flat-groups", "--kl-coef=0"]
+    with pytest.raises(UserError, match="step 2: a log-probability of a sampled token is not finite"
+                       ".*No state was saved"):
+        grpo.main(grpo.parse_args(flags(world, out, *more)))
+    rows = log_of(out)
+    assert rows[1]["grad_norm"] > 0 and rows[1]["skipped_steps"] == 0
+    assert not (out / "model.safetensors").exists() and not (out / "state").exists()
+
+
+def test_a_skipped_step_leaves_a_gap_in_the_curves(tmp_path):
+    rows = [{"step": s, "reward": None if s == 2 else 0.5, "kl": 0.0} for s in range(1, 5)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grpo.draw_curves(str(tmp_path), (("reward",), ("kl",)))
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("wrong, says", [
     (["--init=nowhere"], "sft.py"), (["--group-size=1"], "siblings"),
     (["--temperature=0"], "--temperature"), (["--gamma=2"], "--gamma"),

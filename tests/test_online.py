@@ -539,6 +539,16 @@ def test_kill_9_and_resume_gives_the_same_next_update(ego, init, plain, tmp_path
     assert (out / "rollouts.jsonl").read_text() == (plain / "rollouts.jsonl").read_text()
 
 
+@pytest.mark.parametrize("groups", ["episode", "state"])
+def test_a_diverging_run_ends_with_a_sentence(ego, init, tmp_path, groups):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="step 2: a log-probability of a sampled token is not finite"
+                       ".*No state was saved"):
+        run_online(ego, init, out, "--lr=1e22", f"--groups={groups}", "--val-split=none")
+    assert log_of(out)[0]["grad_norm"] > 0
+    assert not (out / "model.safetensors").exists() and not (out / "state").exists()
+
+
 DRIVER = """
 import sys, grpo_online
 for stage in sys.argv[2].split(","):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+import cli
 import engine
 import sft
 from cli import UserError
@@ -130,6 +131,7 @@ def test_two_ranks_equal_one(ego, tmp_path, zero):
     run_sft(ego, two, "--max-steps", 3, "--zero-stage", zero, "--lr", 1e-4, launcher=launcher)
     for a, b in zip(told(one), told(two)):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5), a["step"]
+        assert 0 < a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4), a["step"]
     a, b = weights(one), weights(two)
     assert a.keys() == b.keys()
     for k in a:
@@ -163,6 +165,131 @@ def test_bfloat16_learns_what_float32_learns(ego, tmp_path):
         run_sft(ego, tmp_path / dtype, "--max-steps", 8, "--dtype", dtype, "--warmup", 0)
     whole, half = ([line["loss"] for line in told(tmp_path / d)] for d in ("float32", "bfloat16"))
     assert half == pytest.approx(whole, rel=0.02) and whole[-1] < 0.95 * whole[0]
+
+
+# ---------------------------------------------------------------- numbers that are not finite
+
+
+def main(ego, out, *flags):
+    """sft.py in this process, as cli.run() runs it -> exit status."""
+    with pytest.raises(SystemExit) as left:
+        cli.run(sft.main, lambda: sft.parse_args(
+            ["--data", ego, "--out", str(out), *TINY, *map(str, flags)]))
+    return left.value.code
+
+
+def strict(folder):
+    """The log, by a reader that knows no NaN."""
+    def refuse(name):
+        raise AssertionError(f"{name} in log.jsonl")
+    return [json.loads(line, parse_constant=refuse)
+            for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_diverging_run_ends_and_keeps_its_last_good_state(ego, tmp_path, capsys):
+    out, flags = tmp_path / "x", ["--max-steps", 6, "--save-every", 1, "--warmup", 0]
+    sft.main(sft.parse_args(["--data", ego, "--out", str(out), *TINY, *map(str, flags),
+                             "--stop-after", "2"]))
+    rows = strict(out)
+    assert all(row["grad_norm"] > 0 and row["skipped_steps"] == 0 for row in rows)
+    good, before = weights(out), json.loads((out / "args.json").read_text())
+    (out / "args.json").write_text(json.dumps(dict(before, lr=1e22)))      # let it go on with that
+    assert main(ego, out, *flags, "--lr", 1e22) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    for words in ("step 3: ", "weights' tensors are not finite", "(learning rate ", "lower --lr",
+                  "state/step_000002"):
+        assert words in said
+    assert (out / "state" / "latest").read_text() == "step_000002"
+    assert all(torch.equal(good[k], weights(out)[k]) for k in good)        # nor the policy
+
+    fresh = tmp_path / "y"                           # the sentence's advice where no state is
+    assert main(ego, fresh, *flags[:2], "--save-every", 5, "--lr", 1e22) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "step 2: loss is nan" in said and "No state was saved" in said
+    assert strict(fresh)[-1]["loss"] is None
+    sft.main(sft.parse_args(["--data", ego, "--out", str(fresh), *TINY, "--max-steps", "1"]))
+
+
+def test_a_diverging_run_ends_on_every_rank(ego, tmp_path):
+    launcher = [shutil.which("deepspeed", path=os.path.dirname(sys.executable)), "--num_gpus", "2",
+                "--master_port", "29611"]
+    done = run_sft(ego, tmp_path / "x", "--max-steps", 4, "--zero-stage", 2, "--lr", 1e22,
+                   launcher=launcher, check=False, timeout=300)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert (done.stdout + done.stderr).count("sft.py: error: step 2: loss is") == 2, done.stderr
+
+
+def tiny_engine(tmp_path, *flags):
+    args = sft.parse_args([*TINY, "--out", str(tmp_path), *flags])
+    engine.start(args)
+    policy = load_policy("tiny", dtype=engine.default_dtype(args), texts=["go to the sofa"])
+    return policy, engine.make_engine(policy, args)
+
+
+def test_a_state_is_written_and_read_with_finite_weights_only(tmp_path, monkeypatch):
+    policy, deep = tiny_engine(tmp_path)
+    engine.save_state(deep, str(tmp_path), 1)
+    with torch.no_grad():
+        next(policy.parameters())[0] = math.nan
+    with pytest.raises(UserError, match="1 of the weights' tensors are not finite.*step_000001"):
+        engine.save_state(deep, str(tmp_path), 2)
+    assert sorted(os.listdir(tmp_path / "state")) == ["latest", "step_000001"]
+    with monkeypatch.context() as patch:             # as an older version of this code wrote it
+        patch.setattr(engine, "broken_weights", lambda deep: 0)
+        engine.save_state(deep, str(tmp_path), 3)
+    with pytest.raises(UserError, match="state/step_000003 holds weights that are not finite"):
+        engine.load_state(deep, str(tmp_path))
+
+
+def test_a_bfloat16_update_that_overflows_is_skipped_and_counted(tmp_path):
+    policy, deep = tiny_engine(tmp_path, "--dtype", "bfloat16")
+    before = [p.clone() for p in policy.parameters()]
+    skipped = []
+    for scale in (math.inf, 1.0):
+        loss = sum((p.float() ** 2).sum() for p in policy.parameters() if p.requires_grad) * scale
+        for _ in engine.accumulate(deep, [0]):
+            engine.backward_step(deep, loss)
+        skipped.append(engine.update_metrics(deep))
+        same = all(torch.equal(a, b) for a, b in zip(before, policy.parameters()))
+        assert same == (scale == math.inf)
+    assert [m["skipped_steps"] for m in skipped] == [1, 1]
+    assert math.isinf(skipped[0]["grad_norm"]) and 0 < skipped[1]["grad_norm"] < math.inf
+
+
+def test_bfloat16_may_skip_some_updates_in_a_row_and_float32_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.dist, "get_rank", lambda: 1)                # writes nothing
+
+    def log(half):
+        return engine.Log(SimpleNamespace(bfloat16_enabled=lambda: half, skipped_steps=7),
+                          str(tmp_path), 0, 99, ())
+    patient, bad = log(True), dict(loss=1.0, lr=0.1, grad_norm=math.inf)
+    for step in range(1, 20):
+        patient(step, skipped_steps=7 + step, **bad)
+    patient(20, skipped_steps=26, **dict(bad, grad_norm=1.0))              # it came and went
+    for step in range(21, 40):
+        patient(step, skipped_steps=6 + step, **bad)
+    with pytest.raises(UserError, match="step 40: grad_norm is inf.*skipped the last 20 updates"):
+        patient(40, skipped_steps=46, **bad)
+    with pytest.raises(UserError, match="step 1: grad_norm is inf"):
+        log(False)(1, skipped_steps=8, **bad)
+    with pytest.raises(UserError, match="reward is nan"):
+        log(True)(1, reward=math.nan, lr=0.1, skipped_steps=7)
+    with pytest.raises(UserError, match="a log-probability of a sampled token is not finite"):
+        log(True)(1, (1.0, 1.0, 1.0), reward=0.5, lr=0.1, skipped_steps=8)
+
+
+def test_lengths_are_checked_before_training(ego, tmp_path):
+    data, args = VlnEgo(ego), ["--data", ego, "--out", str(tmp_path), *TINY]
+    sft.setup(sft.parse_args(args), 1, "cpu")
+    longest = max(data.episodes, key=lambda e: len(e["instruction"]))
+    shutil.copytree(ego, tmp_path / "long")
+    rows = [dict(row, instruction="go on " * 30_000) if row is longest else row
+            for row in data.episodes]
+    (tmp_path / "long" / "episodes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    args[1] = str(tmp_path / "long")
+    for prompt in ("window", "dialog"):
+        with pytest.raises(UserError, match=f"episode {longest['episode_id']} is .* tokens long"):
+            sft.setup(sft.parse_args([*args, "--prompt", prompt]), 1, "cpu")
 
 
 # ---------------------------------------------------------------- bad input
