@@ -416,6 +416,38 @@ def test_a_configuration_that_needs_another_forward_pass_is_refused(saved, tmp_p
     refused(copy_of(saved, tmp_path / "x", config=change), *words)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_published_form_of_a_config_loads(policy, saved, tmp_path, tied):
+    """Qwen2-VL's own config.json is flat and in the words of transformers 4; the 7B is untied."""
+    def flatten(config):
+        text = config.pop("text_config")
+        for key in ("rope_parameters", "layer_types", "model_type", "dtype"):
+            text.pop(key, None)
+        text["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
+        config.update(text, sliding_window=32768, max_window_layers=28, tie_word_embeddings=tied)
+        vision = config["vision_config"]
+        for key in ("rope_parameters", "hidden_act", "model_type", "in_channels"):
+            vision.pop(key)
+        vision.update(in_chans=3, spatial_patch_size=14)
+
+    def head(state):
+        if not tied:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"].flip(1).contiguous()
+    loaded = load_policy(copy_of(saved, tmp_path / "x", tensors=head, config=flatten))
+    frames, (ids, _) = pictures(2), policy.answers(["A. Move forward 25 cm"])
+    prompt = make_prompt(loaded, frames)
+    with torch.no_grad():
+        ours = loaded.logps([prompt], ids, torch.ones_like(ids, dtype=torch.bool))[0]
+        before = policy.logps([make_prompt(policy, frames)], ids,
+                              torch.ones_like(ids, dtype=torch.bool))[0]
+    torch.testing.assert_close(ours, hf_logps(loaded, prompt, frames, ids[0]), atol=2e-5, rtol=0)
+    assert torch.allclose(ours, before, atol=1e-5) == tied
+    (tmp_path / "again").mkdir()
+    save_policy(loaded, str(tmp_path / "again"))
+    again = load_policy(str(tmp_path / "again"))
+    assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
+
+
 def test_settings_that_transformers_modules_carry_out_are_obeyed(policy, saved, tmp_path):
     """Activations and norms are the library's own modules: any value, and the same answer."""
     def other(config):
