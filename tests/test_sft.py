@@ -5,6 +5,7 @@ Run it   python -m pytest tests/test_sft.py
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -211,7 +212,7 @@ def test_a_diverging_run_ends_and_keeps_its_last_good_state(ego, tmp_path, capsy
 
 
 def test_a_diverging_run_ends_on_every_rank(ego, tmp_path):
-    launcher = [shutil.which("deepspeed", path=os.path.dirname(sys.executable)), "--num_gpus", "2",
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                 "--master_port", "29611"]
     done = run_sft(ego, tmp_path / "x", "--max-steps", 4, "--zero-stage", 2, "--lr", 1e22,
                    launcher=launcher, check=False, timeout=300)
