@@ -127,7 +127,7 @@ def test_two_ranks_equal_one(ego, tmp_path, zero):
     one = tmp_path / "one"
     run_sft(ego, one, "--max-steps", 3, "--zero-stage", 0, "--lr", 1e-4)
     two = tmp_path / "two"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                 "--master_port", str(29600 + zero)]
     run_sft(ego, two, "--max-steps", 3, "--zero-stage", zero, "--lr", 1e-4, launcher=launcher)
     for a, b in zip(told(one), told(two)):
@@ -212,7 +212,7 @@ def test_a_diverging_run_ends_and_keeps_its_last_good_state(ego, tmp_path, capsy
 
 
 def test_a_diverging_run_ends_on_every_rank(ego, tmp_path):
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2",
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2",
                 "--master_port", "29611"]
     done = run_sft(ego, tmp_path / "x", "--max-steps", 4, "--zero-stage", 2, "--lr", 1e22,
                    launcher=launcher, check=False, timeout=300)
