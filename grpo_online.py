@@ -87,7 +87,7 @@ from evaluate import (
     walk_episodes,
 )
 from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_reference, masked_mean
-from make_data import Dialog, drive
+from make_data import Dialog, run_jobs
 from model import is_dialog, load_policy, save_policy
 from reward import STOP
 from world import SimDied, SimError
@@ -97,11 +97,16 @@ from world.episodes import (
     read_episodes,
     read_ground_truth,
     scenes_of,
-    turned,
-    yaw_deg,
 )
 from world.pool import SimPool, scenes_used
-from world.robots import add_robot_args, add_simulator_args, simulator_commands, visible_gpus
+from world.robots import (
+    add_robot_args,
+    add_simulator_args,
+    simulator_commands,
+    turn_between,
+    visible_gpus,
+    yaw_deg,
+)
 
 
 def parse_args(argv=None):
@@ -212,7 +217,7 @@ def to_go(state, robot):
         if math.hypot(next_x - x, next_z - z) < robot["forward_m"] / 2:
             continue                                       # no need to face what is underfoot
         way = math.degrees(math.atan2(x - next_x, z - next_z))
-        turns, yaw = turns + abs(turned(yaw, way)) / robot["turn_deg"], way
+        turns, yaw = turns + abs(turn_between(yaw, way)) / robot["turn_deg"], way
     return state["distance_to_goal"] + robot["forward_m"] * round(turns, 9)
 
 
@@ -366,7 +371,7 @@ class World:
                                        self.robot, self.radius) for plan in some]
                 found[walk.name].append(rewards if np.isfinite(rewards).all() else [])
 
-        drive(self.pool, args.sims, (job(walk) for walk in walks
+        run_jobs(self.pool, args.sims, (job(walk) for walk in walks
                                      if walk.turns and walk.end not in SPOILT))
         if failed and not found:
             raise UserError(f"no simulator could try the plans of any of {len(failed)} walks; the "

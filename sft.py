@@ -141,7 +141,7 @@ def question(policy, decisions, frames):
     if not is_dialog(policy.nav):
         ids, mask = answers_of(policy, decisions)
         return (decisions, frames, ids, mask), mask
-    rows = [torch.tensor([own for own, answer in zip(d.learned, d.answers) for _ in answer])
+    rows = [torch.tensor([own for own, answer in zip(d.in_loss, d.answers) for _ in answer])
             for d in decisions]
     mask = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     return (decisions, frames), mask.to(policy.device)

@@ -97,7 +97,7 @@ def make_world(args):
                    os.path.join(late, "frames"))
         data = VlnEgo(os.path.join(ego, "train"))
         for walk in data.walks.values():              # a step without a label is not trained on
-            plans = [data_window(walk["actions"], t) if t >= 16 else ""
+            plans = [data_action_chunk(walk["actions"], t) if t >= 16 else ""
                      for t in range(len(walk["actions"]))]
             walk["labels"] = plans
         for name, rows in (("walks", data.walks.values()), ("episodes", data.episodes)):
@@ -108,9 +108,9 @@ def make_world(args):
     return os.path.join(ego, "train"), late
 
 
-def data_window(actions, t):
-    from make_data import window
-    return "".join(map(str, window(actions, t, 6)))
+def data_action_chunk(actions, t):
+    from make_data import action_chunk
+    return "".join(map(str, action_chunk(actions, t, 6)))
 
 
 QWEN2 = {   # hidden, layers, heads, kv heads, mlp, vocabulary, tied; both have the same tower

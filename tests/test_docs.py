@@ -74,7 +74,9 @@ def flags_of(module):
             importlib.import_module(module).parse_args([])
     finally:
         argparse.ArgumentParser.parse_args = original
-    return set(seen[0]._option_string_actions)
+    commands = [parser for action in seen[0]._actions if isinstance(action.choices, dict)
+                for parser in action.choices.values()]
+    return {flag for parser in [seen[0], *commands] for flag in parser._option_string_actions}
 
 
 # ---------------------------------------------------------------- commands

@@ -1,5 +1,5 @@
 """Episode files as they are downloaded: R2R plain and preprocessed, RxR in its two roles and four
-languages, test splits that hide their goals; and `make_data.py --verify`, on a real split too.
+languages, test splits that hide their goals; and tools/verify.py, on a real split too.
 
 RxR's files need a download from Google Drive, so the ones here are written by the format that
 VLN-CE's loader (habitat_extensions/task.py) reads and its README lays out.
@@ -16,10 +16,12 @@ import sys
 
 import pytest
 from conftest import GLB, NAVMESH
+from helpers import write_gz
 
 import evaluate
 import make_data
 from cli import UserError
+from tools import verify
 from world.episodes import (
     LANGUAGES,
     check_scenes,
@@ -32,7 +34,6 @@ from world.episodes import (
     scene_hash,
     scenes_of,
     turn_fit,
-    verify,
     walked_turn_deg,
 )
 from world.house_sim import HouseSim
@@ -42,12 +43,6 @@ from world.worker import record as record_walk
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 REAL = os.path.join(ROOT, "..", "shared", "data", "r2r_vlnce_v1-3_preprocessed")
 real = pytest.mark.skipif(not os.path.isdir(REAL), reason="no real data beside the repo")
-
-
-def write_gz(path, data):
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with gzip.open(path, "wt", encoding="utf-8") as f:
-        json.dump(data, f)                                      # writes NaN, as RxR's files hold it
 
 
 def walk_at_30(turns):
@@ -184,18 +179,18 @@ def test_the_real_locations_are_the_start_and_one_per_forward_move():
 
 
 def verified(*flags):
-    return make_data.main(make_data.parse_args(["--verify", *map(str, flags)]))
+    return verify.main(verify.parse_args(list(map(str, flags))))
 
 
 def test_a_whole_tree_verifies(rxr, capsys):
     folder, scenes = rxr
     flags = ("--episodes", folder, "--scenes", scenes, "--split")
     verified(*flags, "val_seen")
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for words in ("robot rxr", "12 episodes, 6 trajectories; how many there should be is not known",
                   "languages: en-IN 3, en-US 3, hi-IN 3, te-IN 3", "ground truth for 12 of 12",
                   "turns of 30 degrees fit 100.0%", "scenes: 2 of 2", "a .navmesh", "all there"):
-        assert words in told, told
+        assert words in printed, printed
     verified(*flags, "val_seen", "--role", "follower", "--languages", "te-IN")
     assert "1 episodes, 1 traj" in capsys.readouterr().out
     verified(*flags, "test_challenge")
@@ -220,15 +215,19 @@ def test_each_problem_is_named(spoil, problem):
         truths = {str(i): walk_at_30(0) for i in range(11006)}
     for episode in episodes:
         episode["scene_id"] = "houses/here.glb"
-    assert [p for p in verify(episodes, truths, ".", 30, key)[1] if "scenes" not in p] == []
+    def problems():
+        report = verify.verify(episodes, truths, ".", 30, key)
+        return [problem for problem in report.problems if "scenes" not in problem]
+    assert problems() == []
     spoil(episodes, truths)
-    (found,) = [p for p in verify(episodes, truths, ".", 30, key)[1] if "scenes" not in p]
+    (found,) = problems()
     assert re.search(problem, found)
     if key:
-        facts, problems = verify(episodes, truths, ".", 30, key, subset=True)
-        assert "a subset: 11,005 of 11,006 known episodes" in facts and len(problems) == 1
-        _, problems = verify(episodes + episodes[:5], truths, ".", 30, key, subset=True)
-        assert "11,010 episodes where 11,006 are known" in problems[0]
+        report = verify.verify(episodes, truths, ".", 30, key, subset=True)
+        assert "a subset: 11,005 of 11,006 known episodes" in report.facts
+        assert len(report.problems) == 1
+        report = verify.verify(episodes + episodes[:5], truths, ".", 30, key, subset=True)
+        assert "11,010 episodes where 11,006 are known" in report.problems[0]
 
 
 def test_a_wrong_robot_and_a_missing_navmesh(rxr, capsys):
@@ -277,7 +276,7 @@ def test_verify_on_the_real_val_seen(tmp_path):
     assert done.returncode == 2 and "1 scenes are missing" in done.stderr
 
 
-# ---------------------------------------------------------------- replayed, and walked anew
+# ---------------------------------------------------------------- replayed, and walked again
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +312,7 @@ def test_a_stated_turn_angle_walks_the_expert_anew(houses_at_15, tmp_path, capsy
     assert replayed.meta["drift_m"]["max"] == 0 == replayed.meta["end_drift_m"]["max"]
     capsys.readouterr()
     anew = record(houses_at_15, tmp_path / "30", "--turn-deg", 30)
-    assert "ground truth turned 15 degrees: the expert walks anew" in capsys.readouterr().out
+    assert "ground truth turned 15 degrees: the expert walks" in capsys.readouterr().out
     assert (anew.meta["args"]["expert"], anew.meta["args"]["waypoints"]) == ("walk", "reference")
     assert anew.meta["robot"]["turn_deg"] == 30 and anew.meta["drift_m"] is None
     references = {e["trajectory_id"]: e["reference_path"]
@@ -409,8 +408,8 @@ def everything(flags):
     for more in ([], ["--noise", "0.1"], ["--expert", "walk", "--waypoints", "reference"]):
         args = make_data.parse_args(flags + more)
         episodes = read_episodes(args.episodes, args.split)
-        args.robot = "rxr"
-        make_data.plan_walks(episodes, make_data.choose_expert(args, episodes, ROBOTS["rxr"]), args)
+        truths, expert = make_data.read_expert(args, episodes, ROBOTS["rxr"], "rxr")
+        make_data.plan_walks(episodes, truths, expert, args)
 
 
 def places(value, path=()):
@@ -506,7 +505,7 @@ def truth(**changes):
     (lambda e, t: e.update(scenes={}), "'scenes' lacks mp3d/scan0/scan0.glb of episode 0"),
 ])
 def test_each_script_refuses_before_it_walks(tmp_path, change, sentence):
-    """File, episode, field and mend, from evaluate.py, make_data.py and its --verify alike."""
+    """File, episode, field and mend, from evaluate.py, make_data.py and tools/verify.py alike."""
     flags = write_tree(tmp_path, change=change)
     for start in (lambda: evaluate.prepare(evaluate.parse_args(["--agent", "stop", *flags])),
                   lambda: verified(*flags),
@@ -636,16 +635,16 @@ def test_a_file_that_is_no_scene_is_named(tmp_path, ending, content, fault):
 def test_a_navmesh_of_either_byte_order_and_one_hash_of_all_scenes(tmp_path):
     flags = write_tree(tmp_path)
     episodes, scenes = read_episodes(tmp_path, "val_seen"), tmp_path / "scenes"
-    told = check_scenes(episodes, scenes)
-    assert told["count"] == 2 and told == check_scenes(episodes[::-1], scenes)
-    assert told["sha256"] != check_scenes(episodes[:1], scenes)["sha256"]
+    whole = check_scenes(episodes, scenes)
+    assert whole["count"] == 2 and whole == check_scenes(episodes[::-1], scenes)
+    assert whole["sha256"] != check_scenes(episodes[:1], scenes)["sha256"]
     (scenes / "mp3d/scan0/scan0.navmesh").write_bytes(b"MSET")
     verified(*flags)
     changed = check_scenes(episodes, scenes)
-    assert changed["sha256"] != told["sha256"], "distances are the navmesh's"
+    assert changed["sha256"] != whole["sha256"], "distances are the navmesh's"
     (scenes / "mp3d/scan0/scan0.navmesh").unlink()
     (scenes / "mp3d/scan0/scan0.glb").write_bytes(GLB + b"1")
-    assert check_scenes(episodes, scenes)["sha256"] not in (changed["sha256"], told["sha256"])
+    assert check_scenes(episodes, scenes)["sha256"] not in (changed["sha256"], whole["sha256"])
 
 
 def test_the_hash_of_a_large_scene_reads_its_size_and_its_ends(tmp_path):
@@ -664,20 +663,20 @@ def test_the_hash_of_a_large_scene_reads_its_size_and_its_ends(tmp_path):
 # ---------------------------------------------------------------- --verify: what is not whole
 
 
-def test_plain_episodes_are_told_what_can_be_measured(tmp_path, capsys):
+def test_what_can_be_measured_on_plain_episodes(tmp_path, capsys):
     """Goals without ground truth are no test split."""
     flags = write_tree(tmp_path)
     os.remove(tmp_path / "val_seen/val_seen_guide_gt.json")
     with pytest.raises(UserError, match="no ground truth of split 'val_seen'.*--expert walk"):
         verified(*flags)
-    told = capsys.readouterr().out
-    assert "goals are there: SR, NE, SPL can be measured, nDTW cannot" in told
-    assert "test split" not in told
+    printed = capsys.readouterr().out
+    assert "goals are there: SR, NE, SPL can be measured, nDTW cannot" in printed
+    assert "test split" not in printed
     with pytest.raises(UserError, match="no ground truth of split 'val_seen'.*--expert walk"):
         make_data.main(make_data.parse_args([*flags, "--out", f"{tmp_path}/o"]))
     verified(*flags, "--expert", "walk")
-    told = capsys.readouterr().out
-    assert "nDTW cannot" in told and told.endswith("all there\n")
+    printed = capsys.readouterr().out
+    assert "nDTW cannot" in printed and printed.endswith("all there\n")
 
 
 def test_a_subset_of_a_known_split_is_meant_or_not(tmp_path, capsys):
@@ -687,5 +686,5 @@ def test_a_subset_of_a_known_split_is_meant_or_not(tmp_path, capsys):
     verified(*flags, "--subset")
     assert "a subset: 2 of 11,006 known episodes" in capsys.readouterr().out
     verified(*flags, "--limit", "1")
-    with pytest.raises(UserError, match="--subset .*--verify"):
-        make_data.main(make_data.parse_args([*flags, "--subset", "--out", f"{tmp_path}/o"]))
+    with pytest.raises(UserError, match="2 of 11,006 known episodes"):
+        make_data.main(make_data.parse_args([*flags, "--verify"]))

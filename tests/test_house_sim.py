@@ -376,7 +376,7 @@ def test_a_recorded_walk_is_what_was_seen_and_done(house):
     with pytest.raises(SimError, match="stop midway"):
         record(house, EPISODE, actions=[1, 0, 1, 0])
     with pytest.raises(SimError, match="did not stop within 5"):
-        record(house, EPISODE, max_steps=5)
+        record(house, EPISODE, max_actions=5)
 
 
 def test_the_walk_goes_by_the_waypoints(house):

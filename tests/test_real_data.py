@@ -14,7 +14,7 @@ from scipy.ndimage import map_coordinates
 import lsm
 import make_data
 from cli import UserError
-from make_data import VlnEgo, window
+from make_data import Expert, VlnEgo, action_chunk
 from reward import FORWARD, LEFT, RIGHT, STOP
 from tools.sharegpt import ShareGpt
 from world.episodes import check_turn_deg, heading_fit, read_episodes, read_ground_truth
@@ -54,13 +54,13 @@ def test_every_episode_and_ground_truth_loads(val_seen):
     assert all(text == " ".join(text.split()) for text in texts)
 
 
-def test_windows_are_the_next_six_actions_padded_with_stop(val_seen):
+def test_chunks_are_the_next_six_actions_padded_with_stop(val_seen):
     _, truths = val_seen
     windows = Counter()
     for truth in truths.values():
         actions = truth["actions"]
         for t in range(len(actions)):
-            label = window(actions, t, 6)
+            label = action_chunk(actions, t, 6)
             assert label == (actions + [STOP] * 6)[t:t + 6]
             windows[tuple(label)] += 1
     # counted once, by a script of four lines that shares nothing with make_data.py
@@ -76,7 +76,8 @@ def test_windows_are_the_next_six_actions_padded_with_stop(val_seen):
 def test_three_instructions_share_a_walk(val_seen):
     episodes, truths = val_seen
     args = make_data.parse_args(["--robot", "r2r", "--split", "val_seen"])
-    walks, rows = make_data.plan_walks(episodes, truths, args)
+    expert = Expert("replay", "goal", new_angle=False)
+    walks, rows = make_data.plan_walks(episodes, truths, expert, args)
     assert (len(walks), len(rows)) == (259, 778)
     assert len({w["walk_id"] for w in walks}) == 259
     assert len(make_data.make_shards(walks, 64)) == 5
@@ -142,8 +143,8 @@ def test_frame_t_is_the_view_before_action_t(moved, actions):
     """So the label at t starts with actions[t]; one that starts with actions[t+1] is late."""
     _, moved = moved
     assert len(actions) == 65 and actions[-1] == STOP
-    ours = sum(m == window(actions, t, 6)[0] for t, m in enumerate(moved))
-    late = sum(m == window(actions, t + 1, 6)[0] for t, m in enumerate(moved))
+    ours = sum(m == action_chunk(actions, t, 6)[0] for t, m in enumerate(moved))
+    late = sum(m == action_chunk(actions, t + 1, 6)[0] for t, m in enumerate(moved))
     assert ours == 64
     assert late == 36, "what chance gives, with long runs of one action"
 
@@ -162,8 +163,8 @@ def test_released_labels_are_a_step_late(moved, actions):
     assert len(released) == 65 and released.meta["robot"] == {"turn_deg": 30.0, "forward_m": 0.25}
     nav = {"turn_deg": 30, "forward_m": 0.25, "horizon": 4}     # the words say 30
     plans = [list(released.decision(i, 0, nav).plan) for i in range(65)]
-    assert all(plan == window(actions, t + 1, 4) for t, plan in enumerate(plans))
-    assert sum(plan == window(actions, t, 4) for t, plan in enumerate(plans)) == 13
+    assert all(plan == action_chunk(actions, t + 1, 4) for t, plan in enumerate(plans))
+    assert sum(plan == action_chunk(actions, t, 4) for t, plan in enumerate(plans)) == 13
     assert sum(m == plan[0] for m, plan in zip(moved, plans)) == 36
 
 
@@ -200,7 +201,7 @@ def test_imported_walk_keeps_the_pictures_and_gets_the_right_labels(tmp_path, ac
     assert data.steps(0) == list(range(65))
     for t in range(65):
         d = data.decision(0, t, NAV)
-        assert d.plan == tuple(window(actions, t, 6))
+        assert d.plan == tuple(action_chunk(actions, t, 6))
         with open(f"{WALK}/step_{t}.jpg", "rb") as f:
             assert data.frame_bytes(d.frames[-1]) == f.read()
     assert data.frame(d.frames[0]).shape == (480, 640, 3)

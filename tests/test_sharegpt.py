@@ -33,8 +33,8 @@ def record(words=WORDS, answer=ANSWER, images=("images/0.png",), **more):
             "images": list(images), **more}
 
 
-def turns(*said, keys=("from", "value")):
-    return [dict(zip(keys, pair)) for pair in said]
+def turns(*pairs, keys=("from", "value")):
+    return [dict(zip(keys, pair)) for pair in pairs]
 
 
 @pytest.fixture
@@ -105,11 +105,12 @@ def test_every_form_of_a_record_is_the_same_record(form):
 
 
 def test_a_system_text_in_a_column_or_a_turn_is_the_records_system_text():
-    told = read_record(record(system="Never stop."))
+    column = read_record(record(system="Never stop."))
     turn = record()
     turn["conversations"].insert(0, {"from": "system", "value": "Never stop."})
-    assert told.system == "Never stop." and read_record(turn) == told
-    assert read_record(turn | {"system": "Never stop."}) == told
+    assert column.system == "Never stop."
+    assert read_record(turn) == column
+    assert read_record(turn | {"system": "Never stop."}) == column
     with pytest.raises(ValueError, match="two system texts"):
         read_record(turn | {"system": "Stop."})
 
@@ -122,10 +123,10 @@ BAD = [
     (record(videos=["a.mp4"]), "'videos'"),
     (record(audios=["a.wav"]), "'audios'"),
     (record(chosen="x"), "'chosen'"),
-    (record(words=WORDS + "<video>"), "'value' of turn 0 .human. holds the reserved mark <video>"),
-    (record(words=WORDS + "<|image_pad|>"), "turn 0 .human. holds the reserved mark <.image_pad"),
-    (record(answer=ANSWER + "<|im_end|>"), "turn 1 .gpt. holds the reserved mark <.im_end"),
-    (record(system="<|im_start|>"), "'system' holds the reserved mark"),
+    (record(words=WORDS + "<video>"), "'value' of turn 0 .human. holds the reserved <video>"),
+    (record(words=WORDS + "<|image_pad|>"), "turn 0 .human. holds the reserved <.image_pad"),
+    (record(answer=ANSWER + "<|im_end|>"), "turn 1 .gpt. holds the reserved <.im_end"),
+    (record(system="<|im_start|>"), "'system' holds the reserved <.im_start"),
     (record(system="<image>"), "<image> in its system text or an answer"),
     (record(answer="<image>" + ANSWER), "<image> in its system text or an answer"),
     (record(answer="  "), "the answer of round 0 is empty"),
@@ -479,9 +480,9 @@ def ego(tmp_path):
     out = tmp_path / "ego" / "train"
     for name in ("frames", "rows"):
         os.makedirs(out / name)
-    shard = Shard(str(out), "0000")
+    shard = Shard(str(out), "0000", "png")
     shard.add({"walk_id": "w", "actions": [1, 2, 1, 0]},
-              [packed(Image.new("RGB", (56, 56), (t, 0, 0))) for t in range(4)], "png")
+              [packed(Image.new("RGB", (56, 56), (t, 0, 0))) for t in range(4)])
     shard.commit()
     shutil.copy(out / "rows" / "0000.jsonl", out / "walks.jsonl")
     write_lines(str(out / "episodes.jsonl"), [
@@ -537,9 +538,12 @@ def test_frames_that_are_missing_are_found_when_the_folder_is_read(ego):
         VlnEgo(ego)
 
 
+def command(*words):
+    sharegpt.main(sharegpt.parse_args(list(map(str, words))))
+
+
 def export(ego, folder, *flags):
-    make_data.main(make_data.parse_args(["--out", str(ego.parent), "--export-sharegpt",
-                                         str(folder), "--memory-budget", "2", *flags]))
+    command("export", ego, "--out", folder, "--memory-budget", 2, *flags)
 
 
 def test_sharegpt_there_and_back(ego, tmp_path, policy):
@@ -560,10 +564,6 @@ def test_sharegpt_there_and_back(ego, tmp_path, policy):
         assert json.load(file)["vln_ego"]["file_name"] == "vln_ego.json"
 
 
-def nav_command(*flags):
-    sharegpt.main(sharegpt.parse_args([str(flag) for flag in flags]))
-
-
 def test_the_contract_of_what_another_tool_trained_on_the_export(ego, tmp_path, policy):
     import evaluate
     from model import load_policy, save_policy
@@ -574,15 +574,15 @@ def test_the_contract_of_what_another_tool_trained_on_the_export(ego, tmp_path, 
     args = evaluate.parse_args(["--ckpt", str(ckpt), "--device", "cpu"])
     with pytest.raises(UserError, match="nav.json"):
         evaluate.choose_ckpt(args)
-    nav_command("--nav", share, "--ckpt", ckpt)
+    command("nav", share, "--ckpt", ckpt)
     folder, nav = evaluate.choose_ckpt(args)
     assert (nav["horizon"], nav["turn_deg"], nav["dataset"], nav["width"]) == (4, 30, "houses", 56)
     assert nav["memory"]["budget"] == 2 and load_policy(folder).nav == nav
-    nav_command("--nav", share, "--ckpt", ckpt)     # once more changes nothing
+    command("nav", share, "--ckpt", ckpt)     # once more changes nothing
     with pytest.raises(UserError, match="is there and differs"):
-        nav_command("--nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
+        command("nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
     os.remove(ckpt / "nav.json")
-    nav_command("--nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
+    command("nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
     assert load_policy(str(ckpt)).nav == {**nav, "max_pixels": 9000}
 
 
@@ -591,18 +591,18 @@ def test_a_contract_for_a_folder_that_is_no_model(ego, tmp_path):
     export(ego, share)
     ckpt.mkdir()
     with pytest.raises(UserError, match="config.json cannot be read"):
-        nav_command("--nav", share, "--ckpt", ckpt)
+        command("nav", share, "--ckpt", ckpt)
     (ckpt / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="LoRA adapter alone"):
-        nav_command("--nav", share, "--ckpt", ckpt)
+        command("nav", share, "--ckpt", ckpt)
     (ckpt / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        nav_command("--nav", share, "--ckpt", ckpt)
+        command("nav", share, "--ckpt", ckpt)
     with pytest.raises(UserError, match="nav.json cannot be read"):
-        nav_command("--nav", tmp_path, "--ckpt", ckpt)
+        command("nav", tmp_path, "--ckpt", ckpt)
     (share / "nav.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match="not a contract .*horizon"):
-        nav_command("--nav", share, "--ckpt", ckpt)
+        command("nav", share, "--ckpt", ckpt)
     assert not (ckpt / "nav.json").exists()
 
 
@@ -619,8 +619,7 @@ def walk(folder, words="go to the door", actions=(1, 2, 0), grey=0):
 
 
 def imported(folder, out):
-    make_data.main(make_data.parse_args(["--robot", "r2r", "--import-walk", str(folder), "--out",
-                                         str(out)]))
+    command("import", folder, "--robot", "r2r", "--out", out)
     return VlnEgo(out / "train")
 
 

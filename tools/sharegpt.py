@@ -1,28 +1,24 @@
 """
 ShareGPT files, in and out, and the released walks of VLN-Ego.
 
-In    ShareGpt reads what LLaMA-Factory and LLaVA read: records of a conversation with pictures.
-        file      a JSON array, or JSON lines under either name (.json, .jsonl); UTF-8, BOM or not
-        turns     "conversations" of {"from", "value"}, or "messages" of {"role", "content"}; first
-                  a system turn, if there is one, then human and gpt in turn. Content is text with
-                  <image> marks, or Qwen's list of {"type": "image"} and {"type": "text"}
-        pictures  "images" or "image": a path, {"path": ..}, or a list of them, one per <image>
-        "system"  a text that replaces the chat template's own system message
-      Each gpt turn is a decision: it is trained given all that stands before it. Every record is
-      checked when the file is read; what cannot be used is refused with the record's number
-      (from 0) and the field. Words and labels are used as they stand, the released files' shift
-      by one step included (make_data.py says more).
-Out   export_sharegpt writes a recording for LLaMA-Factory, with the contract (nav.json) that a
-      policy trained on it has to obey. The command below gives it to the trained checkpoint.
-Walks released_walks and import_shard turn ep_*/traj_* folders into VLN-Ego.
+ShareGpt reads what LLaMA-Factory and LLaVA read [1]: records of a conversation with pictures.
+    file      a JSON array, or JSON lines under either name (.json, .jsonl); UTF-8, BOM or not
+    turns     "conversations" of {"from", "value"}, or "messages" of {"role", "content"}; first a
+              system turn, if there is one, then human and gpt in turn. Content is text with <image>
+              placeholders, or Qwen's list of {"type": "image"} and {"type": "text"}
+    pictures  "images" or "image": a path, {"path": ..}, or a list of them, one per <image>
+    "system"  a text that replaces the chat template's own system message
+Each gpt turn is a decision: it is trained given all that stands before it. Every record is checked
+when the file is read; an error names the record's number (from 0) and the field. Texts and labels
+are used as they stand, the released files' shift by one step included (make_data.py says more).
 
-Run it
-    python make_data.py --out data/vln_ego --split train --export-sharegpt data/sharegpt
-    python -m tools.sharegpt --nav data/sharegpt --ckpt llama_factory/output
-    python evaluate.py --ckpt llama_factory/output
-
-Reads    --nav   a folder that --export-sharegpt wrote;  --ckpt  a model's folder
-Writes   --ckpt/nav.json
+Run it   python -m tools.sharegpt import rgb_images_r2r_train --robot r2r --out data/released
+         python -m tools.sharegpt export data/vln_ego/train --out data/sharegpt
+         python -m tools.sharegpt nav data/sharegpt --ckpt llama_factory/output
+Reads    import: folders ep_*/traj_* of the released VLN-Ego [2];  export: what make_data.py wrote;
+         nav: an export and a model that was trained on it
+Writes   import: a VLN-Ego folder;  export: LLaMA-Factory's JSON, pictures, and nav.json, the
+         contract of what is trained on it;  nav: --ckpt/nav.json, so that evaluate.py runs it
 
 [1] LLaMA-Factory, data/README.md (ShareGPT format)   [2] VLN-R1, arXiv 2506.17221
 """
@@ -41,16 +37,25 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+import lsm
 from cli import Help, UserError, count, lock_folder, run, write_json
 from make_data import (
     CACHE_BYTES,
     MOST_ASPECT,
     Decision,
     Shard,
+    VlnEgo,
     check_instruction,
     decode,
+    input_crc32,
+    make_shards,
+    open_folder,
+    require,
+    write_tables,
 )
-from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases, parse_plan, write_plan
+from reward import action_phrases, parse_plan, write_plan
+from world.episodes import is_text, is_walk
+from world.robots import ROBOTS, add_robot_args, robot_from_args
 
 # ---------------------------------------------------------------- one record
 
@@ -61,6 +66,7 @@ EMPTY = (None, "", [], {})
 REFUSED = ("tools", "functions", "videos", "video", "audios", "audio", "objects", "chosen",
            "rejected", "rejected_response", "kto_tag")
 USED = {"conversations", "messages", "images", "image", "system", *REFUSED}
+PART_PATHS = ("image", "image_url", "path", "url")  # keys of a picture in a list of content
 # The model's special tokens, and LLaMA-Factory's placeholders for what is refused above.
 RESERVED = re.compile(r"<\|[^<>\s]*>?|<video>|<audio>")
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
@@ -74,147 +80,137 @@ class Record(NamedTuple):
     images: tuple           # paths as written, but with "/" between folders
 
 
-def kind(value):
+def kind(value) -> str:
     return KINDS[type(value)]
 
 
-def filled(record, *keys):
+def filled(record: dict, *keys: str) -> list[str]:
     """Those of the keys under which a record holds something."""
     return [key for key in keys if record.get(key) not in EMPTY]
 
 
-def read_text(value, field):
-    """A text field -> its text. ValueError if it is not text, or holds a reserved mark."""
-    if not isinstance(value, str):
-        raise ValueError(f"{field} is {kind(value)}, not text")
-    mark = RESERVED.search(value)
-    if mark:
-        raise ValueError(f"{field} holds the reserved mark {mark[0]}; take it out")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{field} holds half of a UTF-16 pair; mend its encoding") from None
+def others(record: dict, *known: str) -> list[str]:
+    """The keys, beside the known ones, under which a record holds something."""
+    return filled(record, *sorted(set(record) - set(known)))
+
+
+def read_text(value, field: str) -> str:
+    """A text field -> its text. ValueError if it is not text, or holds a special token."""
+    require(isinstance(value, str), f"{field} is {kind(value)}, not text")
+    reserved = RESERVED.search(value)
+    require(not reserved, f"{field} holds the reserved {reserved and reserved[0]}; take it out")
+    require(is_text(value), f"{field} holds half of a UTF-16 pair; mend its encoding")
     return value
 
 
-def read_path(value, field):
+def read_path(value, field: str) -> str:
     """A picture: its path, {"path": ..} or {"url": ..} -> the path, "/" between its folders."""
     if isinstance(value, dict):
-        rest = filled(value, *sorted(set(value) - {"path", "url"}))
-        if rest:
-            raise ValueError(f"{field} holds {rest[0]!r}; give the path of a picture file alone")
+        rest = others(value, "path", "url")
+        require(not rest, f"{field} holds {', '.join(map(repr, rest))}; give the path of a picture "
+                "file alone")
         value = value.get("path") or value.get("url")
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{field} is {json.dumps(value)[:40]}, not the path of a picture")
+    require(isinstance(value, str) and value.strip() != "",
+            f"{field} is {json.dumps(value)[:40]}, not the path of a picture")
     value = value.removeprefix("file://")
-    if "://" in value or value.startswith("data:"):
-        raise ValueError(f"{field} is at {value[:40]!r}; download it and give the file's path")
+    require("://" not in value and not value.startswith("data:"),
+            f"{field} is at {value[:40]!r}; download it and give the file's path")
     return value.replace("\\", "/")
 
 
-def read_content(content, field):
-    """A turn's content, text or a list of parts -> (text with <image> marks, its parts' paths)."""
+def read_content(content, field: str) -> tuple[str, list[str]]:
+    """A turn's content, text or a list of parts -> (text with <image>, the paths in its parts)."""
     if not isinstance(content, list):
         return read_text(content, field), []
-    words, paths = [], []
+    texts, paths = [], []
     for k, part in enumerate(content):
         name = f"part {k} of {field}"
-        if not isinstance(part, dict):
-            raise ValueError(f"{name} is {kind(part)}, not an object")
+        require(isinstance(part, dict), f"{name} is {kind(part)}, not an object")
         sort = part.get("type") or next(iter(filled(part, "text", "image", "image_url")), None)
-        where = filled(part, "image", "image_url", "path", "url")
-        more = filled(part, *(set(part) - {"type", "image", "image_url", "path", "url", "text"}))
-        if (more or sort not in ("text", "image", "image_url")
-                or len(where + filled(part, "text")) > 1):
-            raise ValueError(f"{name} is {json.dumps(part)[:80]}; known are "
-                             '{"type": "text", "text": ..} and {"type": "image", "image": path}')
+        where = filled(part, *PART_PATHS)
+        require(sort in ("text", "image", "image_url") and not others(
+            part, "type", "text", *PART_PATHS) and len(where + filled(part, "text")) <= 1,
+            f"{name} is {json.dumps(part)[:80]}; known are "
+            '{"type": "text", "text": ..} and {"type": "image", "image": path}')
         if sort == "text":
-            words.append(read_text(part.get("text"), name))
-            if "<image>" in words[-1]:
-                raise ValueError(f"{name} holds <image> in its text; give it a part of its own")
+            texts.append(read_text(part.get("text"), name))
+            require("<image>" not in texts[-1], f"{name} holds <image> in its text; give it a part "
+                    "of its own")
         else:
-            words.append("<image>")
+            texts.append("<image>")
             paths += [read_path(part[key], name) for key in where]
-    return "".join(words), paths
+    return "".join(texts), paths
 
 
-def read_turns(record):
+def read_turns(record: dict) -> tuple[list[tuple[str, str]], list[str]]:
     """A record's turns -> [(role, text), ..], and the paths that stand in their parts."""
     keys = filled(record, "conversations", "messages")
-    if len(keys) != 1 or not isinstance(record[keys[0]], list):
-        raise ValueError("it needs one list, 'conversations' (of from and value) or 'messages' "
-                         f"(of role and content); it has {', '.join(record) or 'nothing'}")
+    require(len(keys) == 1 and isinstance(record[keys[0]], list),
+            "it needs one list, 'conversations' (of from and value) or 'messages' (of role and "
+            f"content); it has {', '.join(record) or 'nothing'}")
     turns, paths = [], []
     for k, turn in enumerate(record[keys[0]]):
-        if not isinstance(turn, dict):
-            raise ValueError(f"turn {k} is {kind(turn)}, not an object")
+        require(isinstance(turn, dict), f"turn {k} is {kind(turn)}, not an object")
         names = ("from", "value") if "from" in turn else ("role", "content")
-        more = filled(turn, *sorted(set(turn) - set(names)))
-        if more:
-            raise ValueError(f"turn {k} has {more[0]!r}, which is not used; remove it")
+        more = others(turn, *names)
+        require(not more, f"turn {k} has {', '.join(map(repr, more))}, which is not used; remove "
+                "it")
         role = turn.get(names[0])
-        if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"turn {k} has {names[0]!r} {json.dumps(role)}; known are "
-                             f"{', '.join(ROLES)}")
+        require(isinstance(role, str) and role in ROLES,
+                f"turn {k} has {names[0]!r} {json.dumps(role)}; known are {', '.join(ROLES)}")
         text, named = read_content(turn.get(names[1]), f"{names[1]!r} of turn {k} ({role})")
         turns.append((ROLES[role], text))
         paths += named
     return turns, paths
 
 
-def read_images(record, paths):
+def read_images(record: dict, paths: list[str]) -> tuple[str, ...]:
     """A record's pictures -> their paths. paths: those that stand in the parts of its turns."""
     found = [paths] if paths else []
     for key in filled(record, "images", "image"):
         value = record[key]
         value = [value] if isinstance(value, (str, dict)) else value
-        if not isinstance(value, list):
-            raise ValueError(f"{key!r} is {kind(value)}, not a list of paths")
+        require(isinstance(value, list), f"{key!r} is {kind(value)}, not a list of paths")
         found.append([read_path(path, f"picture {k} of {key!r}") for k, path in enumerate(value)])
-    if any(other != found[0] for other in found):
-        raise ValueError("it names its pictures twice and differently; keep one list of them")
+    require(all(other == found[0] for other in found),
+            "it names its pictures twice and differently; keep one list of them")
     return tuple(found[0]) if found else ()
 
 
-def read_record(record):
-    """A record as JSON gives it -> Record. ValueError says which field is wrong, and how."""
-    if not isinstance(record, dict):
-        raise ValueError(f"it is {kind(record)}, not an object")
-    for key in filled(record, *REFUSED):
-        if record[key] != "[]":                     # LLaMA-Factory's "no tools"
-            raise ValueError(f"it has {key!r}, which is not used here; remove it, or the record")
+def read_record(record) -> Record:
+    """A record as JSON gives it -> Record. ValueError names the field that is wrong."""
+    require(isinstance(record, dict), f"it is {kind(record)}, not an object")
+    for key in filled(record, *REFUSED):            # "[]": LLaMA-Factory's "no tools"
+        require(record[key] == "[]", f"it has {key!r}, which is not used here; remove it, or the "
+                "record")
     turns, paths = read_turns(record)
     system = record.get("system")
     system = "" if system is None else read_text(system, "'system'")
     if turns and turns[0][0] == "system":
-        if system not in ("", turns[0][1]):
-            raise ValueError("it has two system texts that differ; keep one")
+        require(system in ("", turns[0][1]), "it has two system texts that differ; keep one")
         system, turns = turns[0][1], turns[1:]
-    if not turns or [role for role, _ in turns] != ["user", "assistant"] * (len(turns) // 2):
-        raise ValueError(f"it has the turns {', '.join(role for role, _ in turns) or 'none'}; "
-                         "wanted are user (human) and assistant (gpt) in turn, with at most one "
-                         "system text before them")
-    words, answers = ([text for _, text in turns[k::2]] for k in (0, 1))
-    for k, (human, answer) in enumerate(zip(words, answers)):
-        if not human.strip() or not answer.strip():
-            empty = "answer" if human.strip() else "question"
-            raise ValueError(f"the {empty} of round {k} is empty; remove the record")
-    if "<image>" in system + "".join(answers):
-        raise ValueError("it has <image> in its system text or an answer; only questions show "
-                         "pictures")
-    images, marks = read_images(record, paths), "".join(words).count("<image>")
-    if marks != len(images):
-        raise ValueError(f"it has {marks} <image> in its words and {len(images)} images; make them "
-                         "agree")
-    if "<image>" not in words[0]:
-        raise ValueError("it has no <image> before its first answer; a decision needs a picture")
-    return Record(system, tuple(zip(words, answers)), images)
+    roles = [role for role, _ in turns]
+    require(turns != [] and roles == ["user", "assistant"] * (len(turns) // 2),
+            f"it has the turns {', '.join(roles) or 'none'}; wanted are user (human) and assistant "
+            "(gpt) in turn, with at most one system text before them")
+    questions, answers = ([text for _, text in turns[k::2]] for k in (0, 1))
+    for k, text in enumerate(text for _, text in turns):
+        require(text.strip() != "", f"the {('question', 'answer')[k % 2]} of round {k // 2} is "
+                "empty; remove the record")
+    require("<image>" not in system + "".join(answers),
+            "it has <image> in its system text or an answer; only questions show pictures")
+    images, n = read_images(record, paths), "".join(questions).count("<image>")
+    require(n == len(images), f"it has {n} <image> in its words and {len(images)} images; make "
+            "them agree")
+    require("<image>" in questions[0], "it has no <image> before its first answer; a decision "
+            "needs a picture")
+    return Record(system, tuple(zip(questions, answers)), images)
 
 
 # ---------------------------------------------------------------- a file of records
 
 
-def read_json(path):
+def read_records(path: str) -> list[tuple[str, object]]:
     """A file -> [(name, value as JSON gives it), ..]. UserError if it holds no list of records."""
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -241,7 +237,7 @@ def read_json(path):
     return [(f"record {i}", value) for i, value in enumerate(data)]
 
 
-def read_json_lines(path, text):
+def read_json_lines(path: str, text: str) -> list[tuple[str, object]] | None:
     """Text of one JSON object a line -> [(name, object), ..]; None if it is no such text."""
     found = []
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON may hold U+2028
@@ -263,7 +259,7 @@ def read_json_lines(path, text):
 WALK_FOLDER = re.compile(r"(ep|traj)_\d+")
 
 
-def split_path(path, image_root):
+def split_path(path: str, image_root: str | None) -> tuple[str, ...]:
     """A path -> its parts. With an image_root, an absolute one starts there, too.
 
     >>> split_path("/data/./a/0.png", None), split_path("/data/a/0.png", "/elsewhere")
@@ -273,7 +269,7 @@ def split_path(path, image_root):
     return parts if image_root or not path.startswith("/") else ("/", *parts)
 
 
-def droppable(paths):
+def droppable(paths) -> int:
     """How many leading folders no record needs: those that all paths share, but the last one,
     and none that names a walk.
 
@@ -287,7 +283,7 @@ def droppable(paths):
     return min([*names, *(max(len(path) - 2, 0) for path in paths)])
 
 
-def holds_bytes(path):
+def holds_bytes(path: str) -> bool:
     try:
         found = os.stat(path)
     except (OSError, ValueError):                   # ValueError: a null byte in the path
@@ -295,7 +291,8 @@ def holds_bytes(path):
     return stat.S_ISREG(found.st_mode) and found.st_size > 0
 
 
-def find_pictures(json_path, records, image_root):
+def find_pictures(json_path: str, records: list[Record],
+                  image_root: str | None) -> tuple[str, int]:
     """Where the records' pictures are -> (root, k): each is below root when the first k parts of
     its path are left out, the same k for all; the least for which all are there. UserError if
     there is none.
@@ -325,9 +322,9 @@ class ShareGpt:
     """A ShareGPT file, as data: record i, round t -> Decision; picture -> frame."""
     whole_walks = False                             # see make_data.VlnEgo
 
-    def __init__(self, json_path, image_root=None):
+    def __init__(self, json_path: str, image_root: str | None = None):
         self.json_path, self.records, keys = str(json_path), [], Counter()
-        for name, value in read_json(self.json_path):
+        for name, value in read_records(self.json_path):
             try:
                 self.records.append(read_record(value))
             except ValueError as error:
@@ -344,10 +341,10 @@ class ShareGpt:
         self.meta = {"dataset": os.path.basename(self.json_path), "robot": self.stated_robot()}
         self.frame = lru_cache(CACHE_BYTES // (640 * 480 * 3))(self.read)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.records)
 
-    def stated_robot(self):
+    def stated_robot(self) -> dict:
         """Turn angle and step of the first record that states them; R2R's say 30 degrees where
         the pictures show 15."""
         robot = {}
@@ -362,25 +359,25 @@ class ShareGpt:
                 break
         return robot
 
-    def steps(self, i):
+    def steps(self, i: int) -> list[int]:
         return list(range(len(self.records[i].rounds)))
 
-    def decision(self, i, t, nav):
-        """Record i up to its round t. The plan is what the answer says in nav's phrases, None in
-        unreadable slots, () if none can be read."""
+    def decision(self, i: int, t: int, nav: dict) -> Decision:
+        """Record i up to its round t. The plan is the answer, read in nav's phrases: None at
+        unreadable positions, () if none can be read."""
         record = self.records[i]
         human, answer = record.rounds[t]
         plan = parse_plan(answer, action_phrases(nav["turn_deg"], nav["forward_m"]),
                           nav["horizon"])
         before = [("system", record.system)] if record.system else []
-        for words, said in record.rounds[:t]:
-            before += [("user", words), ("assistant", said)]
-        shown = sum(words.count("<image>") for words, _ in record.rounds[:t + 1])
+        for question, earlier in record.rounds[:t]:
+            before += [("user", question), ("assistant", earlier)]
+        shown = sum(question.count("<image>") for question, _ in record.rounds[:t + 1])
         return Decision("", record.images[:shown], () if set(plan) == {None} else tuple(plan),
                         human, answer, tuple(before))
 
-    def read(self, key):
-        """key: a picture's path as in its record -> uint8 (H, W, 3). Ask for .frame(key)."""
+    def read(self, key: str) -> np.ndarray:
+        """key: a picture's path as in its record -> uint8 (H, W, 3). Use .frame(key)."""
         with open(self.find(key), "rb") as file:
             data = file.read()
         try:
@@ -390,11 +387,11 @@ class ShareGpt:
             raise UserError(f"{error}; it belongs to record {i} of {self.json_path}: copy it "
                             "again, or remove the record") from None
 
-    def find(self, key):
+    def find(self, key: str) -> str:
         """A picture's path as in its record -> the file's path."""
         return os.path.join(self.root, *split_path(key, self.image_root)[self.dropped:])
 
-    def check_plans(self, nav):
+    def check_plans(self, nav: dict) -> None:
         """UserError if no answer can be read as a plan: then GRPO has nothing to compare with."""
         if not any(self.decision(i, t, nav).plan for i in range(len(self)) for t in self.steps(i)):
             phrases = ", ".join(action_phrases(nav["turn_deg"], nav["forward_m"]).values())
@@ -402,7 +399,7 @@ class ShareGpt:
                             f"({phrases}), so no plan can be rewarded; give the data it learned "
                             "from")
 
-    def lengths(self, policy, least_answer=0):
+    def lengths(self, policy, least_answer: int = 0) -> list[tuple[str, int]]:
         """Tokens of each record, as engine.check_lengths wants them -> [(name, tokens), ..].
 
         An upper bound where that is within the model's context (a byte is at most one token), the
@@ -417,17 +414,17 @@ class ShareGpt:
         found = []
         for i, record in enumerate(self.records):
             text = " ".join([record.system, *(part for both in record.rounds for part in both)])
-            mark = re.search(special, text) if special else None
-            if mark:
-                raise UserError(f"{self.json_path}: record {i} holds {mark[0]}, a special token of "
-                                "the model; take it out")
+            token = re.search(special, text) if special else None
+            if token:
+                raise UserError(f"{self.json_path}: record {i} holds {token[0]}, a special token "
+                                "of the model; take it out")
             bound = len(text.encode()) + 64 + 16 * len(record.rounds) + least_answer + math.ceil(
                 most * len(record.images))
             found.append((f"record {i}", bound if bound <= context
                           else self.exact_length(i, policy, least_answer)))
         return found
 
-    def exact_length(self, i, policy, least_answer):
+    def exact_length(self, i: int, policy, least_answer: int) -> int:
         """Tokens of the whole of record i, from its pictures' headers."""
         from model import fit_pixels
         decision = self.decision(i, len(self.records[i].rounds) - 1, policy.nav)
@@ -446,10 +443,10 @@ class ShareGpt:
         return prompt + max(len(answer) + 1, least_answer)
 
 
-# ---------------------------------------------------------------- a recording, for others
+# ---------------------------------------------------------------- export
 
 
-def export_sharegpt(data, folder, nav):
+def write_sharegpt(data: VlnEgo, folder: str, nav: dict) -> int:
     """Write a VlnEgo as picture files and the JSON that LLaMA-Factory reads. -> number of records
 
     Writes <folder>/vln_ego.json, dataset_info.json (LLaMA-Factory's register), nav.json (the
@@ -457,7 +454,6 @@ def export_sharegpt(data, folder, nav):
     bytes. One record a line: R2R's train split is gigabytes.
     """
     from model import window_prompt  # brings torch: only for this
-    lock_folder(folder, "--export-sharegpt")
     phrases, n = action_phrases(nav["turn_deg"], nav["forward_m"]), 0
     suffix = "." + data.meta["image_format"]
     for walk_id, walk in data.walks.items():
@@ -482,49 +478,54 @@ def export_sharegpt(data, folder, nav):
     return n
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.sharegpt", formatter_class=Help, description=
-                                "Give a checkpoint that another tool trained on our ShareGPT "
-                                "export its navigation contract, nav.json.")
-    p.add_argument("--nav", required=True, metavar="FOLDER",
-                   help="the export (make_data.py --export-sharegpt) that it was trained on")
-    p.add_argument("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
-    p.add_argument("--max-pixels", type=count, help="what a frame was shrunk to at most in that "
-                   "training; default: the export's own")
-    return p.parse_args(argv)
+def export(args) -> None:
+    from model import NAV, fit_pixels
+    lock_folder(args.out)
+    data = VlnEgo(args.recording)
+    nav = {**NAV, **data.meta["robot"], "horizon": args.horizon,
+           "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
+    n = write_sharegpt(data, args.out, nav)
+    pixels = fit_pixels(nav["height"], nav["width"], nav["min_pixels"], nav["max_pixels"])
+    print(f"{args.out}/vln_ego.json: {n:,} records of {len(data):,} episodes; for LLaMA-Factory: "
+          f"template qwen2_vl, image_max_pixels {math.prod(pixels)}; then python -m tools.sharegpt "
+          f"nav {args.out} --ckpt FOLDER gives the trained model its nav.json")
 
 
-def read_object(path, what):
-    """A JSON file that holds an object -> dict. `what` says in a UserError what is wanted."""
+# ---------------------------------------------------------------- the contract of an export
+
+
+def read_object(path: str, mend: str) -> dict:
+    """A JSON file that holds an object. UserError ends with `mend`: what is wanted."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             content = json.load(file)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give {what}") from None
+        raise UserError(f"{path} cannot be read ({error}); give {mend}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; give {what}")
+        raise UserError(f"{path} holds no JSON object; give {mend}")
     return content
 
 
-def main(args):
+def give_contract(args) -> None:
+    """Write the export's contract into a checkpoint that another tool trained on it."""
     from model import NAV
-    nav = read_object(os.path.join(args.nav, "nav.json"),
-                      "a folder that make_data.py --export-sharegpt wrote")
-    other = [key for key in NAV if key not in nav]
-    if other or nav["prompt"] != NAV["prompt"] or nav["version"] != NAV["version"]:
-        raise UserError(f"{args.nav}/nav.json is not a contract that this code can obey "
-                        f"({', '.join(other) or 'another version'}); export the recording again")
+    nav = read_object(os.path.join(args.export, "nav.json"),
+                      "a folder that python -m tools.sharegpt export wrote")
+    absent = [key for key in NAV if key not in nav]
+    if absent or nav["prompt"] != NAV["prompt"] or nav["version"] != NAV["version"]:
+        raise UserError(f"{args.export}/nav.json is not a contract that this code can obey "
+                        f"({', '.join(absent) or 'another version'}); export the recording again")
     nav["max_pixels"] = args.max_pixels or nav["max_pixels"]
-    if not os.path.exists(os.path.join(args.ckpt, "config.json")) and os.path.exists(
-            os.path.join(args.ckpt, "adapter_config.json")):
+    config, adapter, path = (os.path.join(args.ckpt, name) for name in (
+        "config.json", "adapter_config.json", "nav.json"))
+    if not os.path.exists(config) and os.path.exists(adapter):
         raise UserError(f"{args.ckpt} holds a LoRA adapter alone; merge it into its base model "
                         "first, and give the merged folder")
-    config = read_object(os.path.join(args.ckpt, "config.json"), "the folder of a trained model")
-    if not isinstance(config.get("model_type"), str):
-        raise UserError(f"{args.ckpt}/config.json names no model_type; give a model's folder")
-    path = os.path.join(args.ckpt, "nav.json")
+    model_type = read_object(config, "the folder of a trained model").get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{config} names no model_type; give a model's folder")
     if os.path.exists(path) and read_object(path, "another --ckpt, or remove that file") != nav:
-        raise UserError(f"{path} is there and differs; remove it to write that of {args.nav}")
+        raise UserError(f"{path} is there and differs; remove it to write that of {args.export}")
     write_json(path, nav)
     print(f"wrote {path}: {nav['horizon']} actions, turns of {nav['turn_deg']:g} degrees, frames "
           f"of at most {nav['max_pixels']:,} pixels")
@@ -533,14 +534,14 @@ def main(args):
 # ---------------------------------------------------------------- the released walks
 
 
-def walk_folders(folder):
+def walk_folders(folder: str) -> list[str]:
     """Every folder at or below `folder` that holds a released walk, or what is left of one.
 
     Symbolic links are followed; a folder that two ways lead to is found once, by the way without
     links if there is one.
     """
     def fail(error):
-        raise UserError(f"--import-walk: {error.filename} cannot be read ({error.strerror})")
+        raise UserError(f"{error.filename} cannot be read ({error.strerror})")
     found, seen, starts = [], set(), [os.path.abspath(folder)]
     for start in starts:                            # grows: links wait until the rest is done
         for root, folders, files in os.walk(start, onerror=fail):
@@ -561,7 +562,7 @@ def walk_folders(folder):
     return found
 
 
-def name_walks(folders):
+def name_walks(folders: list[str]) -> dict[str, tuple[str, str, str]]:
     """Folders ../ep_1/traj_2 -> {folder: (walk_id, episode_id, trajectory_id)}.
 
     A walk's id is made of the last two names, and of as many before them as make all ids unique.
@@ -584,64 +585,119 @@ def name_walks(folders):
             for folder, walk, episode, names in zip(folders, walks, episodes, parts)}
 
 
-def released_walks(folder, split):
+def released_walks(folder: str, split: str) -> tuple[list[dict], list[dict]]:
     """Walks of the released VLN-Ego (ep_*/traj_*/action_list.json) at or below folder.
 
     -> (walks, rows of episodes.jsonl), by episode number. The files name no scene and no poses.
-    A walk without usable words has their fault under "damaged", and import_shard leaves it out.
+    A walk without a usable instruction has the reason in "damaged", and import_shard skips it.
     """
     found = sorted(walk_folders(folder),
                    key=lambda root: ([int(n) for n in re.findall(r"\d+", root)], root))
     if not found:
-        raise UserError(f"no action_list.json at or below {folder}; --import-walk wants a folder "
-                        "ep_*/traj_*/ of the released VLN-Ego, or one that holds such folders")
+        raise UserError(f"no action_list.json at or below {folder}; give a folder ep_*/traj_*/ "
+                        "of the released VLN-Ego, or one that holds such folders")
     walks, rows = [], []
     for root, (walk_id, episode_id, trajectory) in name_walks(found).items():
-        words, damaged = "", None
+        text, damaged = "", None
         try:
             with open(f"{root}/instruction.txt", encoding="utf-8-sig") as f:
-                words = " ".join(f.read().split())
-            check_instruction(words)
+                text = " ".join(f.read().split())
+            check_instruction(text)
         except (OSError, ValueError) as error:
             damaged = f"{root}/instruction.txt: {error}"
         walks.append({"walk_id": walk_id, "folder": root, "actions": None, "damaged": damaged,
                       "episode": {"scene_id": None, "trajectory_id": trajectory}})
-        rows.append({"episode_id": episode_id, "walk_id": walk_id, "instruction": words,
+        rows.append({"episode_id": episode_id, "walk_id": walk_id, "instruction": text,
                      "split": split})
     return walks, rows
 
 
-def read_actions(path):
+def read_actions(path: str) -> list[int]:
     """action_list.json -> its actions. ValueError unless they are 1, 2, 3 and a last 0."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             actions = json.load(f)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
-    if not (isinstance(actions, list) and all(type(action) is int for action in actions)
-            and actions[-1:] == [STOP] and set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}):
-        raise ValueError(f"{path} must be a list of 1, 2, 3 and a last 0")
+    require(is_walk(actions), f"{path} must be a list of 1, 2, 3 and a last 0")
     return actions
 
 
-def import_shard(name, walks, out):
+def import_shard(shard: Shard, walks: list[dict]) -> None:
     """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
-    shard = Shard(out, name)
     for walk in walks:
         try:
-            if walk["damaged"]:
-                raise ValueError(walk["damaged"])
+            require(walk["damaged"] is None, walk["damaged"])
             actions = read_actions(f"{walk['folder']}/action_list.json")
             pictures = []
             for t in range(len(actions)):                       # frame t: before action t, as ours
                 with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:
                     pictures.append(f.read())
                 decode(pictures[-1], f"{walk['folder']}/step_{t}.jpg")
-            shard.add({"walk_id": walk["walk_id"], **walk["episode"], "actions": actions},
-                      pictures, "jpg")
+            shard.add({"walk_id": walk["walk_id"], **walk["episode"], "actions": actions}, pictures)
         except (OSError, ValueError, UserError) as error:
             shard.skip(walk["walk_id"], "damaged", str(error))
     shard.commit()
+
+
+def import_walks(folder: str, args) -> None:
+    """Released walks -> a VLN-Ego folder. (make_data.py --import-walk calls it with its flags.)"""
+    if args.robot in (None, "houses"):
+        raise UserError("released walks are R2R's or RxR's: say which with --robot r2r or rxr")
+    out, robot = f"{args.out}/{args.split}", robot_from_args(args, ROBOTS[args.robot])
+    walks, rows = released_walks(folder, args.split)
+    shards = make_shards(walks, args.shard_walks)
+    settings = {"split": args.split, "shard_walks": args.shard_walks,
+                "input_crc32": input_crc32(walks)}
+    for name in open_folder(out, {**settings, "robot": robot}, shards):
+        import_shard(Shard(out, name, "jpg"), shards[name])
+    write_tables(out, walks, shards, rows, {
+        "dataset": args.robot, "split": args.split, "robot": robot, "image_format": "jpg",
+        "args": settings})
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tools.sharegpt", formatter_class=Help,
+                                description=__doc__.split("\n")[1])
+    commands = p.add_subparsers(dest="command", required=True)
+
+    def command(name, words):
+        return commands.add_parser(name, help=words, description=words, formatter_class=Help)
+
+    p_import = command("import", "released walks -> a VLN-Ego folder")
+    add = p_import.add_argument
+    add("folder", help="the walks are at or below it")
+    add("--out", default="data/released", help="the split becomes a folder in here")
+    add("--split", default="train")
+    add("--shard-walks", type=count, default=64, help="walks per zip: the unit of resumption")
+    add_robot_args(add, "none: say r2r or rxr")
+
+    p_export = command("export", "a VLN-Ego folder -> pictures and JSON for LLaMA-Factory")
+    add = p_export.add_argument
+    add("recording", help="a folder that make_data.py wrote, e.g. data/vln_ego/train")
+    add("--out", default="data/sharegpt", help="folder to write")
+    add("--horizon", type=count, default=6, help="actions per answer; the paper's 6")
+    lsm.add_memory_args(add)
+
+    p_nav = command("nav", "give a checkpoint that another tool trained on an export its nav.json")
+    add = p_nav.add_argument
+    add("export", help="the export that it was trained on")
+    add("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
+    add("--max-pixels", type=count, help="what a frame was shrunk to at most in that training; "
+        "default: the export's own")
+    return p.parse_args(argv)
+
+
+def main(args):
+    if args.command == "import":
+        import_walks(args.folder, args)
+    elif args.command == "export":
+        export(args)
+    else:
+        give_contract(args)
 
 
 if __name__ == "__main__":

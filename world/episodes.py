@@ -1,5 +1,5 @@
 """
-Episodes: what a robot is told, where it starts, where it should arrive; read, and verified.
+Episodes: an instruction, a start and a goal; read, and checked when they are read.
 
 One reader for three makers, whose files are taken as they are downloaded (VLN-CE's layout [1]),
 gzipped or not:
@@ -11,20 +11,21 @@ gzipped or not:
                                        role: guide or follower; in test_challenge only the guide's
                                        first. Both test splits hide their goals.
 
-What differs between them: ids (ints in R2R, strings in RxR; strings in every _gt), the language of
-an RxR instruction, and timed_instruction, which holds NaN and is left behind. RxR has no
-vocabulary; nobody here needs one.
+The makers differ in ids (ints in R2R, strings in RxR; strings in every _gt), in the language of an
+RxR instruction, and in timed_instruction, which holds NaN and is dropped. RxR has no vocabulary;
+nothing here needs one.
 
-The ground truth says what the expert did, and `locations`, where it was. Measured on all 778 of
+The ground truth holds the expert's actions and `locations`, its positions. Measured on all 778 of
 R2R's val_seen: location 0 is the start, and each forward move adds one (turns add none), so the
-place after the k-th forward move is locations[k]. location_steps() says it in code.
+position after the k-th forward move is locations[k]. See location_steps().
 
-read_episodes() and read_ground_truth() check every field that is used later, so that nothing ends
+read_episodes() and read_ground_truth() check every field that is used later, so that no run stops
 at the fourth episode of eleven thousand; check_scenes() does the same for the scenes on the disk.
-verify() looks at all of it before hours are spent (`python make_data.py --verify`).
 
 [1] https://github.com/jacobkrantz/VLN-CE, README "Data" and habitat_extensions/task.py
 """
+from __future__ import annotations
+
 import argparse
 import gzip
 import hashlib
@@ -38,29 +39,21 @@ from collections import Counter
 
 from cli import UserError
 from reward import FORWARD, LEFT, RESERVED_MARKS, RIGHT, STOP
+from world.robots import turn_between, yaw_deg
 
 ROLES = ("guide", "follower")                                   # who walked: VLN-CE's task.py
 LANGUAGES = ("en-US", "en-IN", "hi-IN", "te-IN")                # ibid.
 VLNCE_RADIUS_M = 3.0                    # success, where goals name no radius: VLN-CE's task configs
 
-# Episodes per (data set, split, role, languages). R2R: VLN-CE's data page,
-# https://jacobkrantz.github.io/vlnce/data (61, 53, 11 and 18 scenes). RxR: val_unseen's guide file
-# has 11,006 records, 3,669 of them English, as github.com/jzhzhang/NaVid-VLN-CE/issues/58 and
-# CoFL's benchmarks/rxr_1600 count it. What is not here is reported, not asserted.
-ENGLISH = ("en-IN", "en-US")
-KNOWN = {("r2r", "train", None, None): 10819, ("r2r", "val_seen", None, None): 778,
-         ("r2r", "val_unseen", None, None): 1839, ("r2r", "test", None, None): 3408,
-         ("rxr", "val_unseen", "guide", None): 11006, ("rxr", "val_unseen", "guide", ENGLISH): 3669}
 
-
-def add_episode_args(add):
+def add_episode_args(add) -> None:
     """The flags that choose among RxR's files and episodes."""
     add("--role", choices=ROLES, help="RxR: whose walks; default: the guide's")
     add("--languages", type=language_list, metavar="L,L", help="RxR: only instructions in these, "
         "e.g. en-US,en-IN as VLN-R1 did; default: all of " + ",".join(LANGUAGES))
 
 
-def language_list(text):
+def language_list(text: str) -> list[str]:
     """
     >>> language_list("en-US,en-IN")
     ['en-IN', 'en-US']
@@ -78,7 +71,7 @@ SPLITS = ("train", "val_seen", "val_unseen", "test", "test_challenge")
 LFS = b"version https://git-lfs"                    # how a git-LFS pointer begins
 
 
-def split_name(path):
+def split_name(path: str) -> str:
     """
     >>> split_name("x/val_seen_guide.json.gz"), split_name("mine.txt")
     ('val_seen_guide', 'mine')
@@ -88,8 +81,16 @@ def split_name(path):
     return name.removesuffix(ending)
 
 
-def check_file_name(path, split, role):
-    """A file that --episodes names must not be of another split or role than the flags say."""
+def only_file(paths: list[str], mend: str) -> str | None:
+    """The one path that is a file; None if there is none, UserError if there are two."""
+    found = [path for path in paths if os.path.isfile(path)]
+    if len(found) > 1:
+        raise UserError(f"{' and '.join(found)} could both be meant; {mend}")
+    return found[0] if found else None
+
+
+def check_file_name(path: str, split: str, role: str | None) -> None:
+    """UserError if the file that --episodes names is of another split or role than the flags."""
     stem = split_name(path)
     if stem.endswith("_gt"):
         raise UserError(f"--episodes names the ground truth {path}; name the episodes beside it, "
@@ -102,7 +103,7 @@ def check_file_name(path, split, role):
         raise UserError(f"--episodes names {path} and --role {role}; give --role {walker}")
 
 
-def find_episodes(path, split, role):
+def find_episodes(path: str, split: str, role: str | None) -> str:
     """A split's file in VLN-CE's layout below the folder `path`, or `path` if that is a file."""
     if os.path.isfile(path):
         check_file_name(path, split, role)
@@ -110,36 +111,30 @@ def find_episodes(path, split, role):
     stems = [f"{split}_{role}"] if role else [split, f"{split}_guide"]
     tries = [os.path.join(path, below, stem + ending) for ending in ENDINGS for stem in stems
              for below in (split, "")]
-    found = [name for name in tries if os.path.isfile(name)]
-    if not found:
+    found = only_file(tries, "give one of them as --episodes, or remove the other")
+    if found is None:
         raise UserError(f"no episodes of split {split!r} found: looked for "
                         f"{', '.join(tries[:len(tries) // 2])} (or .json); point --episodes at the "
                         "folder that holds them (houses.py makes one), or at the file")
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} could both be meant; give one of them as "
-                        "--episodes, or remove the other")
-    return found[0]
+    return found
 
 
-def find_ground_truth(path, split, role=None):
+def find_ground_truth(path: str, split: str, role: str | None = None) -> str | None:
     """The file <name>_gt beside the episodes' file -> its path, or None."""
     episodes = find_episodes(path, split, role)
     stem = os.path.join(os.path.dirname(episodes), split_name(episodes) + "_gt")
-    found = [stem + ending for ending in ENDINGS if os.path.isfile(stem + ending)]
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} could both be meant; remove one of them")
-    return found[0] if found else None
+    return only_file([stem + ending for ending in ENDINGS], "remove one of them")
 
 
-def no_ground_truth(path, split, role=None):
-    """The sentence for a split without the file that find_ground_truth() looks for."""
+def no_ground_truth(path: str, split: str, role: str | None = None) -> str:
+    """The message for a split without the file that find_ground_truth() looks for."""
     episodes = find_episodes(path, split, role)
     return (f"no ground truth of split {split!r} found: looked for "
             f"{split_name(episodes)}_gt.json.gz beside {episodes}; copy it from the same release "
             "(the plain R2R_VLNCE_v1-3 has no ground truth, its _preprocessed twin has)")
 
 
-def unique_keys(pairs):
+def unique_keys(pairs: list[tuple]) -> dict:
     """dict(pairs), for json.loads, which would silently keep the last of equal keys."""
     found = dict(pairs)
     if len(found) < len(pairs):
@@ -148,9 +143,9 @@ def unique_keys(pairs):
     return found
 
 
-def read_json(path):
+def read_json(path: str):
     """A file of JSON, gzipped or not, with a byte order mark or not. UserError if it is neither."""
-    packed, mend = False, "copy it again, or repair it"
+    packed, data = False, b""
     try:
         with open(path, "rb") as file:
             data = file.read()
@@ -158,59 +153,77 @@ def read_json(path):
         text = (gzip.decompress(data) if packed else data).decode("utf-8-sig")
         return json.loads(text, object_pairs_hook=unique_keys)
     except ValueError as error:  # bad JSON, bad UTF-8
-        if data.startswith(LFS):
-            raise UserError(f"{path} is a git-LFS pointer, not the file; run git lfs pull"
-                            ) from None
-        what = "not JSON inside" if packed else "not gzip, and not JSON"
-        raise UserError(f"{path} is {what} ({error}); {mend}") from None
+        problem = f"is not {'JSON inside' if packed else 'gzip, and not JSON'} ({error})"
     except RecursionError:
-        raise UserError(f"{path} is not JSON of episodes (it is nested too deep); {mend}") from None
+        problem = "is not JSON of episodes (it is nested too deep)"
     except (EOFError, OSError, zlib.error) as error:
-        raise UserError(f"{path} is truncated or cannot be read ({error}); {mend}") from None
+        problem = f"is truncated or cannot be read ({error})"
+    if data.startswith(LFS):
+        raise UserError(f"{path} is a git-LFS pointer, not the file; run git lfs pull")
+    raise UserError(f"{path} {problem}; copy it again, or repair it")
 
 
-# ---------------------------------------------------------------- what a field must be
+# ---------------------------------------------------------------- fields
 
 MAX_WORDS, MAX_LETTERS = 2000, 20000    # of an instruction; R2R's longest (val_seen) has 88 and 479
 
 
-def is_number(value):
+def is_number(value) -> bool:
     """A finite JSON number, in metres at most a thousand kilometres. (NaN fails comparisons.)"""
     return type(value) in (int, float) and -1e6 < value < 1e6
 
 
-def is_point(value):
+def is_point(value) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(map(is_number, value))
 
 
-def is_points(value):
+def is_points(value) -> bool:
     return isinstance(value, list) and all(map(is_point, value))
 
 
-def is_heading(value):
-    """A rotation about +y, x y z w. One written w x y z, or not of unit length, is none."""
+def is_heading(value) -> bool:
+    """A rotation about +y, x y z w. One in the order w x y z, or not of unit length, is none."""
     return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
             and abs(math.hypot(*value) - 1) < 1e-3 and abs(value[0]) + abs(value[2]) < 1e-2)
 
 
-def is_text(value):
+def is_text(value) -> bool:
     """A string that can be written as UTF-8: JSON allows halves of surrogate pairs."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def is_name(value):
+def is_name(value) -> bool:
     """An id. Files and zip entries are named after it, so it is short and has no slashes."""
     return (type(value) is int or is_text(value)) and len(str(value)) <= 80 and str(value) not in (
         "", ".", "..") and not re.search(r"[/\\\x00-\x1f]", str(value))
 
 
-def is_scene(value):
-    """A path below the folder of scenes; clean_scene() has made it one with slashes."""
+def is_scene(value) -> bool:
+    """A path below the folder of scenes, after clean_scene()."""
     return (is_text(value) and not re.search(r"^/|^\w:|[\x00-\x1f]", value)
             and value != "." and ".." not in value.split("/"))
 
 
-def clean_scene(scene_id):
+def is_goals(value) -> bool:
+    """Goals, all of them finite or none: the nearest of finite and others is not defined. A goal
+    that is not finite is allowed: it cannot be reached, and is counted."""
+    return (isinstance(value, list) and len(value) > 0 and all(map(is_goal, value))
+            and len({is_point(goal["position"]) for goal in value}) == 1)
+
+
+def is_goal(value) -> bool:
+    position, radius = (value.get("position"), value.get("radius")) if isinstance(
+        value, dict) else (None, None)
+    return (isinstance(position, list) and len(position) == 3
+            and all(is_number(v) or type(v) is float for v in position)
+            and (radius is None or is_number(radius) and radius > 0))
+
+
+def is_count(value) -> bool:
+    return type(value) in (int, str) and re.fullmatch(r"\d{1,18}", str(value), re.ASCII) is not None
+
+
+def clean_scene(scene_id: str) -> str:
     """
     >>> clean_scene("data\\\\scene_datasets\\\\mp3d\\\\a\\\\a.glb"), clean_scene("./houses//a.glb")
     ('mp3d/a/a.glb', 'houses/a.glb')
@@ -221,38 +234,8 @@ def clean_scene(scene_id):
     return posixpath.normpath(path).removeprefix("data/scene_datasets/")
 
 
-def is_goal(value):
-    """A position that is not finite is allowed: such a goal cannot be reached, and is counted."""
-    if not isinstance(value, dict) or not isinstance(value.get("position"), list):
-        return False
-    radius = value.get("radius")
-    return (len(value["position"]) == 3 and (radius is None or is_number(radius) and radius > 0)
-            and all(is_number(v) or type(v) is float for v in value["position"]))
-
-
-def is_goals(value):
-    """Goals, all of them finite or none: the nearest of finite and others is not defined."""
-    return (isinstance(value, list) and len(value) > 0 and all(map(is_goal, value))
-            and len({is_point(goal["position"]) for goal in value}) == 1)
-
-
-def text_problem(value):
-    """Why this cannot be an instruction -> words, or None."""
-    if not isinstance(value, str):
-        return "it must be a string"
-    if not is_text(value):
-        return "it holds half a surrogate pair, which is no Unicode"
-    if not any(letter.isalnum() for letter in value):
-        return "it has no words"
-    if len(value.split()) > MAX_WORDS or len(value) > MAX_LETTERS:
-        return f"it has {len(value.split()):,} words, {len(value):,} letters; at most " \
-               f"{MAX_WORDS:,} and {MAX_LETTERS:,} are sensible"
-    marks = [mark for mark in RESERVED_MARKS if mark in value]
-    return f"it holds {marks[0]}, a mark of the prompt's own" if marks else None
-
-
 NAME = "a whole number, or a string of at most 80 letters without slashes"
-FIELDS = {      # field: may it be absent or null?, what is good, in words
+FIELDS = {      # of an episode: may it be absent or null?, its test, in words
     "episode_id": (False, is_name, NAME),
     "trajectory_id": (True, is_name, NAME),
     "scene_id": (False, is_scene, "a path below --scenes, not absolute and without '..'"),
@@ -263,89 +246,90 @@ FIELDS = {      # field: may it be absent or null?, what is good, in words
     "reference_path": (True, is_points, "[[x, y, z], ..], finite"),
     "instruction": (False, lambda v: isinstance(v, dict), 'an object with "instruction_text"'),
 }
-SPOKEN = {      # the same of an instruction
-    "language": (True, is_text, "a string"),
-    "instruction_id": (True, lambda v: re.fullmatch(r"\d{1,18}", str(v), re.ASCII) is not None
-                       and type(v) in (int, str), "a whole number"),
-}
+INSTRUCTION_FIELDS = {"language": (True, is_text, "a string"),
+                      "instruction_id": (True, is_count, "a whole number")}
 
 
-def shown(value):
-    """The value for an error message, cut short."""
+def short_json(value) -> str:
     text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def bad_field(record, fields):
-    """The first field that is not what it must be -> a sentence's rest, or None."""
+def field_problem(record: dict, fields: dict) -> str | None:
+    """The first field that fails its test -> the rest of a sentence, or None."""
     for field, (optional, good, words) in fields.items():
         value = record.get(field)
-        if value is None and optional or value is not None and good(value):
-            continue
-        return f"has no good {field!r} ({shown(value)}): it must be {words}"
+        if not (optional if value is None else good(value)):
+            return f"has no good {field!r} ({short_json(value)}): it must be {words}"
     return None
 
 
-def clean_episode(episode, hidden):
+def text_problem(value) -> str | None:
+    """Why this cannot be an instruction -> words, or None."""
+    if not is_text(value):
+        return "it holds half a surrogate pair, which is no Unicode" if isinstance(
+            value, str) else "it must be a string"
+    if not any(letter.isalnum() for letter in value):
+        return "it has no words"
+    if len(value.split()) > MAX_WORDS or len(value) > MAX_LETTERS:
+        return f"it has {len(value.split()):,} words, {len(value):,} letters; at most " \
+               f"{MAX_WORDS:,} and {MAX_LETTERS:,} are sensible"
+    reserved = [mark for mark in RESERVED_MARKS if mark in value]
+    return f"it holds {reserved[0]}, a mark of the prompt's own" if reserved else None
+
+
+def clean_episode(episode, hidden: bool) -> str | None:
     """Check one episode and bring it into the form that read_episodes() describes, in place.
 
     -> what is wrong with it, or None. hidden: its split may hide the goals.
     """
     if not isinstance(episode, dict):
-        return f"is no episode ({shown(episode)}): it must be an object"
+        return f"is no episode ({short_json(episode)}): it must be an object"
     if isinstance(episode.get("scene_id"), str):
         episode["scene_id"] = clean_scene(episode["scene_id"])
-    fields = dict(FIELDS)
-    if hidden and episode.get("goals") in (None, []):
-        del fields["goals"]
-    problem = bad_field(episode, fields) or bad_field(episode["instruction"], SPOKEN)
+    hidden = hidden and episode.get("goals") in (None, [])
+    problem = field_problem(episode, {field: test for field, test in FIELDS.items()
+                                      if field != "goals" or not hidden})
+    problem = problem or field_problem(episode["instruction"], INSTRUCTION_FIELDS)
     if problem:
         return problem
-    words = episode["instruction"]
-    problem = text_problem(words.get("instruction_text"))
+    instruction = episode["instruction"]
+    text = instruction.get("instruction_text")
+    problem = text_problem(text)
     if problem:
-        return f"has no good 'instruction_text' ({shown(words.get('instruction_text'))}): {problem}"
+        return f"has no good 'instruction_text' ({short_json(text)}): {problem}"
     episode.pop("scene_sha256", None)                           # add_scene_hashes() sets it
-    words["instruction_text"] = " ".join(words["instruction_text"].split())
-    words.pop("timed_instruction", None)
-    for field in SPOKEN:                                        # null is like absent
-        if words.get(field) is None:
-            words.pop(field, None)
+    instruction["instruction_text"] = " ".join(text.split())
+    instruction.pop("timed_instruction", None)
+    for field in INSTRUCTION_FIELDS:                            # null is like absent
+        if instruction.get(field) is None:
+            instruction.pop(field, None)
     episode["goals"] = episode.get("goals") or []
     if episode.get("trajectory_id") is None:
         episode["trajectory_id"] = episode["episode_id"]
     return None
 
 
-def named(where, name, record):
-    """'<file>: episode 7 (episodes[6])', as far as the record says."""
-    known = isinstance(record, dict) and is_name(record.get("episode_id"))
-    return f"{where}: episode {record['episode_id'] if known else 'without id'} ({name})"
-
-
-def refuse(found):
-    """UserError with the first of the problems [(whose, problem), ..], and how many there are."""
-    if found:
-        more = f" ({len(found)} episodes are at fault)" if len(found) > 1 else ""
-        raise UserError(f"{found[0][0]} {found[0][1]}; repair or remove it{more}")
-
-
 # ---------------------------------------------------------------- reading
 
 
-def hides_goals(split):
-    """test (R2R) and test_challenge (RxR): only their servers know the goals and the walks."""
-    return split.startswith("test")
+def raise_first(found: list[str]) -> None:
+    """UserError with the first of some problems, and how many there are; nothing if none."""
+    if found:
+        more = f" ({len(found)} episodes are at fault)" if len(found) > 1 else ""
+        raise UserError(f"{found[0]}; repair or remove it{more}")
 
 
-def read_episodes(path, split, role=None, languages=None):
+def read_episodes(path: str, split: str, role: str | None = None,
+                  languages: list[str] | None = None) -> list[dict]:
     """R2R_VLNCE_v1-3 or RxR_VLNCE_v0 episodes, ours included -> list of dicts, as in the file.
 
     Every field that is used later is checked here: UserError names file, episode and field.
     Ids stay what they are (R2R int, RxR str). What changes: white space of instructions is made
     single, since 10,811 of R2R's 10,819 end in a blank; timed_instruction goes; scene_id starts
     below the folder of scenes, as VLN-CE has it, with slashes; goals are [] where a test split
-    hides them. Where the file knows its scenes (houses.py), scene_sha256 is scene_hash()'s.
+    hides them (test of R2R, test_challenge of RxR: only their servers know). If the file has its
+    scenes' hashes (houses.py), they are put into the episodes as scene_sha256.
     """
     path = find_episodes(path, split, role)
     data = read_json(path)
@@ -354,10 +338,12 @@ def read_episodes(path, split, role=None, languages=None):
         raise UserError(f"{path} has no list 'episodes'; is it an R2R_VLNCE or RxR_VLNCE file?")
     found = []
     for i, episode in enumerate(episodes):
-        problem = clean_episode(episode, hides_goals(split))
+        problem = clean_episode(episode, hidden=split.startswith("test"))
         if problem:
-            found.append((named(path, f"episodes[{i}]", episode), problem))
-    refuse(found)
+            name = episode.get("episode_id") if isinstance(episode, dict) else None
+            name = name if is_name(name) else "without id"
+            found.append(f"{path}: episode {name} (episodes[{i}]) {problem}")
+    raise_first(found)
     twice = [name for name, n in Counter(str(e["episode_id"]) for e in episodes).items() if n > 1]
     if twice:
         raise UserError(f"{path} has {len(twice)} episode ids that are not unique, the first is "
@@ -372,12 +358,12 @@ def read_episodes(path, split, role=None, languages=None):
     return episodes
 
 
-def add_scene_hashes(path, scenes, episodes):
-    """Put the file's "scenes" {scene_id: hash}, if it has them, to its episodes."""
+def add_scene_hashes(path: str, scenes, episodes: list[dict]) -> None:
+    """Put the file's "scenes" {scene_id: hash}, if it has them, into its episodes."""
     if scenes is None:
         return
     if not isinstance(scenes, dict) or not all(isinstance(v, str) for v in scenes.values()):
-        raise UserError(f"{path}: 'scenes' ({shown(scenes)}) must be {{scene_id: hash}}, as "
+        raise UserError(f"{path}: 'scenes' ({short_json(scenes)}) must be {{scene_id: hash}}, as "
                         "houses.py writes it; repair or remove it")
     for episode in episodes:
         if episode["scene_id"] not in scenes:
@@ -386,23 +372,17 @@ def add_scene_hashes(path, scenes, episodes):
         episode["scene_sha256"] = scenes[episode["scene_id"]]
 
 
-def truth_problem(truth):
-    """What is wrong with an episode's ground truth -> a sentence's rest, or None."""
-    if not isinstance(truth, dict):
-        return f"is no ground truth ({shown(truth)}): it must be an object"
-    actions, locations = truth.get("actions"), truth.get("locations")
-    if not (isinstance(actions, list) and all(type(action) is int for action in actions)
-            and actions[-1:] == [STOP] and set(actions[:-1]) <= {FORWARD, LEFT, RIGHT}):
-        return "has no good 'actions': they must be 1, 2, 3 and one 0 at the end"
-    if not locations or not is_points(locations):
-        return "has no good 'locations': they must be a list of [x, y, z], finite"
-    return None
+def is_walk(actions) -> bool:
+    """Whole numbers: 1, 2, 3, and one 0 at the end."""
+    return (isinstance(actions, list) and all(type(action) is int for action in actions)
+            and actions[-1:] == [STOP] and set(actions[:-1]) <= {FORWARD, LEFT, RIGHT})
 
 
-def read_ground_truth(path, split, role=None, optional=False):
+def read_ground_truth(path: str, split: str, role: str | None = None,
+                      optional: bool = False) -> dict | None:
     """-> {str(episode_id): {"actions": [.., 0], "locations": [[x, y, z]..], "forward_steps": n}}.
 
-    locations: the start and the place after every forward move, so forward_steps + 1 of them.
+    locations: the start and the position after every forward move, so forward_steps + 1 of them.
     Checked like the episodes. Without a file: UserError, or None if it is optional.
     """
     found = find_ground_truth(path, split, role)
@@ -412,21 +392,26 @@ def read_ground_truth(path, split, role=None, optional=False):
         raise UserError(no_ground_truth(path, split, role))
     truths = read_json(found)
     if not isinstance(truths, dict):
-        raise UserError(f"{found} holds no ground truth ({shown(truths)}): it must be an object "
-                        "{episode_id: {\"actions\", \"locations\"}}; copy it again")
-    refuse([(f"{found}: episode {shown(key)}", problem) for key, truth in truths.items()
-            if (problem := truth_problem(truth))])
+        raise UserError(f"{found} holds no ground truth ({short_json(truths)}): it must be an "
+                        "object {episode_id: {\"actions\", \"locations\"}}; copy it again")
+    fields = {"actions": (False, is_walk, "1, 2, 3 and one 0 at the end"), "locations": (
+        False, lambda v: is_points(v) and v != [], "a list of [x, y, z], finite")}
+    problems = {name: field_problem(truth, fields) if isinstance(truth, dict) else
+                f"is no ground truth ({short_json(truth)}): it must be an object"
+                for name, truth in truths.items()}
+    raise_first([f"{found}: episode {short_json(name)} {problem}"
+                 for name, problem in problems.items() if problem])
     return truths
 
 
-def dataset_of(episode):
-    """Whose episode is it? -> a row of sim.ROBOTS."""
+def dataset_of(episode: dict) -> str:
+    """Which data set has such episodes? -> a row of robots.ROBOTS."""
     if episode["scene_id"].startswith("houses/"):
         return "houses"
     return "rxr" if "language" in episode["instruction"] else "r2r"
 
 
-def scenes_of(path):
+def scenes_of(path: str) -> str:
     """Where the scenes of these --episodes (folder or file) are, unless --scenes says otherwise."""
     folder = os.path.dirname(path) if os.path.isfile(path) else path
     own = [os.path.join(folder, "scenes")]
@@ -434,7 +419,7 @@ def scenes_of(path):
     return next((where for where in own if os.path.isdir(where)), "data/scene_datasets")
 
 
-def paired(episodes, truths):
+def paired(episodes: list[dict], truths: dict) -> list[dict]:
     """-> [{"episode", "actions", "locations", ..}] of the episodes that have a ground truth."""
     return [{"episode": e, **truths[str(e["episode_id"])]} for e in episodes
             if str(e["episode_id"]) in truths]
@@ -443,7 +428,7 @@ def paired(episodes, truths):
 # ---------------------------------------------------------------- does the ground truth fit?
 
 
-def location_steps(actions, n):
+def location_steps(actions: list[int], n: int) -> list[int] | None:
     """Which poses are the n locations of a ground truth, if pose t is that before actions[t]?
 
     The first, and that after every forward move; or, a pose per action, all. None: neither fits.
@@ -456,25 +441,8 @@ def location_steps(actions, n):
     return moved if n == len(moved) else list(range(n)) if n == len(actions) else None
 
 
-def yaw_deg(rotation):
-    """Heading of a quaternion (x, y, z, w) about +y in degrees: left is positive, 0 looks along -z.
-
-    >>> round(yaw_deg([0, 0.5, 0, 0.75 ** 0.5]), 6)
-    60.0
-    """
-    return math.degrees(2 * math.atan2(rotation[1], rotation[3]))
-
-
-def turned(before, after):
-    """Degrees from one heading to another, the short way round, in [-180, 180).
-
-    >>> turned(170, -170)
-    20
-    """
-    return (after - before + 180) % 360 - 180
-
-
-def heading_fit(rotation, actions, locations, turn_deg):
+def heading_fit(rotation: list[float], actions: list[int], locations: list[list[float]],
+                turn_deg: float) -> tuple[int, int]:
     """If every turn is turn_deg, do forward moves go where the robot faces? -> (fitting, moves).
 
     Within 5 degrees. Moves of less than 0.1 m over ground (walls, stairs) have no direction and are
@@ -492,12 +460,12 @@ def heading_fit(rotation, actions, locations, turn_deg):
             (x0, _, z0), (x1, _, z1) = here, place[t + 1]
             if math.hypot(x1 - x0, z1 - z0) > 0.1:
                 went = math.degrees(math.atan2(x0 - x1, z0 - z1))
-                fitting += abs(turned(heading, went)) < 5
+                fitting += abs(turn_between(heading, went)) < 5
                 moves += 1
     return fitting, moves
 
 
-def turn_fit(walks, turn_deg):
+def turn_fit(walks: list[dict], turn_deg: float) -> float | None:
     """Share of the forward moves of paired() walks that fit turns of turn_deg; None without any."""
     fits = [heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"], turn_deg)
             for w in walks]
@@ -505,7 +473,7 @@ def turn_fit(walks, turn_deg):
     return sum(f for f, _ in fits) / moves if moves else None
 
 
-def walked_turn_deg(walks, turn_deg):
+def walked_turn_deg(walks: list[dict], turn_deg: float) -> float:
     """By how much did the ground truth turn? -> turn_deg if that fits, else the likeliest angle.
 
     walks: paired(); 200 are enough. Sliding along walls costs the right angle a few percent, a
@@ -518,7 +486,7 @@ def walked_turn_deg(walks, turn_deg):
     return max((10, 15, 22.5, 30, 45, 90), key=lambda deg: turn_fit(walks, deg))
 
 
-def check_turn_deg(walks, turn_deg):
+def check_turn_deg(walks: list[dict], turn_deg: float) -> None:
     """Assert the robot's turn angle on the ground truth, before hours are spent on replaying it."""
     best = walked_turn_deg(walks, turn_deg)
     if best != turn_deg:
@@ -534,7 +502,7 @@ def check_turn_deg(walks, turn_deg):
 WHOLE_BYTES, PART_BYTES = 8 << 20, 1 << 20
 
 
-def scene_hash(path):
+def scene_hash(path: str) -> str:
     """16 hex digits of SHA-256: of the content, or, above 8 MiB, of the size in ASCII, the first
     and the last MiB. (Matterport3D's 90 scenes are 15 GB; reading all of it takes minutes.)"""
     digest, size = hashlib.sha256(), os.path.getsize(path)
@@ -548,7 +516,7 @@ def scene_hash(path):
     return digest.hexdigest()[:16]
 
 
-def file_fault(path):
+def file_fault(path: str) -> str | None:
     """What the first bytes of a scene or a navmesh say is wrong with it -> words, or None."""
     try:
         size = os.path.getsize(path)
@@ -570,18 +538,18 @@ def file_fault(path):
     return None
 
 
-def navmesh_of(scene_id):
+def navmesh_of(scene_id: str) -> str:
     return os.path.splitext(scene_id)[0] + ".navmesh"
 
 
-def missing(episodes, scenes, beside=False):
-    """Scenes, or the navmeshes beside them, that are not there -> Counter {file: episodes}"""
-    needed = Counter(navmesh_of(e["scene_id"]) if beside else e["scene_id"] for e in episodes)
+def missing_scenes(episodes: list[dict], scenes: str, navmeshes: bool = False) -> Counter:
+    """Scenes, or the navmeshes beside them, that are not there -> {file: number of episodes}"""
+    needed = Counter(navmesh_of(e["scene_id"]) if navmeshes else e["scene_id"] for e in episodes)
     return Counter({name: n for name, n in sorted(needed.items())
                     if not os.path.isfile(os.path.join(scenes, name))})
 
 
-def damaged(episodes, scenes):
+def damaged_scenes(episodes: list[dict], scenes: str) -> dict[str, str]:
     """Scenes and navmeshes that are there and are not what they should be -> {file: words}.
 
     An episode with scene_sha256 was made in a scene of exactly that content.
@@ -600,15 +568,15 @@ def damaged(episodes, scenes):
     return found
 
 
-def check_scenes(episodes, scenes):
+def check_scenes(episodes: list[dict], scenes: str) -> dict:
     """UserError unless all scenes are there and sound -> {"count", "sha256"}: how many they are,
     and one hash of all of them and their navmeshes, by which results tell worlds apart."""
-    lost = missing(episodes, scenes)
+    lost = missing_scenes(episodes, scenes)
     if lost:
         raise UserError(f"{len(lost)} scenes are missing below {scenes} ({lost.total()} episodes "
                         f"are in them), the first is {next(iter(lost))}; give the folder that "
                         "scene_id starts from: --scenes")
-    faults = damaged(episodes, scenes)
+    faults = damaged_scenes(episodes, scenes)
     for name, fault in faults.items():
         more = f" ({len(faults)} files are at fault)" if len(faults) > 1 else ""
         raise UserError(f"{os.path.join(scenes, name)} {fault}; copy it again, or give the folder "
@@ -620,101 +588,3 @@ def check_scenes(episodes, scenes):
         if os.path.isfile(path):
             digest.update(f"{name} {scene_hash(path)}\n".encode())
     return {"count": len(names), "sha256": digest.hexdigest()[:16]}
-
-
-# ---------------------------------------------------------------- verifying a tree of data
-
-
-def contradiction(episode, truth):
-    """What does not fit, though every field is well-formed -> words for it, or None."""
-    if not all(is_point(goal["position"]) for goal in episode["goals"]):
-        return "a goal whose position is not finite (it cannot be reached)"
-    if truth and location_steps(truth["actions"], len(truth["locations"])) is None:
-        return "locations that are not one for the start and one for each forward move"
-    return None
-
-
-def verify(episodes, truths, scenes, turn_deg, key, subset=False):
-    """Is everything there and consistent? -> (facts, problems), sentences for a person.
-
-    truths: None for a split that has none. key: into KNOWN. subset: fewer than those are meant. A
-    problem's first line says it all, further lines list what is concerned.
-    """
-    facts, problems = [], []
-    for look in (verify_counts(episodes, KNOWN.get(key), subset),
-                 verify_truths(episodes, truths, turn_deg), verify_scenes(episodes, scenes)):
-        facts += look[0]
-        problems += look[1]
-    return facts, problems
-
-
-def verify_counts(episodes, known, subset):
-    """How many episodes there are, against what is known -> (facts, problems)."""
-    spoken = Counter(str(e["instruction"].get("language")) for e in episodes)
-    walked = {(e["scene_id"], e["trajectory_id"]) for e in episodes}
-    have = f"{len(episodes):,}"
-    facts = [f"{have} episodes, {len(walked):,} trajectories; " + (
-        f"{known:,} episodes are known" if known else "how many there should be is not known here")]
-    if set(spoken) != {"None"}:
-        facts.append("languages: " + ", ".join(f"{k} {n:,}" for k, n in sorted(spoken.items())))
-    if not known or known == len(episodes):
-        return facts, []
-    if len(episodes) > known:
-        return facts, [f"{have} episodes where {known:,} are known: another release?"]
-    if subset:
-        return [*facts, f"a subset: {have} of {known:,} known episodes"], []
-    return facts, [f"{have} of {known:,} known episodes: another release, or a subset? If a subset "
-                   "is meant, say so with --subset"]
-
-
-def verify_truths(episodes, truths, turn_deg):
-    """Does the ground truth fit the episodes and the robot? -> (facts, problems)."""
-    facts, problems, wrong = [], [], {}
-    if truths is None and not any(e["goals"] for e in episodes):
-        facts.append("no goals and no ground truth, as in every test split: only its server scores")
-    if truths is not None:
-        ids = [str(e["episode_id"]) for e in episodes]
-        lost = [name for name in ids if name not in truths]
-        facts.append(f"ground truth for {len(ids) - len(lost):,} of {len(ids):,}")
-        if lost:
-            problems.append(f"{len(lost)} episodes have no ground truth, the first is {lost[0]}")
-        walks = paired(episodes, truths)
-        fit, best = turn_fit(walks, turn_deg), walked_turn_deg(walks, turn_deg)
-        if fit is not None:
-            facts.append(f"turns of {turn_deg:g} degrees fit {fit:.1%} of the forward moves")
-        if best != turn_deg:
-            problems.append(f"the robot turns {turn_deg:g} degrees, but the ground truth turned "
-                            f"{best:g}: choose another --robot, or record with an explicit "
-                            f"--turn-deg {turn_deg:g}, which walks the expert anew")
-    for episode in episodes:
-        what = contradiction(episode, (truths or {}).get(str(episode["episode_id"])))
-        if what:
-            wrong.setdefault(what, []).append(episode["episode_id"])
-    return facts, problems + [f"{len(names)} episodes have {what}, the first is {names[0]}"
-                              for what, names in wrong.items()]
-
-
-def verify_scenes(episodes, scenes):
-    """Are the scenes there and sound, and what Matterport3D's archive has beside them?
-    -> (facts, problems)."""
-    problems, needed = [], {e["scene_id"] for e in episodes}
-    lost, faults = missing(episodes, scenes), damaged(episodes, scenes)
-    facts = [f"scenes: {len(needed) - len(lost)} of {len(needed)} below {scenes}"]
-    if lost:
-        problems.append("\n    ".join([
-            f"{len(lost)} scenes are missing below {scenes}, {lost.total():,} episodes need them",
-            *(f"{name}: {n:,} episodes" for name, n in lost.items())]))
-    if faults:
-        first = next(iter(faults))
-        problems.append("\n    ".join([
-            f"{len(faults)} files below {scenes} are damaged, the first is {first}, which "
-            f"{faults[first]}", *(f"{name} {fault}" for name, fault in faults.items())]))
-    here = [e for e in episodes if e["scene_id"] not in lost and e["scene_id"].startswith("mp3d/")]
-    bare = missing(here, scenes, beside=True)
-    if bare:
-        problems.append("\n    ".join([
-            f"{len(bare)} scenes have no .navmesh beside their .glb, {bare.total():,} episodes need"
-            " them: download Matterport3D's habitat task data", *bare]))
-    elif here:
-        facts.append("a .navmesh beside every .glb")
-    return facts, problems

@@ -132,6 +132,24 @@ def yaw_of(rotation):
     return wrap(2 * math.atan2(y, w))
 
 
+def yaw_deg(rotation: list[float]) -> float:
+    """yaw_of() in degrees, in [-360, 360].
+
+    >>> round(yaw_deg([0, 0.5, 0, 0.75 ** 0.5]), 6)
+    60.0
+    """
+    return math.degrees(2 * math.atan2(rotation[1], rotation[3]))
+
+
+def turn_between(before: float, after: float) -> float:
+    """Degrees from one heading to another, the short way round, in [-180, 180): left is positive.
+
+    >>> turn_between(170, -170)
+    20
+    """
+    return (after - before + 180) % 360 - 180
+
+
 def rotation_of(yaw):
     """The inverse of yaw_of, with w >= 0: [x, y, z, w]."""
     yaw = wrap(yaw)

@@ -11,6 +11,8 @@ is asked one thing at a time and ends when its standard input closes, even while
 
 Imports  numpy and pillow, in Python 3.9 syntax: the simulator's interpreter loads this file
 """
+from __future__ import annotations
+
 import argparse
 import hashlib
 import json
@@ -53,7 +55,7 @@ class ProtocolError(Exception):
     """What arrived is no message of this protocol. The connection cannot be used any further."""
 
 
-def encode(message):
+def encode(message: dict) -> bytes:
     """A dict whose top-level values may be arrays -> bytes."""
     arrays = {k: np.ascontiguousarray(v) for k, v in message.items() if isinstance(v, np.ndarray)}
     header = {k: v for k, v in message.items() if k not in arrays}
@@ -63,7 +65,7 @@ def encode(message):
     return b"".join([SIZES.pack(len(text), sum(map(len, body))), text, *body])
 
 
-def decode(data):
+def decode(data) -> tuple[dict | None, int]:
     """The first message in some bytes and how many it took, or (None, 0) if it is not complete.
     ProtocolError as soon as it is clear that no message begins here.
 
@@ -98,7 +100,7 @@ def decode(data):
     return message, end
 
 
-def code_hash():
+def code_hash() -> str:
     """A hash of the sources that a worker runs: the same on both sides, or their walks differ."""
     root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
     for name in ("reward.py", "world/house_sim.py", "world/habitat_sim.py", "world/worker.py",
@@ -111,13 +113,13 @@ def code_hash():
 # ---------------------------------------------------------------- requests
 
 
-def do_reset(sim, episode, frame=True):
+def do_reset(sim, episode: dict, frame: bool = True) -> dict:
     """-> {"frame" (H, W, 3), "state"}"""
     sim.reset(episode)
     return dict({"frame": sim.observe()} if frame else {}, state=sim.state())
 
 
-def do_step(sim, actions, frames=True):
+def do_step(sim, actions: list[int], frames=True) -> dict:
     """Several motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]};
     frames "last": the view after the last of them only, False: none."""
     states, poses = [], []
@@ -129,13 +131,13 @@ def do_step(sim, actions, frames=True):
     return dict({"frames": sim.render(seen)} if frames else {}, states=states)
 
 
-def do_load(sim, scene_id):
+def do_load(sim, scene_id: str) -> dict:
     """Enter a scene ahead of its walks -> {"cpu_s": what this simulator has used so far}"""
     sim.load(scene_id)
     return {"cpu_s": time.process_time()}
 
 
-def do_try(sim, episode, poses, plans):
+def do_try(sim, episode: dict, poses: list, plans: list) -> dict:
     """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
     pose and plan where it ends: the state, and "way", the shortest way on from there}"""
     sim.reset(episode)
@@ -150,43 +152,54 @@ def do_try(sim, episode, poses, plans):
     return {"states": ends}
 
 
-def do_check(sim, scene_id):
+def do_check(sim, scene_id: str) -> dict:
     """Stand somewhere, look around, walk somewhere else. -> facts for world/check.py"""
-    rng = np.random.default_rng(0)
-    began = time.perf_counter()
+    rng, clock = np.random.default_rng(0), [time.perf_counter()]
+
+    def lap():
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2]
+
     sim.load(scene_id)
-    loaded = time.perf_counter()
+    load_s = lap()
     places = [sim.random_point(rng) for _ in range(40)]
     turned = [rotation_of(yaw) for yaw in rng.uniform(-math.pi, math.pi, len(places))]
     sim.set_pose(places[0], turned[0])
     sim.observe()  # the first picture may compile shaders
-    ready = time.perf_counter()
+    first_picture_s = lap()
     views = sim.render([p + q for p, q in zip(places, turned)])
-    rendered = time.perf_counter()
-    goal, metres, actions = places[0], 0.0, 0
-    for start, yaw in zip(places, turned):  # the first may be on top of a table
-        sim.set_pose(start, yaw)
+    render_s = lap()
+    goal, metres = find_goal(sim, places, turned)
+    actions, action = 0, None
+    while actions < 500 and action != STOP:
+        action = sim.expert_action(goal)
+        if action != STOP:
+            sim.act(action)
+            actions += 1
+    walk_s = lap()
+    return dict(sim.info(), python=platform.python_version(), numpy=np.__version__, scene=scene_id,
+                load_s=round(load_s, 2), first_picture_s=round(first_picture_s, 2),
+                frames_per_s=round(len(views) / render_s), size=list(views.shape[1:]),
+                mean_grey=round(float(views.mean()), 1), goal_m=round(metres, 2), actions=actions,
+                ended_m=round(sim.geodesic([goal]), 2),
+                expert_ms=round(1e3 * walk_s / (actions + 1), 2))
+
+
+def find_goal(sim, places: list, rotations: list):
+    """Stand at the first place from which another is more than 2 m to walk. -> that one, metres"""
+    goal, metres = places[0], 0.0
+    for start, rotation in zip(places, rotations):  # the first may be on top of a table
+        sim.set_pose(start, rotation)
         goal = max((p for p in places if sim.geodesic([p]) < math.inf), default=start,
                    key=lambda p: sim.geodesic([p]))
         metres = sim.geodesic([goal])
         if metres > 2:
             break
-    while actions < 500:
-        action = sim.expert_action(goal)
-        if action == STOP:
-            break
-        sim.act(action)
-        actions += 1
-    walked = time.perf_counter()
-    return dict(sim.info(), python=platform.python_version(), numpy=np.__version__, scene=scene_id,
-                load_s=round(loaded - began, 2), first_picture_s=round(ready - loaded, 2),
-                frames_per_s=round(len(views) / (rendered - ready)), size=list(views.shape[1:]),
-                mean_grey=round(float(views.mean()), 1), goal_m=round(metres, 2), actions=actions,
-                ended_m=round(sim.geodesic([goal]), 2),
-                expert_ms=round(1e3 * (walked - rendered) / (actions + 1), 2))
+    return goal, metres
 
 
-def record(sim, episode, actions=None, noise=0.0, seed=0, horizon=6, max_steps=500, waypoints=None):
+def record(sim, episode: dict, actions=None, noise=0.0, seed=0, horizon=6, max_actions=500,
+           waypoints=None) -> dict:
     """Walk a whole episode; frame t is the view BEFORE actions[t].
 
     actions given: replay them. None: the expert walks along the waypoints (default: the nearest
@@ -196,13 +209,13 @@ def record(sim, episode, actions=None, noise=0.0, seed=0, horizon=6, max_steps=5
         "labels": with noise, for each step what the expert would do next from that very place, as
                   `horizon` digits; "" inside a perturbation, without a label. Without noise: None,
         "distance_to_goal": at the end}
-    SimError if the expert does not stop within max_steps actions.
+    SimError if the expert does not stop within max_actions actions.
     """
     sim.reset(episode)
     if actions is None:
         goals = sim.goals
         way = waypoints or [min(goals, key=lambda goal: sim.geodesic([goal]))]
-        actions, poses, labels = expert_walk(sim, way, noise, seed, horizon, max_steps)
+        actions, poses, labels = expert_walk(sim, way, noise, seed, horizon, max_actions)
     else:
         actions, labels = list(actions), None
         actions += [] if actions[-1:] == [STOP] else [STOP]
@@ -217,56 +230,70 @@ def record(sim, episode, actions=None, noise=0.0, seed=0, horizon=6, max_steps=5
             "distance_to_goal": end}
 
 
-def expert_walk(sim, way, noise, seed, horizon, max_steps):
-    """The expert's walk along the points of `way`, with perturbations. -> actions, poses, labels"""
-    rng = np.random.default_rng(seed)
+class Expert:
+    """The simulator's expert on its way along some points. leg: the point that it heads for."""
 
-    def expert(leg):
-        action = sim.expert_action(way[leg])
-        while action == STOP and leg < len(way) - 1:  # there: on to the next point
-            leg += 1
-            action = sim.expert_action(way[leg])
-        return action, leg
+    def __init__(self, sim, way: list):
+        self.sim, self.way, self.leg = sim, way, 0
 
-    def rollout(leg):
-        here, ahead = sim.pose(), []
+    def action(self) -> int:
+        action = self.sim.expert_action(self.way[self.leg])
+        while action == STOP and self.leg < len(self.way) - 1:  # it is there: on to the next point
+            self.leg += 1
+            action = self.sim.expert_action(self.way[self.leg])
+        return action
+
+    def rollout(self, horizon: int) -> list[int]:
+        """Its next actions from here, at most `horizon`. The simulator is put back afterwards."""
+        here, leg, ahead = self.sim.pose(), self.leg, []
         while len(ahead) < horizon and STOP not in ahead:
-            action, leg = expert(leg)
-            ahead.append(action)
-            if action != STOP:
-                sim.act(action)
-        sim.set_pose(here[:3], here[3:])
+            ahead.append(self.action())
+            if ahead[-1] != STOP:
+                self.sim.act(ahead[-1])
+        self.sim.set_pose(here[:3], here[3:])
+        self.leg = leg
         return ahead
 
-    actions, poses, perturbation, leg = [], [], [], 0
+
+def expert_walk(sim, way, noise, seed, horizon, max_actions):
+    """The expert's walk along the points of `way`, with perturbations. -> actions, poses, labels"""
+    rng, expert = np.random.default_rng(seed), Expert(sim, way)
+    actions, poses, perturbation = [], [], []
     plans = {}  # first step of a perturbation -> the expert's plan there; None inside of it
     while STOP not in actions[-1:]:
-        if len(actions) == max_steps:
-            raise SimError(f"the expert did not stop within {max_steps} actions")
+        if len(actions) == max_actions:
+            raise SimError(f"the expert did not stop within {max_actions} actions")
         poses.append(sim.pose())
         if perturbation:
             plans[len(actions)] = None
             action = perturbation.pop()
         else:
-            action, leg = expert(leg)
+            action = expert.action()
             if action != STOP and rng.random() < noise:
-                plans[len(actions)] = rollout(leg)
+                plans[len(actions)] = expert.rollout(horizon)
                 perturbation = rng.integers(FORWARD, RIGHT + 1, rng.integers(1, 5)).tolist()
                 action = perturbation.pop()
         actions.append(int(action))
         if action != STOP:
             sim.act(action)
-    if not noise:
-        return actions, poses, None
-    # the expert is deterministic: up to the next perturbation it did what it would have done, and
-    # its plan at that place is known
+    return actions, poses, label_walk(actions, plans, horizon) if noise else None
+
+
+def label_walk(actions: list[int], plans: dict, horizon: int) -> list[str]:
+    """Per step what the expert would do next, as `horizon` digits; "" inside a perturbation.
+
+    The expert is deterministic: up to the next perturbation it did what it would have done, and its
+    plan at that place is known. So one pass from the end gives all labels.
+    >>> label_walk([1, 3, 1, 0], {1: [2, 0]}, 4)
+    ['1200', '2000', '1000', '0000']
+    """
     labels, after = [], ""
     for t in reversed(range(len(actions))):
         plan = plans.get(t, actions[t:t + 1])
         after = "" if plan is None else ("".join(map(str, plan)) + after * (t not in plans)
                                          )[:horizon].ljust(horizon, str(STOP))
         labels.append(after)
-    return actions, poses, labels[::-1]
+    return labels[::-1]
 
 
 VERBS = {
@@ -284,14 +311,14 @@ VERBS = {
 # ---------------------------------------------------------------- the process
 
 
-def write_all(fd, data):
+def write_all(fd: int, data: bytes) -> None:
     with memoryview(data) as view:
         at = 0
         while at < len(view):
             at += os.write(fd, view[at:])
 
 
-def read_requests(fd, requests):
+def read_requests(fd: int, requests: queue.Queue) -> None:
     """Put every message that arrives into the queue; end the process when the input closes. It runs
     in a thread of its own, so that a closed input ends the worker even while it is busy."""
     data = bytearray()
@@ -311,7 +338,7 @@ def read_requests(fd, requests):
             os._exit(3)
 
 
-def answer(sim, request, scenes_dir):
+def answer(sim, request: dict, scenes_dir: str | None) -> tuple:
     """One request -> the simulator (made by "start") and the answer, a dict."""
     verb = request.pop("verb", None)
     try:
@@ -326,7 +353,7 @@ def answer(sim, request, scenes_dir):
         return sim, {"error": "bug", "text": traceback.format_exc()}
 
 
-def serve(scenes_dir=None):
+def serve(scenes_dir: str | None = None) -> None:
     """A worker's whole life: answer requests until standard input closes."""
     ins, out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
