@@ -33,6 +33,26 @@ def ego(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """A folder with the house of two rooms (helpers.py)."""
+    from helpers import SCENE_ID, two_rooms, write_house
+    folder = tmp_path_factory.mktemp("scenes")
+    write_house(str(folder / SCENE_ID), two_rooms())
+    return str(folder)
+
+
+@pytest.fixture
+def house(scenes):
+    """The simulator in that house, at the start of helpers.EPISODE."""
+    from helpers import EPISODE, ROBOT
+
+    from world import house_sim
+    simulator = house_sim.HouseSim(ROBOT, scenes)
+    simulator.reset(EPISODE)
+    return simulator
+
+
+@pytest.fixture(scope="session")
 def habitat_python():
     """An interpreter that has habitat-sim: $HABITAT_PYTHON, or this one."""
     python = os.environ.get("HABITAT_PYTHON", sys.executable)

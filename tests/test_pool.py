@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_house_sim import EPISODE, ROBOT, house, scenes  # noqa: F401  (fixtures)
+from helpers import EPISODE, ROBOT
 
 import evaluate
 import make_data
@@ -28,7 +28,7 @@ PYTHON = shlex.quote(sys.executable)
 
 
 @pytest.fixture
-def pool(scenes):  # noqa: F811
+def pool(scenes):
     with SimPool("house", ROBOT, scenes, sims=2, timeout_s=30) as pool:
         yield pool
 
@@ -54,7 +54,7 @@ def pool_of(command, scenes_dir, sims=1, **more):
 # ---------------------------------------------------------------- answers
 
 
-def test_the_pool_answers_as_one_simulator_does(pool, house):  # noqa: F811
+def test_the_pool_answers_as_one_simulator_does(pool, house):
     pool.submit(0, "reset", episode=EPISODE)
     pool.submit(1, "record", episode=EPISODE, noise=0.1, seed=1)
     assert pool.wait_any(0) is None                            # a house takes longer to load
@@ -214,7 +214,7 @@ def test_a_worker_ends_with_its_input_even_while_it_is_busy():
 # ---------------------------------------------------------------- commands
 
 
-def test_a_command_that_passes_through_another_process(scenes):  # noqa: F811
+def test_a_command_that_passes_through_another_process(scenes):
     with pool_of(f"sh -c 'cd / && {PYTHON} -m world.worker --scenes {scenes}; true'", "/none",
                  sims=2) as pool:
         pool.submit(1, "reset", episode=EPISODE)
@@ -243,14 +243,14 @@ def test_a_command_that_passes_through_another_process(scenes):  # noqa: F811
     ("sh -c 'exit 7'", "exited with 7 while starting"),
     ("/no/such/program --flag", "does not start: No such file"),
     (f"{PYTHON} -c 'import time; time.sleep(600)'", "did not start in 2 s")])
-def test_a_command_that_is_no_worker_is_a_sentence(scenes, monkeypatch, command,  # noqa: F811
+def test_a_command_that_is_no_worker_is_a_sentence(scenes, monkeypatch, command,
                                                    message):
     monkeypatch.setattr(pool_module, "START_S", 2)
     with pytest.raises(UserError, match=message):
         pool_of(command, scenes)
 
 
-def test_a_worker_of_other_code_is_refused(scenes, tmp_path):  # noqa: F811
+def test_a_worker_of_other_code_is_refused(scenes, tmp_path):
     for name in ("cli.py", "reward.py", "world"):
         source = os.path.join(ROOT, name)
         (shutil.copytree if os.path.isdir(source) else shutil.copy)(source, tmp_path / name)
@@ -263,7 +263,7 @@ def test_a_worker_of_other_code_is_refused(scenes, tmp_path):  # noqa: F811
         pool_of(command, scenes)
 
 
-def test_a_worker_that_dies_midway_is_started_again(scenes):  # noqa: F811
+def test_a_worker_that_dies_midway_is_started_again(scenes):
     code = ("import os; from world import worker; "
             "worker.VERBS['die'] = lambda s: os._exit(9); worker.serve()")
     with SimPool("house", ROBOT, scenes, 1, [[sys.executable, "-c", code]]) as pool:
@@ -274,7 +274,7 @@ def test_a_worker_that_dies_midway_is_started_again(scenes):  # noqa: F811
         assert "frame" in pool.wait(0)
 
 
-def test_commands_and_gpus_are_used_in_turn(scenes, monkeypatch):  # noqa: F811
+def test_commands_and_gpus_are_used_in_turn(scenes, monkeypatch):
     sent, send = [], pool_module.Worker.send
 
     def spy(worker, message):
@@ -336,7 +336,7 @@ def sshd(tmp_path_factory):
     process.kill()
 
 
-def test_a_simulator_behind_ssh(sshd, scenes, house):  # noqa: F811
+def test_a_simulator_behind_ssh(sshd, scenes, house):
     with pool_of(f"{sshd} 'cd {ROOT} && {sys.executable} -m world.worker'", scenes) as pool:
         pool.submit(0, "reset", episode=EPISODE)
         house.reset(EPISODE)
@@ -359,7 +359,7 @@ def run_check(*flags):
                           text=True, timeout=120, cwd=ROOT)
 
 
-def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_path):  # noqa: F811
+def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_path):
     done = run_check("--scenes", scenes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.rstrip().endswith("ready")
@@ -370,7 +370,7 @@ def test_check_says_that_the_machine_is_ready_or_what_is_missing(scenes, tmp_pat
     assert "Traceback" not in done.stderr
 
 
-def test_without_habitat_the_conda_line_is_given(scenes):  # noqa: F811
+def test_without_habitat_the_conda_line_is_given(scenes):
     try:
         import habitat_sim  # noqa: F401
     except ImportError:
