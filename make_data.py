@@ -549,7 +549,7 @@ def check_instruction(text) -> None:
     require(isinstance(text, str) and text.strip() != "",
             f"the instruction is empty or no text ({text!r})")
     require("<image>" not in text and "<|" not in text,
-            f"the instruction {text!r} holds a reserved mark (<image> or <|)")
+            f"the instruction {text!r} holds the reserved <image> or <|")
 
 
 def open_data(path: str, image_root: str | None = None):

@@ -47,8 +47,8 @@ def walked(folder, episode, actions):
 
 def names_in_sight(sim):
     """Names of the boxes that the picture at the simulator's pose shows."""
-    eyes, yaws = sim.cameras(np.array([sim.pose()]))
-    code, _, _ = simulator.cast(sim.scene, eyes, yaws, sim.robot["width"], sim.robot["height"],
+    origins, yaws = sim.cameras(np.array([sim.pose()]))
+    code, _, _ = simulator.cast(sim.scene, origins, yaws, sim.robot["width"], sim.robot["height"],
                                 sim.robot["hfov_deg"])
     return {sim.scene.names[box] for box in np.unique(code >> 2) if box < len(sim.scene.names)}
 
@@ -168,19 +168,19 @@ def test_the_experts_walk_arrives_and_is_short(made, hard, level):
     assert np.mean(spl) >= 0.93
 
 
-def test_without_eyes_or_ears_nobody_arrives(made):
+def test_without_pictures_or_instructions_no_policy_arrives(made):
     episodes, truths, _ = read(made, "train")
     more, more_truths, _ = read(made, "val_unseen")
     pairs = [(e, truths[str(e["episode_id"])]) for e in episodes]
     pairs += [(e, more_truths[str(e["episode_id"])]) for e in more]
     usual = round(np.mean([truth["forward_steps"] for _, truth in pairs]))
     rng = np.random.default_rng(0)
-    blind = {
+    fixed = {
         "stop": lambda: [STOP],
         "forward": lambda: [FORWARD] * usual + [STOP],
         "random": lambda: rng.choice(4, 100, p=(0.02, 0.68, 0.15, 0.15)).tolist() + [STOP],
     }
-    for name, actions in blind.items():
+    for name, actions in fixed.items():
         success = np.mean([walked(made, episode, actions())[0] <= 1.0 for episode, _ in pairs])
         assert success <= (0 if name == "stop" else 0.15), name  # 60 walks; over 1000: .04
 

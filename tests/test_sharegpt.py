@@ -514,7 +514,7 @@ def edit(path, change):
     ("episodes", lambda rows: rows[1].update(walk_id="v"), "episodes.jsonl, line 2: walk 'v'"),
     ("episodes", lambda rows: rows[1].update(walk_id=["w"]), "line 2: it holds no 'walk_id'"),
     ("episodes", lambda rows: rows[1].update(instruction=None), "line 2: the instruction is empty"),
-    ("episodes", lambda rows: rows[1].update(instruction="<image>"), "line 2: .*reserved mark")])
+    ("episodes", lambda rows: rows[1].update(instruction="<image>"), "line 2: .*the reserved")])
 def test_a_damaged_line_of_vln_ego_is_named(ego, file, change, words):
     VlnEgo(ego)
     edit(ego / f"{file}.jsonl", change)
@@ -677,7 +677,7 @@ def test_links_are_followed_and_no_walk_is_taken_twice(tmp_path):
     ("action_list.json", "[1, 2", "action_list.json: Expecting"),
     ("action_list.json", None, "No such file"),
     ("instruction.txt", "\ufeff \n", "instruction.txt: the instruction is empty"),
-    ("instruction.txt", "go <image>", "reserved mark"),
+    ("instruction.txt", "go <image>", "the reserved"),
     ("instruction.txt", None, "No such file"),
     ("step_1.jpg", "", "step_1.jpg is truncated or not a picture"),
     ("step_1.jpg", None, "No such file")])

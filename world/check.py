@@ -5,6 +5,8 @@ Run it   python -m world.check --scenes data/houses/scenes
          python -m world.check --sim habitat --robot r2r --scenes data/scene_datasets --sim-python P
 Expect   a table that ends with "ready"; or what is wrong, what helps, and exit status 2
 """
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
@@ -37,7 +39,7 @@ ADVICE = (
     ("CUDA|GPU", "name another GPU with --sim-gpus (CUDA_VISIBLE_DEVICES renumbers them)"))
 
 
-def check(args, scene):
+def check(args, scene: str) -> None:
     """Let one simulator load, look and walk, and print what it found. UserError if something is
     wrong, with what to do about it."""
     os.environ.setdefault("MAGNUM_LOG", "default")  # it names the OpenGL device
@@ -84,7 +86,7 @@ def captured_stderr():
             captured.append(file.read())
 
 
-def first_scene(scenes_dir):
+def first_scene(scenes_dir: str) -> str:
     """The first .glb below a folder, as a scene id."""
     for folder, folders, files in os.walk(scenes_dir):
         folders.sort()

@@ -274,8 +274,8 @@ def text_problem(value) -> str | None:
     if len(value.split()) > MAX_WORDS or len(value) > MAX_LETTERS:
         return f"it has {len(value.split()):,} words, {len(value):,} letters; at most " \
                f"{MAX_WORDS:,} and {MAX_LETTERS:,} are sensible"
-    reserved = [mark for mark in RESERVED_MARKS if mark in value]
-    return f"it holds {reserved[0]}, a mark of the prompt's own" if reserved else None
+    reserved = [word for word in RESERVED_MARKS if word in value]
+    return f"it holds {reserved[0]}, which the prompt reserves" if reserved else None
 
 
 def clean_episode(episode, hidden: bool) -> str | None:
@@ -570,7 +570,7 @@ def damaged_scenes(episodes: list[dict], scenes: str) -> dict[str, str]:
 
 def check_scenes(episodes: list[dict], scenes: str) -> dict:
     """UserError unless all scenes are there and sound -> {"count", "sha256"}: how many they are,
-    and one hash of all of them and their navmeshes, by which results tell worlds apart."""
+    and one hash of all of them and their navmeshes, so that results name their world."""
     lost = missing_scenes(episodes, scenes)
     if lost:
         raise UserError(f"{len(lost)} scenes are missing below {scenes} ({lost.total()} episodes "

@@ -6,6 +6,8 @@ One agent, one colour camera, a picture only when asked for. Written against hab
 
 Imports  habitat_sim, numpy and pillow, in Python 3.9 syntax: its interpreter loads this file
 """
+from __future__ import annotations
+
 import glob
 import json
 import math
@@ -24,7 +26,7 @@ HABITAT_MISSING = """habitat_sim does not import in {python} ({error}). Install 
 and pass --sim-python <that environment>/bin/python (`conda env list` shows where it is)"""
 
 
-def build_of(habitat_sim):
+def build_of(habitat_sim) -> str:
     """Which build of habitat-sim this is, beyond the number that it gives itself: its main branch
     and its tag v0.3.4 call themselves 0.3.3, and they step differently without sliding."""
     name = os.path.join(sys.prefix, "conda-meta", "habitat-sim-*.json")
@@ -45,7 +47,7 @@ class HabitatSim:
     process on an index that is not there, so the index is checked before.
     """
 
-    def __init__(self, robot, scenes_dir, gpu=None):
+    def __init__(self, robot: dict, scenes_dir: str, gpu: int | None = None):
         for log in ("MAGNUM_LOG", "HABITAT_SIM_LOG"):  # a hundred lines per simulator otherwise
             os.environ.setdefault(log, "quiet")
         try:
@@ -63,12 +65,12 @@ class HabitatSim:
         self.robot, self.scenes_dir = robot, scenes_dir
         self.goals, self.collided = [], False
 
-    def load(self, scene_id):
+    def load(self, scene_id: str) -> None:
         path = os.path.join(self.scenes_dir, scene_id)
         if path == self.file:
             return
         if not os.path.exists(path):
-            raise SimError(f"{path}: no such scene; see --scenes, and README on Matterport3D")
+            raise SimError(f"{path}: no such scene; see --scenes, and docs/habitat.md")
         habitat, robot = self.habitat, self.robot
         backend = habitat.SimulatorConfiguration()
         backend.scene_id, backend.gpu_device_id = path, self.gpu
@@ -100,7 +102,7 @@ class HabitatSim:
         self.load_navmesh(path)
         self.file = path
 
-    def load_navmesh(self, path):
+    def load_navmesh(self, path: str) -> None:
         """The scene's own .navmesh if it was made for a body like this one, else a new one. This is
         what habitat-sim did when R2R-CE and RxR-CE were made (R2R's robot is the default body, for
         which the files are; RxR's is not), written out because later versions differ. SimError if
@@ -125,12 +127,12 @@ class HabitatSim:
         if not finder.is_loaded:  # the agent would walk through walls, with only a warning
             raise SimError(f"{path}: it has no navmesh, and none could be computed")
 
-    def reset(self, episode):
+    def reset(self, episode: dict) -> None:
         self.load(episode["scene_id"])
         self.goals = [goal["position"] for goal in episode.get("goals") or []]
         self.set_pose(episode["start_position"], episode["start_rotation"])
 
-    def set_pose(self, position, rotation):
+    def set_pose(self, position, rotation) -> None:
         rotation = np.asarray(rotation, np.float64)
         state = self.habitat.AgentState()
         state.position = np.asarray(position, np.float32)
@@ -140,27 +142,27 @@ class HabitatSim:
         if self.follower is not None:
             self.follower.reset()  # what it remembers of its last moves is not of this place
 
-    def act(self, action):
+    def act(self, action: int) -> bool:
         """agent.act rather than sim.step: that one would render, and asserts on STOP."""
         if action not in (FORWARD, LEFT, RIGHT):
             raise ValueError(f"{action!r} is not a motion: 1 forward, 2 left, 3 right")
         self.collided = bool(self.agent.act(action))
         return self.collided
 
-    def pose(self):
+    def pose(self) -> list[float]:
         state = self.agent.get_state()
         q = state.rotation
         return [float(v) for v in (*state.position, q.x, q.y, q.z, q.w)]
 
-    def state(self):
+    def state(self) -> dict:
         pose = self.pose()
         return {"position": pose[:3], "rotation": pose[3:], "collided": self.collided,
                 "distance_to_goal": self.geodesic(self.goals) if self.goals else None}
 
-    def observe(self):
+    def observe(self) -> np.ndarray:
         return np.ascontiguousarray(self.sim.get_sensor_observations()["rgb"][..., :3])
 
-    def render(self, poses):
+    def render(self, poses) -> np.ndarray:
         here, views = self.pose(), []
         for pose in poses:
             self.set_pose(pose[:3], pose[3:])
@@ -168,7 +170,7 @@ class HabitatSim:
         self.set_pose(here[:3], here[3:])
         return np.stack(views)
 
-    def geodesic(self, goals):
+    def geodesic(self, goals: list) -> float:
         way = self.habitat.MultiGoalShortestPath()
         way.requested_start = self.agent.get_state().position
         way.requested_ends = [np.asarray(goal, np.float32) for goal in goals]
@@ -176,14 +178,15 @@ class HabitatSim:
         metres = float(way.geodesic_distance) if found else math.inf
         return metres if math.isfinite(metres) else math.inf
 
-    def path(self, goal):
+    def path(self, goal: list[float]) -> list:
         way = self.habitat.ShortestPath()
         way.requested_start = self.agent.get_state().position
         way.requested_end = np.asarray(goal, np.float32)
         return [[float(v) for v in p] for p in way.points] if self.sim.pathfinder.find_path(
             way) else []
 
-    def expert_action(self, goal=None, stop_radius_m=None):
+    def expert_action(self, goal: list[float] | None = None,
+                      stop_radius_m: float | None = None) -> int:
         if goal is None:
             goal = min(self.goals, key=lambda goal: self.geodesic([goal]))
         radius = 0.75 * self.robot["forward_m"] if stop_radius_m is None else stop_radius_m
@@ -198,18 +201,18 @@ class HabitatSim:
             raise SimError(f"{self.file}: habitat's follower finds no way to {list(goal)}"
                            ) from None
 
-    def topdown(self, metres_per_pixel=0.02):
+    def topdown(self, metres_per_pixel: float = 0.02) -> tuple[np.ndarray, list[float]]:
         finder = self.sim.pathfinder
         lo, hi = finder.get_bounds()
         plan = finder.get_topdown_view(metres_per_pixel, float(self.agent.get_state().position[1]))
         image = np.where(np.asarray(plan)[..., None], np.uint8(225), np.uint8(90)).repeat(3, axis=2)
         return image, [float(v) for v in (lo[0], lo[2], hi[0], hi[2])]
 
-    def random_point(self, rng):
+    def random_point(self, rng) -> list[float]:
         self.sim.pathfinder.seed(int(rng.integers(1 << 30)))
         return [float(v) for v in self.sim.pathfinder.get_random_navigable_point()]
 
-    def info(self):
+    def info(self) -> dict:
         finder = self.sim.pathfinder
         return {"habitat_sim": self.habitat.__version__, "gpu_device": self.sim.gpu_device,
                 "cuda_build": self.habitat.cuda_enabled,

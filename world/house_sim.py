@@ -17,6 +17,8 @@ Expect   on one 2.5 GHz core, a 70-box house: 3500 frames/s at 56x56, 1100 at 11
          a geodesic in 0.08 ms, an action of the expert in 0.3 ms, a house loaded in 10 ms
 Imports  numpy and pillow, in Python 3.9 syntax: the simulator's interpreter loads this file
 """
+from __future__ import annotations
+
 import functools
 import io
 import json
@@ -57,7 +59,7 @@ GLTF_TYPES = {5121: np.uint8, 5123: np.uint16, 5125: np.uint32, 5126: np.float32
 GLTF_WIDTH = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 
 
-def read_glb(path):
+def read_glb(path: str) -> tuple:
     """A binary glTF file -> (json, accessor(i) -> array (count, width), picture(i) -> PIL image)"""
     try:
         with open(path, "rb") as f:
@@ -95,8 +97,8 @@ def read_glb(path):
 
 
 @functools.lru_cache(maxsize=8)
-def load_scene(path, modified):
-    """Scene of a house written by houses.py. modified (the file's mtime) makes the cache honest.
+def load_scene(path: str, modified: int) -> Scene:
+    """Scene of a house written by houses.py. modified: its mtime, for the cache.
 
     The file is Z-up, as Matterport3D's are: world (x, y, z) is stored as (x, -z, y). One node is
     one box, called "role|name|number": 24 vertices, 4 per face. A pixel is COLOR_0 (light baked in)
@@ -146,7 +148,7 @@ def load_scene(path, modified):
                  shade_table(np.stack(colours)), np.flatnonzero(tall), (bottom, top), screened)
 
 
-def shade_table(colours):
+def shade_table(colours: np.ndarray) -> np.ndarray:
     """(N, 6, 3) uint8 -> (8(N + 1) * 256,) uint32: colour * grey / 255, as bytes; the sky is black.
     """
     grey = np.arange(256, dtype=np.uint32)[:, None]
@@ -158,8 +160,9 @@ def shade_table(colours):
 # ---------------------------------------------------------------- the picture
 
 
-def cast(scene, eyes, yaws, width, height, hfov_deg):
-    """What each ray meets first, for T cameras at one height. eyes (T, 3), yaws (T,) radians ->
+def cast(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height: int,
+         hfov_deg: float) -> tuple:
+    """What each ray meets first, for T cameras at one height. origins (T, 3), yaws (T,) radians ->
 
     code (T*W, H) int32   4 * box + axis of the face; 4 * N where there is nothing. Columns first!
     t    (T*W, H) float32 metres along the viewing direction (a plane's distance, not the ray's)
@@ -182,19 +185,20 @@ def cast(scene, eyes, yaws, width, height, hfov_deg):
     ray_xz = heading(yaws)[:, None] + heading(yaws + math.pi / 2)[:, None] * across[:, None]
     ray_x, ray_y, ray_z = (np.where(abs(r) < 1e-7, 1e-7, r).astype(np.float32)  # never 0: 1 / ray
                            for r in (ray_xz[..., 0].ravel(), ray_y, ray_xz[..., 1].ravel()))
-    eye_x, eye_z = (np.repeat(eyes[:, a], width).astype(np.float32)[:, None] for a in (0, 2))
-    eye_y = np.float32(eyes[0, 1])
+    origin_x, origin_z = (np.repeat(origins[:, a], width).astype(np.float32)[:, None]
+                          for a in (0, 2))
+    origin_y = np.float32(origins[0, 1])
 
     # 2. seen from above, when do each column's rays enter and leave each box? (T*W, N + sky)
     (lo_x, lo_y, lo_z), (hi_x, hi_y, hi_z) = scene.table
-    x0, x1 = slab(lo_x, hi_x, eye_x, 1 / ray_x[:, None])
-    z0, z1 = slab(lo_z, hi_z, eye_z, 1 / ray_z[:, None])
+    x0, x1 = slab(lo_x, hi_x, origin_x, 1 / ray_x[:, None])
+    z0, z1 = slab(lo_z, hi_z, origin_z, 1 / ray_z[:, None])
     near, far = np.maximum(x0, z0), np.minimum(x1, z1)
 
-    # 3. keep what a column can see. Back faces are not drawn, so a box around the eye is not, and
-    #    behind a wall from floor to ceiling there is nothing but other rooms' floors and ceilings
-    seen = (near < far) & (far > 0) & ((near > 0) | (lo_y > eye_y) | (hi_y < eye_y))
-    if scene.screen[0] < eye_y < scene.screen[1]:
+    # 3. keep what a column can see. Back faces are not drawn, so a box around the camera is not,
+    #    and behind a wall from floor to ceiling are only other rooms' floors and ceilings
+    seen = (near < far) & (far > 0) & ((near > 0) | (lo_y > origin_y) | (hi_y < origin_y))
+    if scene.screen[0] < origin_y < scene.screen[1]:
         walls = scene.walls
         screen = np.where(seen[:, walls], near[:, walls], np.float32(1e9)).min(axis=1, initial=1e9)
         seen &= (near <= screen[:, None]) | ~scene.screened
@@ -206,7 +210,7 @@ def cast(scene, eyes, yaws, width, height, hfov_deg):
     #    Then the nearest pair of each column is what the pixel shows
     sky = np.float32(1e30)
     near[:, n], far[:, n] = sky, sky
-    y0, y1 = slab(lo_y[:, None], hi_y[:, None], eye_y, 1 / ray_y)  # (N + sky, H)
+    y0, y1 = slab(lo_y[:, None], hi_y[:, None], origin_y, 1 / ray_y)  # (N + sky, H)
     y0[n], y1[n] = 0, sky
     code_y = 4 * np.arange(n + 1, dtype=np.int32)[:, None] + 1
     code_xz = 4 * box.astype(np.int32) + 2 * (z0 > x0).ravel()[pairs]
@@ -226,30 +230,31 @@ def slab(lo, hi, origin, inverse):
     return np.minimum(a, b), np.maximum(a, b)
 
 
-def render_views(scene, eyes, yaws, width, height, hfov_deg):
+def render_views(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height: int,
+                 hfov_deg: float) -> np.ndarray:
     """T pictures from cameras at one height: uint8 (T, H, W, 3). Nearest texel; no fade, no lamp:
     the light is in the colours already."""
-    code, t, (ray_x, ray_y, ray_z) = cast(scene, eyes, yaws, width, height, hfov_deg)
-    # code -> face: an eye beyond the middle of a box meets the upper face of the two (+x, not -x)
+    code, t, (ray_x, ray_y, ray_z) = cast(scene, origins, yaws, width, height, hfov_deg)
+    # code -> face: a camera beyond the middle of a box meets the upper face of the two (+x, not -x)
     codes = 4 * len(scene.roles) + 4
-    upper = np.zeros((len(eyes), len(scene.roles) + 1, 4), np.int32)
-    upper[:, :-1, :3] = eyes[:, None] > (scene.lo + scene.hi) / 2
+    upper = np.zeros((len(origins), len(scene.roles) + 1, 4), np.int32)
+    upper[:, :-1, :3] = origins[:, None] > (scene.lo + scene.hi) / 2
     face = (2 * np.arange(codes, dtype=np.int32) + upper.reshape(-1, codes)).ravel()
-    eye = np.repeat(eyes, width, axis=0).astype(np.float32)
-    face = face[code + (np.arange(len(eye), dtype=np.int32) // width * codes)[:, None]]
+    origin = np.repeat(origins, width, axis=0).astype(np.float32)
+    face = face[code + (np.arange(len(origin), dtype=np.int32) // width * codes)[:, None]]
     # in-face coordinates in metres, moved 256 m up so that truncating is flooring
     t = np.minimum(t, np.float32(1e3))
-    x = t * ray_x[:, None] + (eye[:, :1] + 256)
-    y = t * ray_y + (eye[:1, 1:2] + 256)
-    z = t * ray_z[:, None] + (eye[:, 2:] + 256)
+    x = t * ray_x[:, None] + (origin[:, :1] + 256)
+    y = t * ray_y + (origin[:1, 1:2] + 256)
+    z = t * ray_z[:, None] + (origin[:, 2:] + 256)
     axis = code & 3
     size = scene.textures.shape[1]
     column = (np.where(axis == 0, z, x) * size).astype(np.int32) & (size - 1)
     row = (np.where(axis == 1, z, y) * size).astype(np.int32) & (size - 1)
     grey = scene.textures.ravel()[(scene.face_texture[face] * size + row) * size + column]
-    pixels = scene.shade[face * 256 + grey].reshape(len(eyes), width, height)
+    pixels = scene.shade[face * 256 + grey].reshape(len(origins), width, height)
     pixels = np.ascontiguousarray(pixels.transpose(0, 2, 1)).view(np.uint8)
-    return pixels.reshape(len(eyes), height, width, 4)[..., :3]
+    return pixels.reshape(len(origins), height, width, 4)[..., :3]
 
 
 # ---------------------------------------------------------------- where a body may be
@@ -292,19 +297,19 @@ def crossings(lo, hi, start, step):
     return np.where(hit, np.maximum(enter, 0), np.inf), z0 > x0
 
 
-def blocked(nav, start, end):
+def blocked(nav: VisibilityGraph, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Does the segment pass through a rectangle's inside? (..., 2), (..., 2) -> (...) bool."""
     return np.isfinite(crossings(nav.lo, nav.hi, start, end - start)[0]).any(axis=-1)
 
 
-def inside_any(lo, hi, points):
+def inside_any(lo: np.ndarray, hi: np.ndarray, points: np.ndarray) -> np.ndarray:
     """(..., 2) -> (...) bool: strictly inside one of the rectangles (N, 2), (N, 2)."""
     points = points[..., None, :]
     return ((points > lo) & (points < hi)).all(axis=-1).any(axis=-1)
 
 
 @functools.lru_cache(maxsize=8)
-def build_nav(path, modified, radius_m):
+def build_nav(path: str, modified: int, radius_m: float) -> VisibilityGraph:
     """The visibility graph of a house. Only lines on which a tight string could lie are kept: at
     each end it touches the corner, rather than running into it or away from it."""
     scene = load_scene(path, modified)
@@ -342,7 +347,7 @@ def build_nav(path, modified, radius_m):
     return nav._replace(dist=dist)
 
 
-def is_taut(step, outward):
+def is_taut(step: np.ndarray, outward: np.ndarray) -> np.ndarray:
     """Can a tight string arrive at (or leave) a corner along this step? It can where the step's two
     components do not both point into the corner's wall, nor both away from it; a step within a hair
     of an axis always may, for walls in line are in line only up to rounding. (..., M, 2), (M, 2)
@@ -351,7 +356,7 @@ def is_taut(step, outward):
     return (x * z <= 0) | (np.minimum(abs(x), abs(z)) < 2 * CORNER_M)
 
 
-def snap(nav, point):
+def snap(nav: VisibilityGraph, point) -> np.ndarray | None:
     """The point itself if it is free, else the nearest free one within SNAP_M, else None. (x, z)"""
     point = np.asarray(point, np.float64)
     lo, hi = nav.lo - CONTACT_M / 2, nav.hi + CONTACT_M / 2
@@ -366,7 +371,7 @@ def snap(nav, point):
     return beside[away.argmin()] if away.min() <= SNAP_M else None
 
 
-def goal_distances(nav, goal):
+def goal_distances(nav: VisibilityGraph, goal) -> GoalDistances:
     """GoalDistances of one goal (x, z). A query at any point is then one step of visibility."""
     goal = snap(nav, goal)
     if goal is None:
@@ -374,10 +379,10 @@ def goal_distances(nav, goal):
     sight = np.hypot(*(nav.corners - goal).T)
     sight[blocked(nav, nav.corners, goal[None])] = np.inf
     return GoalDistances(np.vstack([goal, nav.corners]),
-                 np.append(0, (nav.dist + sight).min(axis=1, initial=np.inf)))
+                         np.append(0, (nav.dist + sight).min(axis=1, initial=np.inf)))
 
 
-def distances(nav, field, points):
+def distances(nav: VisibilityGraph, field: GoalDistances, points: np.ndarray) -> tuple:
     """Geodesic metres from each point (Q, 2) to the field's goal: (Q,), inf if there is no way; and
     the station (Q,) to head for first, -1 if none. The few most promising stations are tried first:
     the first visible one in order of total length is the answer."""
@@ -403,7 +408,7 @@ def distances(nav, field, points):
     return result, station
 
 
-def shortest_path(nav, field, start):
+def shortest_path(nav: VisibilityGraph, field: GoalDistances, start) -> list:
     """[(x, z) ...] from start to the field's goal, both included; [] if there is no way."""
     at = int(distances(nav, field, np.asarray(start)[None])[1][0])
     points = [] if at < 0 else [np.asarray(start), field.points[at]]
@@ -417,7 +422,7 @@ def shortest_path(nav, field, start):
     return points
 
 
-def moves(nav, start, steps, sliding):
+def moves(nav: VisibilityGraph, start: np.ndarray, steps: np.ndarray, sliding: bool) -> tuple:
     """Where a body at start (2,) or (Q, 2) ends up for each wished step (Q, 2); did it bump? (Q,)
 
     It goes up to the first thing it touches; with sliding, what is left of the step goes on along
@@ -458,13 +463,13 @@ class HouseSim:
 
     version = "house_sim 2"  # counted up when the same actions lead elsewhere or look different
 
-    def __init__(self, robot, scenes_dir, gpu=None):
+    def __init__(self, robot: dict, scenes_dir: str, gpu: int | None = None):
         self.robot, self.scenes_dir = robot, scenes_dir
         self.turn = math.radians(robot["turn_deg"])
         self.scene = self.nav = None
         self.goals, self.collided, self.half_turn = [], False, 1
 
-    def load(self, scene_id):
+    def load(self, scene_id: str) -> None:
         """Enter that scene, at no particular place. SimError if it is missing or damaged."""
         path = os.path.join(self.scenes_dir, scene_id)
         try:
@@ -476,18 +481,18 @@ class HouseSim:
         self.nav = build_nav(path, modified, self.robot["radius_m"])
         self.fields = {}
 
-    def reset(self, episode):
+    def reset(self, episode: dict) -> None:
         """Load the episode's scene and stand at its start. SimError if either cannot be done."""
         self.load(episode["scene_id"])
         self.goals = [goal["position"] for goal in episode.get("goals") or []]
         self.set_pose(episode["start_position"], episode["start_rotation"])
-        # A goal straight behind is as near by left turns as by right ones. Always left would let
-        # the policy learn a side that nothing in its picture says: the start decides, a coin that
-        # is the same whenever the episode is walked.
+        # A goal straight behind is as near by left turns as by right ones. With "always left" the
+        # policy would learn a side that its picture does not show: so the start decides, by a hash
+        # that is the same whenever the episode is walked.
         start = repr([*map(float, episode["start_position"]), round(self.yaw, 6)])
         self.half_turn = 1 if zlib.crc32(start.encode()) % 2 else -1
 
-    def set_pose(self, position, rotation):
+    def set_pose(self, position, rotation) -> None:
         """Stand there. SimError if that is inside a wall or an object."""
         x, y, z = map(float, position)
         spot = snap(self.nav, (x, z))
@@ -495,7 +500,7 @@ class HouseSim:
             raise SimError(f"{self.scene.path}: the pose {[x, y, z]} is inside an obstacle")
         self.spot, self.y, self.yaw, self.collided = spot, y, yaw_of(rotation), False
 
-    def act(self, action):
+    def act(self, action: int) -> bool:
         """1 forward, 2 left, 3 right; True if it bumped. Stopping is the caller's affair."""
         self.collided = False
         if action == FORWARD:
@@ -508,21 +513,21 @@ class HouseSim:
             raise ValueError(f"{action!r} is not a motion: 1 forward, 2 left, 3 right")
         return self.collided
 
-    def pose(self):
+    def pose(self) -> list[float]:
         """[x, y, z, qx, qy, qz, qw]"""
         return [float(self.spot[0]), self.y, float(self.spot[1])] + rotation_of(self.yaw)
 
-    def state(self):
+    def state(self) -> dict:
         """Pose, last action's collision, metres to the nearest goal (inf: no way; None: no goal)"""
         pose = self.pose()
         return {"position": pose[:3], "rotation": pose[3:], "collided": self.collided,
                 "distance_to_goal": self.geodesic(self.goals) if self.goals else None}
 
-    def observe(self):
+    def observe(self) -> np.ndarray:
         """What it sees: uint8 (H, W, 3)."""
         return self.render([self.pose()])[0]
 
-    def render(self, poses):
+    def render(self, poses) -> np.ndarray:
         """The views from T poses [x, y, z, qx, qy, qz, qw], without moving: uint8 (T, H, W, 3)."""
         poses = np.asarray(poses, np.float64)
         width, height = self.robot["width"], self.robot["height"]
@@ -538,11 +543,11 @@ class HouseSim:
         return views
 
     def cameras(self, poses):
-        """Poses (T, 7) -> eyes (T, 3), yaws (T,)."""
-        eyes = poses[:, :3] + [0, self.robot["camera_height_m"], 0]
-        return eyes, np.array([yaw_of(pose[3:]) for pose in poses])
+        """Poses (T, 7) -> origins (T, 3), yaws (T,)."""
+        origins = poses[:, :3] + [0, self.robot["camera_height_m"], 0]
+        return origins, np.array([yaw_of(pose[3:]) for pose in poses])
 
-    def topdown(self, metres_per_pixel=0.02):
+    def topdown(self, metres_per_pixel: float = 0.02) -> tuple[np.ndarray, list[float]]:
         """The plan of the house: uint8 (h, w, 3) and what it shows, [xmin, zmin, xmax, zmax].
         Rows go with z, so an agent of yaw 0 walks up. Walls are dark, doorways open."""
         scene = self.scene
@@ -559,7 +564,7 @@ class HouseSim:
         far = corner + np.array([width, height]) * metres_per_pixel
         return image, [float(v) for v in (*corner, *far)]
 
-    def random_point(self, rng):
+    def random_point(self, rng) -> list[float]:
         """A random place to stand, [x, y, z]."""
         floors = [i for i, role in enumerate(self.scene.roles) if role == "floor"]
         while True:
@@ -568,39 +573,40 @@ class HouseSim:
             if self.free([(x, z)])[0]:
                 return [float(x), float(self.scene.hi[i, 1]), float(z)]
 
-    def info(self):
+    def info(self) -> dict:
         """Facts for world/check.py."""
         return {"boxes": len(self.scene.roles), "textures": list(self.scene.textures.shape),
                 "obstacles": len(self.nav.lo), "corners": len(self.nav.corners)}
 
-    def field(self, goal):
+    def field(self, goal: list[float]) -> GoalDistances:
         """The goal's distances, computed once per episode and goal."""
         key = (float(goal[0]), float(goal[2]))
         if key not in self.fields:
             self.fields[key] = goal_distances(self.nav, key)
         return self.fields[key]
 
-    def geodesic(self, goals):
+    def geodesic(self, goals: list) -> float:
         """Metres to walk to the nearest of the goals [[x, y, z], ...]; inf if there is no way."""
         here = self.spot[None]
         return min(float(distances(self.nav, self.field(goal), here)[0][0]) for goal in goals)
 
-    def path(self, goal):
+    def path(self, goal: list[float]) -> list:
         """The shortest way [[x, y, z], ...], both ends included; [] if there is none."""
         points = shortest_path(self.nav, self.field(goal), self.spot)
         return [[float(x), self.y, float(z)] for x, z in points]
 
-    def free(self, points):
+    def free(self, points) -> np.ndarray:
         """Could a body stand at these (Q, 2) x, z? -> (Q,) bool"""
         return ~inside_any(self.nav.lo, self.nav.hi, np.asarray(points, np.float64))
 
-    def expert_action(self, goal=None, stop_radius_m=None):
+    def expert_action(self, goal: list[float] | None = None,
+                      stop_radius_m: float | None = None) -> int:
         """habitat's greedy follower: of all "turn k times, then step", which is worth most?
 
         Worth is the metres gained, less 0.0125 per turn, less 0.25 for a bump. It returns the first
         action of the best, STOP within the radius (default 3/4 of a step) or if nothing is gained.
-        Left of two equals, but for a half turn: see reset(). It cannot dither: a turn taken makes
-        the same choice worth more.
+        Left of two equals, but for a half turn: see reset(). It cannot go back and forth: a turn
+        taken makes the same choice worth more.
         SimError if there is no way to the goal (default: the episode's nearest).
         """
         goals = self.goals if goal is None else [goal]

@@ -2,52 +2,34 @@
 Houses to walk in, and walks to learn from: the embedded world's data, drawn from a seed.
 
 The real task (R2R in Matterport scans) needs a licence, a simulator and a big model. This file
-makes a small world with the same files and the same question, so that everything behind it can be
-tried on a bare machine: rooms with coloured walls, doorways, furniture, and walks to describe,
+makes a small world with the same files and the same question: rooms with coloured walls, doorways,
+furniture, and walks to describe,
 
     turn left, go into the pink room, turn right and stop by the yellow sofa.
 
-Nothing is written that did not happen: a start and a goal are drawn, the simulator's expert walks
-from one to the other, and the sentence is read off what its body did (which way it turned first,
-which doors it crossed, what it passed). Three rules keep the sentences fair:
+A start and a goal are drawn, the simulator's expert walks from one to the other, and the sentence
+is read off its actions (which way it turned first, which doors it crossed, what it passed):
 
-    unambiguous   a thing is unique in its house by (colour, kind); a door is named by the room that
-                  it leads to; a turn is told with its side, even "turn around to the left".
-    words alone   never say how far to go or how many turns to take: that takes eyes.
-    eyes alone    see several things, and not which of them is meant: that takes words.
-
-Levels: 1 is the demo's (one or two rooms, short sentences, colours alone tell things apart), 2 has
-two or three rooms, 3 has three to six; from 2 on rooms are called by colour and kind, turns come in
-three sizes, and things that are passed get a mention. The goal of a walk is where the shortest way
-to the middle of the named thing comes within half a metre of it: "walk up to it and stop" is what
-the words say and what the goal asks. Walks that need no turn at the start are halved, or else
-walking straight on and stopping after the usual distance would arrive too often.
+    unambiguous     a thing is unique in its house by (colour, kind); a door is named by the room
+                    that it leads to; a turn has its side, even "turn around to the left".
+    language-only   is not enough: no sentence holds a distance or a number of turns.
+    vision-only     is not enough: several things are in view, and one of them is meant.
+                    `python -m tools.bounds` prints what either could reach at most: vision-only
+                    .54 [.48, .60], language-only .35 [.29, .43] (level 1, val_unseen, 200 walks).
 
 Run it   python -m world.houses                              # 500 houses, 4000 walks: the demo's
          python -m world.houses --level 3 --train-houses 200 --out data/houses3
-Reads    nothing
-Writes   <out>/scenes/houses/<name>/<name>.glb              one scene per house, about 45 kB
-         <out>/<split>/<split>.json.gz, <split>_gt.json.gz  train, val_seen (train's houses, new
-                                                            walks), val_unseen (new houses), in the
-                                                            schema of R2R_VLNCE v1-3 [1]
-         <out>/args.json                                    the flags
-         <out>/walks/<name>.json                            a finished house; another run takes it
-                                                            up if flags and code are still the same
-Expect   half a minute on two idle cores; at the end counts, the mix of actions, some sentences.
-         The same seed gives the same houses, walks and sentences, with any --jobs. The files
-         are equal to the byte on one set-up (machine, Python, numpy, Pillow, zlib): another one
-         may compress differently, or round a number's last digit differently.
-
-The scene [2]. One mesh per axis-aligned box, named "role|name|number". Habitat takes a bare .glb
-for a Matterport scan, which is z-up, so world (x, y, z) is stored as (x, -z, y); and it draws
-without lights, so light is part of the vertex colours: pixel = COLOR_0 * texture / 255, where a
-texture is grey and repeats every metre. Two liberties are taken for its navigation mesh: a ceiling
-has no upper side, or the roof would be a storey to walk on (the top of a wide wardrobe or table
-still is one, but no step leads there); and a floor is 19.9 cm thick (see FLOOR_M).
+Writes   <out>/scenes/houses/<name>/<name>.glb (one house, some 45 kB), args.json (the flags), and
+         <out>/<split>/<split>.json.gz, <split>_gt.json.gz for train, val_seen (train's houses, new
+         walks) and val_unseen (new houses), in the schema of R2R_VLNCE v1-3 [1];  <out>/walks/
+         holds finished houses, which another run with the same flags and code takes over
+Expect   half a minute on two idle cores. The same seed gives the same houses, walks and sentences
+         with any --jobs; the files are equal to the byte on one set-up (libraries, machine)
 
 [1] Krantz et al. 2020, VLN-CE, https://arxiv.org/abs/2004.02857
-[2] habitat-sim, StageAttributesManager.cpp: default up +z, front +y, for .glb without a config
 """
+from __future__ import annotations
+
 import argparse
 import collections
 import concurrent.futures
@@ -72,15 +54,13 @@ from cli import Help, UserError, lock_folder, run
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.episodes import scene_hash
-from world.robots import ROBOTS, rotation_of
+from world.robots import ROBOTS, rotation_of, turn_between
 
 SPLITS = ("train", "val_seen", "val_unseen")
 
-# Words for turns, by the least size in degrees. At level 1 a turn of 30 has none (what is meant is
-# in view then), and one word serves all above: the fewer sizes are told, the more has to be seen.
-# Over 800 walks the best blind policy (the same turns and steps for every walk of one wording,
-# chosen in hindsight) arrives within 1 m in .44 of them if zero and three sizes are told, .36 if
-# two, .24 like this, and .10 if no turn is told at all.
+# Words for turns, by the least size in degrees. At level 1 a turn of 30 has none (the goal is in
+# view then), and one word serves all above: the fewer sizes a sentence distinguishes, the less a
+# language-only policy reaches, which plays one sequence of actions for all walks of one wording.
 PLAIN = {45: ["turn {}"]}
 FINE = {
     10: ["turn slightly {}", "turn a bit {}"],
@@ -88,7 +68,9 @@ FINE = {
     135: ["turn around to the {}", "turn back to the {}"],
 }
 
-# How hard: rooms in a house, the sides of a room in metres, things in a room (in the single room of
+# 1 is the demo's: short sentences, colours alone tell things apart. From 2 on rooms are called by
+# colour and kind, turns come in three sizes, and things that are passed are mentioned.
+# Rooms in a house, the sides of a room in metres, things in a room (in the single room of
 # a house at level 1), share of walks that start in another room than the goal's, if there is one,
 # shortest and longest walk in metres (geodesic).
 LEVELS = {
@@ -122,7 +104,7 @@ CEILING, FRAME, PICTURE = (226, 226, 224), (58, 48, 42), (40, 40, 44)
 LIGHT = np.array([0.86, 0.95, 0.66, 1.0, 0.81, 0.90])
 
 # Furniture in metres, standing with its back at z = 0 and its front towards +z, centred on x = 0:
-# boxes (x0, y0, z0, x1, y1, z1, shade). Big and plain: it has to be told apart in 56 pixels.
+# boxes (x0, y0, z0, x1, y1, z1, shade). Big and plain: kinds must differ in 56 pixels.
 FURNITURE = {
     "sofa": (
         (-0.9, 0, 0, 0.9, 0.45, 0.9, 1.0),
@@ -150,7 +132,7 @@ FURNITURE = {
     ),
 }
 
-# A kind of room is told by the thing that is placed in it first.
+# The kind of a room is that of the thing that is placed in it first.
 ROOM_KINDS = {
     "bedroom": "bed",
     "lounge": "sofa",
@@ -168,8 +150,8 @@ FLOOR_M = 0.199
 DOOR_WIDTH, DOOR_HEIGHT = 1.2, 2.1
 PASSAGE = 0.75  # metres between things, so that a body of 0.36 m passes and can stand in front
 STAND_OFF = 0.5  # metres from a thing to the goal in front of it
-BERTH = 0.3  # metres between the body and anything else where a walk starts
-MIN_SPL = 0.9  # a walk whose expert wanders more than that is drawn anew
+START_CLEARANCE = 0.3  # metres between the body and anything else where a walk starts
+MIN_SPL = 0.9  # a walk whose expert wanders more than that is drawn again
 MAX_WORDS = 200  # R2R pads instruction_tokens to this
 
 
@@ -232,7 +214,7 @@ class House(NamedTuple):
     boxes: list
 
 
-def build_house(rng, level):
+def build_house(rng, level: int) -> House:
     """Draw houses until one can be furnished. -> House"""
     few, many = LEVELS[level]["rooms"]
     while True:
@@ -245,15 +227,15 @@ def build_house(rng, level):
         ]
         things, boxes = furnish(rng, level, rooms, doors)
         if min(sum(t.room == n for t in things) for n in range(len(rooms))) >= 3:
-            return House(rooms, doors, things, shell(rng, rooms, doors) + boxes)
+            return House(rooms, doors, things, build_walls(rng, rooms, doors) + boxes)
 
 
-def apart(lo, hi, other_lo, other_hi, gap):
+def apart(lo, hi, other_lo, other_hi, gap: float) -> bool:
     """Are two rectangles at least `gap` apart along x or along z?"""
     return bool(np.any(other_lo - hi >= gap - 1e-9) or np.any(lo - other_hi >= gap - 1e-9))
 
 
-def lay_out(rng, count, side_m):
+def lay_out(rng, count: int, side_m: tuple[float, float]) -> tuple[list, list[Door]]:
     """`count` outlines and the doors between them: each room is attached to an earlier one, so that
     the doors form a tree and there is one way from room to room. -> [(lo, hi)], [Door]"""
     outlines, doors = [(np.zeros(2), rng.uniform(*side_m, 2).round(1))], []
@@ -274,7 +256,7 @@ def lay_out(rng, count, side_m):
     return outlines, doors
 
 
-def furnish(rng, level, rooms, doors):
+def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
     """Things, backs to the walls, as many as find a place. -> [Thing], their boxes"""
     things, boxes, used = [], [], set()
     for number, room in enumerate(rooms):
@@ -286,11 +268,11 @@ def furnish(rng, level, rooms, doors):
         here = set()  # colours; at level 1 none comes twice in a house, above that in a room
         for kind in kinds:
             paints = [p for p in PAINTS if p not in here and f"{p} {kind}" not in used]
-            place = stand(rng, kind, room.lo + SLAB, room.hi - SLAB, full)
-            if len(here) == wanted or not paints or place is None:
+            placed = place(rng, kind, room.lo + SLAB, room.hi - SLAB, full)
+            if len(here) == wanted or not paints or placed is None:
                 continue
             paint = str(rng.choice(paints))
-            parts, lo, hi = place
+            parts, lo, hi = placed
             for corners, (*_, shade) in zip(parts, FURNITURE[kind]):
                 colour = tuple(round(c * shade) for c in PAINTS[paint])
                 boxes.append(Box("object", f"{paint} {kind}", *corners, colour, "cloth"))
@@ -301,7 +283,7 @@ def furnish(rng, level, rooms, doors):
     return things, boxes
 
 
-def doorstep(door):
+def doorstep(door: Door):
     """The rectangle in a doorway from which things keep PASSAGE. -> lo, hi"""
     lo, hi = np.zeros(2), np.zeros(2)
     lo[door.axis], hi[door.axis] = door.at - 0.4, door.at + 0.4
@@ -309,8 +291,8 @@ def doorstep(door):
     return lo, hi
 
 
-def stand(rng, kind, lo, hi, full):
-    """Stand a piece of furniture with its back to a wall of the room's inside lo..hi, PASSAGE away
+def place(rng, kind: str, lo, hi, full: list):
+    """Place a piece of furniture with its back to a wall of the room's inside lo..hi, PASSAGE away
     from the rectangles in `full`. -> boxes [(lo, hi)], footprint lo, hi; or None: no place found"""
     parts = np.array(FURNITURE[kind])
     for _ in range(40):
@@ -333,8 +315,8 @@ def stand(rng, kind, lo, hi, full):
     return None
 
 
-def shell(rng, rooms, doors):
-    """Floors, ceilings, walls with their openings, door frames and pictures. -> boxes"""
+def build_walls(rng, rooms: list[Room], doors: list[Door]) -> list[Box]:
+    """Floors, ceilings, walls with their openings, door frames and pictures."""
     boxes = []
     for number, room in enumerate(rooms):
         (x0, z0), (x1, z1) = room.lo.tolist(), room.hi.tolist()
@@ -342,37 +324,44 @@ def shell(rng, rooms, doors):
         boxes.append(Box("floor", room.name, [x0, -FLOOR_M, z0], [x1, 0.0, z1], *floor))
         high = [x0, HEIGHT, z0], [x1, HEIGHT + 0.1, z1]
         boxes.append(Box("ceiling", room.name, *high, CEILING, "cloth"))
+        here = [door for door in doors if number in door.rooms]
         for axis, end in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            edge = (room.lo, room.hi)[end][axis]
-            slab = functools.partial(at_wall, room, axis, end, (0, SLAB))
-            proud = functools.partial(at_wall, room, axis, end, (SLAB, SLAB + 0.03))
-            paint = WALLS[room.wall], "wallpaper"
-            trim = SLAB * axis  # the walls across z stand between those across x
-            cuts = [room.lo[1 - axis] + trim, room.hi[1 - axis] - trim]
-            for door in doors:
-                if number in door.rooms and door.axis == axis and abs(door.at - edge) < 1e-6:
-                    cuts += [door.centre - DOOR_WIDTH / 2, door.centre + DOOR_WIDTH / 2]
-            cuts.sort()
-            for along in zip(cuts[::2], cuts[1::2]):
-                boxes.append(Box("wall", room.name, *slab(along, (0, HEIGHT)), *paint))
-            for left, right in zip(cuts[1:-1:2], cuts[2::2]):
-                lintel = slab((left, right), (DOOR_HEIGHT, HEIGHT))
-                boxes.append(Box("wall", room.name, *lintel, *paint))
-                top = DOOR_HEIGHT + 0.12
-                for part in (
-                    proud((left - 0.12, left), (0, top)),
-                    proud((right, right + 0.12), (0, top)),
-                    proud((left, right), (DOOR_HEIGHT, top)),
-                ):
-                    boxes.append(Box("decor", "", *part, FRAME, "cloth"))
-            if len(cuts) == 2 and rng.random() < 0.5:
-                middle = rng.uniform(cuts[0] + 0.6, cuts[1] - 0.6)
-                picture = proud((middle - 0.45, middle + 0.45), (1.3, 1.9))
-                boxes.append(Box("decor", "", *picture, PICTURE, "cloth"))
+            boxes += build_wall(rng, room, here, axis, end)
     return boxes
 
 
-def at_wall(room, axis, end, depths, along, heights):
+def build_wall(rng, room: Room, doors: list[Door], axis: int, end: int) -> list[Box]:
+    """The wall that bounds a room along `axis`, at its low (0) or high (1) end."""
+    edge = (room.lo, room.hi)[end][axis]
+    slab = functools.partial(at_wall, room, axis, end, (0, SLAB))
+    proud = functools.partial(at_wall, room, axis, end, (SLAB, SLAB + 0.03))
+    boxes, paint = [], (WALLS[room.wall], "wallpaper")
+    trim = SLAB * axis  # the walls across z stand between those across x
+    cuts = [room.lo[1 - axis] + trim, room.hi[1 - axis] - trim]
+    for door in doors:
+        if door.axis == axis and abs(door.at - edge) < 1e-6:
+            cuts += [door.centre - DOOR_WIDTH / 2, door.centre + DOOR_WIDTH / 2]
+    cuts.sort()
+    for along in zip(cuts[::2], cuts[1::2]):
+        boxes.append(Box("wall", room.name, *slab(along, (0, HEIGHT)), *paint))
+    for left, right in zip(cuts[1:-1:2], cuts[2::2]):
+        lintel = slab((left, right), (DOOR_HEIGHT, HEIGHT))
+        boxes.append(Box("wall", room.name, *lintel, *paint))
+        top = DOOR_HEIGHT + 0.12
+        for part in (
+            proud((left - 0.12, left), (0, top)),
+            proud((right, right + 0.12), (0, top)),
+            proud((left, right), (DOOR_HEIGHT, top)),
+        ):
+            boxes.append(Box("decor", "", *part, FRAME, "cloth"))
+    if len(cuts) == 2 and rng.random() < 0.5:
+        middle = rng.uniform(cuts[0] + 0.6, cuts[1] - 0.6)
+        picture = proud((middle - 0.45, middle + 0.45), (1.3, 1.9))
+        boxes.append(Box("decor", "", *picture, PICTURE, "cloth"))
+    return boxes
+
+
+def at_wall(room: Room, axis: int, end: int, depths, along, heights):
     """A box at the wall that bounds a room along `axis`, at its low (0) or high (1) end; depths
     count inwards from the outline. -> lo, hi"""
     edge = (room.lo, room.hi)[end][axis]
@@ -384,10 +373,10 @@ def at_wall(room, axis, end, depths, along, heights):
 # ---------------------------------------------------------------- the scene file
 
 
-def textures():
+def textures() -> dict[str, np.ndarray]:
     """Grey patterns for one square metre, {name: (32, 32) uint8}; they repeat. On a wall the rows
-    are heights (row 0 is 0 m, 1 m, ..), so the wallpaper has an edge at eye height, 1.25 m, and a
-    wall right before the camera is never one blank colour."""
+    are heights (row 0 is 0 m, 1 m, ..), so the wallpaper has an edge at the camera's height,
+    1.25 m, and a wall right before the camera is never one blank colour."""
     row, column = np.mgrid[:32, :32]
     grain = np.random.default_rng(0).integers(0, 9, (32, 32))
     patterns = {
@@ -399,7 +388,7 @@ def textures():
     return {name: (255 - darker).astype(np.uint8) for name, darker in patterns.items()}
 
 
-def faces(lo, hi):
+def faces(lo, hi) -> tuple[np.ndarray, np.ndarray]:
     """The corners of a box, face by face: -x, +x, -y, +y, -z, +z, anticlockwise from outside.
     -> corners (24, 3) in world metres, uv (24, 2): the two world coordinates within the face"""
     ends, corners, uv = np.array([lo, hi], float), [], []
@@ -415,8 +404,16 @@ def faces(lo, hi):
     return np.concatenate(corners), np.concatenate(uv)
 
 
-def write_glb(path, boxes):
-    """The boxes as one .glb (axes, names, colours and textures: see the essay above)."""
+def write_glb(path: str, boxes: list[Box]) -> None:
+    """The boxes as one .glb: a mesh per axis-aligned box, named "role|name|number".
+
+    habitat takes a bare .glb for a Matterport scan, which is z-up (StageAttributesManager.cpp), so
+    world (x, y, z) is stored as (x, -z, y). It draws without lights, so light is part of the vertex
+    colours: pixel = COLOR_0 * texture / 255, where a texture is grey and repeats every metre. Two
+    liberties are taken for its navigation mesh: a ceiling has no upper side, or the roof would be a
+    storey to walk on (the top of a wide wardrobe or table still is one, but no step leads there);
+    and a floor is 19.9 cm thick (see FLOOR_M).
+    """
     materials = {
         name: trimesh.visual.material.PBRMaterial(
             name=name,
@@ -444,7 +441,7 @@ def write_glb(path, boxes):
     write_file(path, trimesh.exchange.gltf.export_glb(scene, include_normals=False))
 
 
-def write_file(path, data):
+def write_file(path: str, data: bytes) -> None:
     """Bytes to a file that is there whole or not at all."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".tmp", "wb") as file:
@@ -455,18 +452,18 @@ def write_file(path, data):
 # ---------------------------------------------------------------- a walk
 
 
-def free(sim, points, gap):
+def free(sim, points: np.ndarray, gap: float) -> np.ndarray:
     """Which points (N, 2) leave the body at least `gap` metres to everything? -> (N,) bool"""
     return ~simulator.inside_any(sim.nav.lo - gap, sim.nav.hi + gap, points)
 
 
-def room_at(house, x, z):
+def room_at(house: House, x: float, z: float) -> int:
     """Number of the room whose outline holds the point."""
     return next(n for n, room in enumerate(house.rooms)
                 if (room.lo <= (x, z)).all() and ((x, z) <= room.hi).all())
 
 
-def in_front_of(sim, house, thing):
+def in_front_of(sim, house: House, thing: Thing) -> np.ndarray:
     """Points STAND_OFF metres from a thing, in its room, where a body can stand. -> (N, 2)"""
     angles = np.radians(np.arange(2.5, 360, 5))
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -480,7 +477,7 @@ def in_front_of(sim, house, thing):
     return points[inside & free(sim, points, 0.02)].round(4)
 
 
-def walk(sim, goal, limit=200):
+def walk(sim, goal: list[float], limit: int = 200) -> tuple[list[int], np.ndarray]:
     """The expert's walk from where the simulator stands. -> actions, the last one STOP unless cut
     at `limit`; poses (len(actions), 3): x, z, heading before each (degrees, left +, not wrapped)"""
     actions, poses, heading = [], [], 0.0
@@ -493,24 +490,23 @@ def walk(sim, goal, limit=200):
     return actions, np.array(poses)
 
 
-def draw_walk(rng, sim, house, scene_id, level, crosses):
-    """One walk: a start, a thing to go to, what the expert did, and the sentence for it. None if
-    the draw is no good: too short or long, no free start, an expert that strays.
-    -> {"episode": R2R's fields without ids and tokens, "truth": R2R's ground truth}"""
-    # 1. from where, to what
-    thing = house.things[rng.integers(len(house.things))]
+def draw_start(rng, sim, house: House, thing: Thing, crosses: bool) -> dict | None:
+    """A place and a heading from which to walk to a thing. None if the draw is not free."""
     others = [n for n in range(len(house.rooms)) if n != thing.room]
     room = house.rooms[rng.choice(others) if crosses else thing.room]
-    gap = sim.robot["radius_m"] + BERTH
+    gap = sim.robot["radius_m"] + START_CLEARANCE
     spot = rng.uniform(room.lo + SLAB + gap, room.hi - SLAB - gap).round(3)
     if not all(apart(spot, spot, other.lo, other.hi, gap) for other in house.things):
         return None
     turns = round(360 / sim.robot["turn_deg"])
-    start = [float(spot[0]), 0.0, float(spot[1])]
-    rotation = rotation_of(2 * math.pi / turns * int(rng.integers(turns)))
-    sim.reset({"scene_id": scene_id, "start_position": start, "start_rotation": rotation})
+    return {"start_position": [float(spot[0]), 0.0, float(spot[1])],
+            "start_rotation": rotation_of(2 * math.pi / turns * int(rng.integers(turns)))}
 
-    # 2. of the points around the thing, the one through which the shortest way to its middle goes
+
+def find_goal(sim, house: House, thing: Thing, start: list[float],
+              level: int) -> list[float] | None:
+    """Of the points in front of the thing, the one through which the shortest way to its middle
+    goes: "walk up to it and stop" is what the sentence says. None if it is too near or too far."""
     fronts = in_front_of(sim, house, thing)
     if not len(fronts):
         return None
@@ -519,9 +515,24 @@ def draw_walk(rng, sim, house, scene_id, level, crosses):
     nearest, furthest = LEVELS[level]["metres"]
     if not nearest <= metres[best] <= furthest:
         return None
-    goal = [float(fronts[best, 0]), 0.0, float(fronts[best, 1])]
+    return [float(fronts[best, 0]), 0.0, float(fronts[best, 1])]
 
-    # 3. the expert's walk; it must not come back into a room, for there are no words for that
+
+def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) -> dict | None:
+    """One walk: a start, a thing to go to, what the expert did, and the sentence for it. None if
+    the draw is no good: too short or long, no free start, an expert that strays.
+    -> {"episode": R2R's fields without ids and tokens, "truth": R2R's ground truth}"""
+    # 1. from where, to which point in front of which thing
+    thing = house.things[rng.integers(len(house.things))]
+    start = draw_start(rng, sim, house, thing, crosses)
+    if start is None:
+        return None
+    sim.reset({"scene_id": scene_id, **start})
+    goal = find_goal(sim, house, thing, start["start_position"], level)
+    if goal is None:
+        return None
+
+    # 2. the expert's walk; it must not come back into a room, for there are no words for that
     path, metres = sim.path(goal), sim.geodesic([goal])
     actions, poses = walk(sim, goal)
     steps = np.hypot(*np.diff(poses[:, :2], axis=0).T).sum()
@@ -531,34 +542,24 @@ def draw_walk(rng, sim, house, scene_id, level, crosses):
         return None
     if legs[0]["turn_deg"] == 0 and rng.random() < 0.5:  # or walking straight on pays too often
         return None
+
+    # 3. the records
     stands = [0] + [t + 1 for t, action in enumerate(actions) if action == FORWARD]
-    episode = {
-        "scene_id": scene_id,
-        "start_position": start,
-        "start_rotation": rotation,
-        "info": {
-            "geodesic_distance": metres,
-            "level": level,
-            "goal": thing.name,
-            "rooms": [house.rooms[n].name for n in rooms],
-            "first_turn_deg": legs[0]["turn_deg"],
-        },
-        "goals": [{"position": goal, "radius": 1.0}],
-        "instruction": {"instruction_text": say(rng, house, legs, thing.name, level)},
-        "reference_path": path,
-    }
-    truth = {
-        "locations": [[float(poses[t, 0]), 0.0, float(poses[t, 1])] for t in stands],
-        "actions": actions,
-        "forward_steps": len(stands) - 1,
-    }
-    return {"episode": episode, "truth": truth}
+    info = {"geodesic_distance": metres, "level": level, "goal": thing.name,
+            "rooms": [house.rooms[n].name for n in rooms], "first_turn_deg": legs[0]["turn_deg"]}
+    text = write_instruction(rng, house, legs, thing.name, level)
+    return {
+        "episode": {"scene_id": scene_id, **start, "info": info,
+                    "goals": [{"position": goal, "radius": 1.0}],
+                    "instruction": {"instruction_text": text}, "reference_path": path},
+        "truth": {"locations": [[float(poses[t, 0]), 0.0, float(poses[t, 1])] for t in stands],
+                  "actions": actions, "forward_steps": len(stands) - 1}}
 
 
 # ---------------------------------------------------------------- from a walk to words
 
 
-def read_legs(house, goal_thing, actions, poses):
+def read_legs(house: House, goal_thing: Thing, actions, poses) -> list[dict]:
     """What the body did, room by room. A leg begins where a room is entered; its turn is the net
     turn before the first step (first leg), or around the door, from the step before it to the
     fourth behind it. -> [{"room": number, "turn_deg": left +, "passed": None or (name, side)}]"""
@@ -579,7 +580,7 @@ def read_legs(house, goal_thing, actions, poses):
     return legs
 
 
-def passed(house, goal_thing, room, poses):
+def passed(house: House, goal_thing: Thing, room: int, poses) -> tuple[str, str] | None:
     """The thing that came nearest, beside the body (50 to 130 degrees from straight ahead, at most
     1.5 m off) in this part of a walk. -> (name, "left" or "right"), or None"""
     near = []
@@ -587,16 +588,16 @@ def passed(house, goal_thing, room, poses):
         if thing.room == room and thing.name != goal_thing.name:
             for x, z, heading in poses:
                 dx, dz = (thing.lo + thing.hi) / 2 - (x, z)
-                bearing = (math.degrees(math.atan2(-dx, -dz)) - heading + 180) % 360 - 180
+                bearing = turn_between(heading, math.degrees(math.atan2(-dx, -dz)))
                 metres, side = math.hypot(dx, dz), "left" if bearing > 0 else "right"
                 if 50 <= abs(bearing) <= 130 and metres <= 1.5:
                     near.append((metres, thing.name, side))
     return min(near)[1:] if near else None
 
 
-def say(rng, house, legs, goal, level):
-    """The sentence for a walk. The size of a turn is told in words if at all, never in degrees;
-    levels above 1 have more ways to say things, and mention what was passed."""
+def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int) -> str:
+    """The sentence for a walk. Turns have sizes in words or none, never degrees; levels above 1
+    have more wordings, and mention what was passed."""
 
     def pick(*phrases):
         return str(rng.choice(phrases))
@@ -624,7 +625,7 @@ def say(rng, house, legs, goal, level):
     return text + pick(" and ", ", then ") + pick(*stops) + f" the {goal}."
 
 
-def words_of(text):
+def words_of(text: str) -> list[str]:
     """R2R's tokens: lower-case words and full stops; commas and the like are left out.
 
     >>> words_of("Turn left, then stop.")
@@ -633,7 +634,7 @@ def words_of(text):
     return re.findall(r"[a-z0-9']+|\.", text.lower())
 
 
-def vocabulary(texts):
+def vocabulary(texts: list[str]) -> dict:
     """R2R's `instruction_vocab`, which says the same thing five times."""
     words = ["<pad>", "<unk>"] + sorted({word for text in texts for word in words_of(text)})
     index = {word: i for i, word in enumerate(words)}
@@ -644,7 +645,7 @@ def vocabulary(texts):
 # ---------------------------------------------------------------- files
 
 
-def make_house(task):
+def make_house(task: dict) -> dict[str, list]:
     """All work for one house: draw it, write its scene, draw its walks. A worker's unit of work.
 
     task = {"out", "name", "level", "draw": ints that seed it, "walks": {split: how many}, "code"}
@@ -666,7 +667,7 @@ def make_house(task):
         sim = simulator.HouseSim(ROBOTS["houses"], os.path.join(task["out"], "scenes"))
         walks = {}
         for number, (split, wanted) in enumerate(task["walks"].items()):
-            # each split has dice of its own: more training walks leave the validation walks alone
+            # a generator for each split: more training walks do not change the validation walks
             rng = np.random.default_rng([*task["draw"], attempt, number + 1])
             walks[split] = []
             for _ in range(wanted):
@@ -679,7 +680,7 @@ def make_house(task):
     raise UserError(f"no house in 100 has such walks at level {level}; try another --seed")
 
 
-def plan_work(args):
+def plan_work(args) -> list[dict]:
     """One task per house (see make_house). The validation walks of a split are spread evenly."""
     code = hashlib.sha256()
     for module in (__file__, simulator.__file__):
@@ -699,7 +700,7 @@ def plan_work(args):
     return tasks
 
 
-def write_split(out, split, walks, vocab, first_trajectory):
+def write_split(out: str, split: str, walks: list, vocab: dict, first_trajectory: int) -> None:
     """The two files of a split, to the letter of R2R_VLNCE v1-3: ids count from 1 and are ints in
     the episodes and strings in the ground truth. One thing is added, which readers of R2R's files
     do not ask for: "scenes" {scene_id: hash}, by which episodes are held to their own scenes."""
@@ -780,7 +781,7 @@ def main(args):
         write_split(args.out, split, walks, vocab, trajectory)
         trajectory += len(walks)
 
-    # 3. tell
+    # 3. report
     report(args, splits, vocab)
 
 

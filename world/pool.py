@@ -11,6 +11,8 @@ The worker's greeting holds a hash of its code. Another hash is refused: the sam
 other answers. A worker that dies or hangs is killed, with all processes of its group, and started
 again; its caller gets SimDied.
 """
+from __future__ import annotations
+
 import json
 import math
 import os
@@ -30,14 +32,14 @@ START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
 RESTARTS = 3  # tries to start a lost simulator again: a remote machine may be starting, too
 
 
-def ending(code):
+def ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
 class Worker:
     """One worker's process, seen from here."""
 
-    def __init__(self, command):
+    def __init__(self, command: list[str]):
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join(p for p in (root, os.environ.get("PYTHONPATH")) if p)
@@ -54,16 +56,16 @@ class Worker:
         self.verb = self.episode = self.timeout_s = self.deadline = None  # what it is busy with
         self.reply = None  # a dict or a SimDied, once there is one
 
-    def fileno(self):
+    def fileno(self) -> int:
         return self.process.stdout.fileno()
 
-    def send(self, message):
+    def send(self, message: dict) -> None:
         try:
             write_all(self.process.stdin.fileno(), encode(message))
         except OSError:
             pass  # it is dead, and receive() will raise
 
-    def receive(self):
+    def receive(self) -> dict | None:
         """Read once -> a message, or None if it is not complete yet. EOFError if it died,
         ProtocolError if it sends something else."""
         chunk = os.read(self.fileno(), 1 << 20)
@@ -88,7 +90,7 @@ class Worker:
         del self.data[:used]
         return message
 
-    def kill(self, grace_s=0):
+    def kill(self, grace_s: float = 0) -> str:
         """Make sure that it is dead, with every process that its command has started -> how it
         ended."""
         try:
@@ -101,13 +103,13 @@ class Worker:
             pass
         return ending(self.process.wait())
 
-    def close(self, grace_s):
+    def close(self, grace_s: float) -> None:
         self.process.stdin.close()
         self.kill(grace_s)
         self.process.stdout.close()
 
 
-def scenes_used(args, robot, scenes, episodes):
+def scenes_used(args, robot: dict, scenes: str, episodes: list[dict]) -> dict:
     """check_scenes(), on this machine or, with --sim-command, where the simulators run."""
     if not args.sim_command:
         return check_scenes(episodes, scenes)
@@ -133,7 +135,9 @@ class SimPool:
     a folder where the worker runs. gpus: CUDA indices to spread the simulators over (habitat only).
     """
 
-    def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120, gpus=None):
+    def __init__(self, kind: str, robot: dict, scenes_dir: str, sims: int = 2,
+                 commands: list[list[str]] | None = None, timeout_s: float = 120,
+                 gpus: list[int] | None = None):
         self.commands = commands or [[sys.executable, "-m", "world.worker"]]
         self.start = {"verb": "start", "kind": kind, "robot": robot, "scenes": str(scenes_dir)}
         self.timeout_s, self.gpus, self.code = timeout_s, gpus or [None], code_hash()
@@ -156,7 +160,7 @@ class SimPool:
 
     # ------------------------------------------------------------ start
 
-    def launch(self, i):
+    def launch(self, i: int) -> Worker:
         """Start worker i and send it its robot and scenes, without waiting for it."""
         turn, card = i % len(self.commands), i // len(self.commands)
         worker = Worker(self.commands[turn])
@@ -164,21 +168,21 @@ class SimPool:
         worker.send(dict(self.start, gpu=self.gpus[card % len(self.gpus)]))
         return worker
 
-    def wait_ready(self, i):
+    def wait_ready(self, i: int) -> None:
         """Wait for worker i's greeting and its answer to "start". UserError if it cannot start."""
         worker, deadline = self.workers[i], time.monotonic() + START_S
-        who = f"simulator {i} ({worker.name}, {' '.join(self.commands[i % len(self.commands)])})"
-        worker.greeting = self.first_reply(worker, who, deadline)
+        name = f"simulator {i} ({worker.name}, {' '.join(self.commands[i % len(self.commands)])})"
+        worker.greeting = self.first_reply(worker, name, deadline)
         if worker.greeting.get("code") != self.code:
-            raise UserError(f"{who} runs other code (hash {worker.greeting.get('code')}, here "
+            raise UserError(f"{name} runs other code (hash {worker.greeting.get('code')}, here "
                             f"{self.code}): copy this checkout's scripts to where it runs")
         worker.name = f"process {worker.greeting['pid']} on {worker.greeting['host']}"
-        reply = self.first_reply(worker, who, deadline)
+        reply = self.first_reply(worker, name, deadline)
         if "error" in reply:
             raise UserError(reply["text"])
         worker.greeting["simulator"] = reply["simulator"]
 
-    def first_reply(self, worker, who, deadline):
+    def first_reply(self, worker: Worker, name: str, deadline: float) -> dict:
         reply = None
         with selectors.DefaultSelector() as only:
             only.register(worker, selectors.EVENT_READ)
@@ -187,16 +191,16 @@ class SimPool:
                 if reply is not None:
                     break
                 if not only.select(max(0.0, deadline - time.monotonic())):
-                    raise UserError(f"{who} did not start in {START_S} s")
+                    raise UserError(f"{name} did not start in {START_S} s")
                 try:
                     reply = worker.receive()
                 except (EOFError, ProtocolError) as error:
-                    raise UserError(f"{who} {error} while starting; what it printed is above, and "
+                    raise UserError(f"{name} {error} while starting; what it printed is above, and "
                                     "`python -m world.check` says more") from None
         return reply
 
     @staticmethod
-    def next_message(worker):
+    def next_message(worker: Worker) -> dict | None:
         """A second message that arrived together with the first."""
         if not worker.magic:
             return None
@@ -204,7 +208,7 @@ class SimPool:
         del worker.data[:used]
         return message
 
-    def versions(self):
+    def versions(self) -> dict:
         """{"simulator", "python", "numpy", "pillow", "code"} of the simulators, for the results.
         UserError if two machines have different simulators: their walks would differ."""
         greetings = [worker.greeting for worker in self.workers]
@@ -215,7 +219,7 @@ class SimPool:
         return {key: greetings[0][key] for key in ("simulator", "python", "numpy", "pillow",
                                                    "code")}
 
-    def note_versions(self, folder):
+    def note_versions(self, folder: str) -> None:
         """Write versions() to folder/simulator.json. UserError if the folder was begun with another
         simulator: habitat-sim's versions differ in how a robot moves along a wall."""
         path, now = os.path.join(folder, "simulator.json"), self.versions()
@@ -227,7 +231,7 @@ class SimPool:
             raise UserError(f"{folder} was begun with {then['simulator']} and would go on with "
                             f"{now['simulator']}: use the former, or give another --out")
 
-    def check_scenes(self, episodes):
+    def check_scenes(self, episodes: list[dict]) -> dict:
         """episodes.check_scenes(), done where the simulators read the scenes. UserError, too, if
         two machines hold different files."""
         keys, found = ("scene_id", "scene_sha256"), []
@@ -245,7 +249,7 @@ class SimPool:
 
     # ------------------------------------------------------------ ask, and wait for answers
 
-    def submit(self, i, verb, **arguments):
+    def submit(self, i: int, verb: str, **arguments) -> None:
         """Ask worker i for something, without waiting for the answer."""
         worker = self.workers[i]
         assert worker.verb is None, f"simulator {i} is still busy with {worker.verb!r}: wait for it"
@@ -262,7 +266,7 @@ class SimPool:
         else:
             self.arrived.append(i)  # it was lost while idle, and so was its state: report it now
 
-    def wait(self, i):
+    def wait(self, i: int) -> dict:
         """The answer of worker i, a dict. Raises SimError, SimDied."""
         while i not in self.arrived:
             self.collect(i)
@@ -272,7 +276,7 @@ class SimPool:
             raise reply
         return reply
 
-    def wait_any(self, within_s=math.inf):
+    def wait_any(self, within_s: float = math.inf) -> tuple | None:
         """(i, answer) of the worker that answers first; a SimError or SimDied is returned. None if
         no worker answers within so many seconds."""
         until = time.monotonic() + within_s
@@ -286,7 +290,7 @@ class SimPool:
             raise reply
         return i, reply
 
-    def take(self, i):
+    def take(self, i: int):
         worker = self.workers[i]
         reply, worker.reply = worker.reply, None
         verb, worker.verb = worker.verb, None
@@ -296,8 +300,8 @@ class SimPool:
             return RuntimeError(f"simulator {i}, {verb!r}: {reply['text']}")
         return SimError(reply["text"])
 
-    def collect(self, i=None, within_s=math.inf):
-        """Wait for news (of worker i, or of any), and replace workers that died or hung."""
+    def collect(self, i: int | None = None, within_s: float = math.inf) -> None:
+        """Wait for an answer (of worker i, or of any), and replace workers that died or hung."""
         busy = [w.deadline for k, w in enumerate(self.workers)
                 if w.verb is not None and i in (None, k)]
         assert busy, "no request is under way: submit() comes before wait()"
@@ -318,7 +322,7 @@ class SimPool:
                 worker.kill()
                 self.replace(k, f"gave no answer in {worker.timeout_s:g} s and was killed")
 
-    def replace(self, i, how):
+    def replace(self, i: int, how) -> None:
         """A new worker for a lost one, and the SimDied that its caller will get."""
         lost = self.workers[i]
         work = "while idle" if lost.verb is None else (
@@ -339,7 +343,7 @@ class SimPool:
         if lost.verb is not None:
             self.arrived.append(i)
 
-    def close(self):
+    def close(self) -> None:
         """End all workers: their inputs close, which they obey even while busy."""
         for worker in self.workers:
             worker.process.stdin.close()
@@ -349,7 +353,7 @@ class SimPool:
         self.selector.close()
 
 
-def readable(worker):
+def readable(worker: Worker) -> bool:
     """Has it answered meanwhile, while its caller was busy with something else?"""
     with selectors.DefaultSelector() as only:
         only.register(worker, selectors.EVENT_READ)

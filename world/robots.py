@@ -7,6 +7,8 @@ the identity looks along -z; yaw is counter-clockwise seen from above, so a left
 
 Run it   python -m doctest world/robots.py
 """
+from __future__ import annotations
+
 import argparse
 import math
 import os
@@ -42,7 +44,7 @@ ROBOT_HELP = {
     "sliding": "along walls", "width": "of a frame, pixels", "height": "of a frame, pixels"}
 
 
-def add_robot_args(add, default):
+def add_robot_args(add, default: str) -> None:
     """--robot, which names a row of ROBOTS, and a flag for each value of the row."""
     add("--robot", choices=sorted(ROBOTS), help=f"body and camera; default: {default}")
     for key, value in ROBOTS["houses"].items():
@@ -51,7 +53,7 @@ def add_robot_args(add, default):
         add("--" + key.replace("_", "-"), **kind, help=f"{ROBOT_HELP[key]}; instead of the robot's")
 
 
-def robot_from_args(args, row):
+def robot_from_args(args, row: dict) -> dict:
     """The row with what the flags say instead.
 
     >>> args = argparse.Namespace(turn_deg=15, sliding=None)
@@ -70,7 +72,7 @@ def robot_from_args(args, row):
 # ---------------------------------------------------------------- flags of every script that walks
 
 
-def gpu_list(text):
+def gpu_list(text: str) -> list[int]:
     """
     >>> gpu_list("0,1")
     [0, 1]
@@ -80,7 +82,7 @@ def gpu_list(text):
     return [int(part) for part in text.split(",")]
 
 
-def add_simulator_args(add, sims=8):
+def add_simulator_args(add, sims: int | None = 8) -> None:
     """--sim and the rest. sims None: a script that starts one simulator only."""
     add("--sim", choices=("house", "habitat"), default="house", help="which simulator")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
@@ -98,7 +100,7 @@ def add_simulator_args(add, sims=8):
             "died")
 
 
-def simulator_commands(args):
+def simulator_commands(args) -> list[list[str]] | None:
     """The flags -> argv lists for SimPool; None: this interpreter, on this machine."""
     if args.sim_command and args.sim_python:
         raise UserError("--sim-python and --sim-command both say how to start a simulator: give "
@@ -108,7 +110,7 @@ def simulator_commands(args):
     return [shlex.split(command) for command in args.sim_command or ()] or None
 
 
-def visible_gpus():
+def visible_gpus() -> int:
     """How many CUDA indices there are, without CUDA's help."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
@@ -120,7 +122,7 @@ def visible_gpus():
 # ---------------------------------------------------------------- poses
 
 
-def yaw_of(rotation):
+def yaw_of(rotation: list[float]) -> float:
     """Yaw in radians, left positive, of a quaternion x,y,z,w that turns about +y.
 
     >>> yaw_of([0, 0, 0, 1])                                  # the identity looks along -z
@@ -150,13 +152,13 @@ def turn_between(before: float, after: float) -> float:
     return (after - before + 180) % 360 - 180
 
 
-def rotation_of(yaw):
+def rotation_of(yaw: float) -> list[float]:
     """The inverse of yaw_of, with w >= 0: [x, y, z, w]."""
     yaw = wrap(yaw)
     return [0.0, math.sin(yaw / 2), 0.0, math.cos(yaw / 2)]
 
 
-def wrap(angle):
+def wrap(angle: float) -> float:
     """Into (-pi, pi].
 
     >>> wrap(3 * math.pi) == math.pi and wrap(-math.pi) == math.pi
@@ -165,7 +167,7 @@ def wrap(angle):
     return math.pi - (math.pi - angle) % (2 * math.pi)
 
 
-def heading(yaw):
+def heading(yaw) -> np.ndarray:
     """Unit (x, z) of where that yaw looks.
 
     >>> [round(float(c), 6) + 0.0 for c in heading(math.pi / 2)]      # a left turn away from -z
