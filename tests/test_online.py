@@ -114,7 +114,7 @@ def test_merging_keeps_the_walk_and_parts_pushes():
     assert set(joined) == {1, 2, 3}
 
 
-def test_a_push_is_told_and_not_learned(ego):
+def test_a_perturbation_is_in_the_dialog_and_not_in_the_loss(ego):
     data = VlnEgo(ego)
     walk = data.walks[data.episodes[0]["walk_id"]]
     actions = walk["actions"]
@@ -122,7 +122,7 @@ def test_a_push_is_told_and_not_learned(ego):
     labels[1] = ""                                             # amid a push
     walk["labels"] = labels
     d = data.dialog(0, NAV30, seed=3)
-    assert d.learned.count(False) == 1 and d.frames[d.learned.index(False)][1] == 1
+    assert d.in_loss.count(False) == 1 and d.frames[d.in_loss.index(False)][1] == 1
     merged = merged_phrases(30, 0.25)
     assert sum((parse_answer(a, merged, 3) for a in d.answers), []) == actions
     assert data.dialog(0, NAV30, 3) == d
@@ -454,7 +454,7 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
             with pytest.raises(StopIteration):
                 for _ in range(5):
                     job.send(answer)
-    monkeypatch.setattr(grpo_online, "drive", broken)
+    monkeypatch.setattr(grpo_online, "run_jobs", broken)
     tally, asking = Counter(), walks[2:3]
     with pytest.raises(UserError, match="no such scene"):                       # nobody can tell
         world.judge_plans(asking, policy)
