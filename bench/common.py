@@ -97,7 +97,7 @@ def make_world(args):
                    os.path.join(late, "frames"))
         data = VlnEgo(os.path.join(ego, "train"))
         for walk in data.walks.values():              # a step without a label is not trained on
-            plans = [data_action_chunk(walk["actions"], t) if t >= 16 else ""
+            plans = [label_text(walk["actions"], t) if t >= 16 else ""
                      for t in range(len(walk["actions"]))]
             walk["labels"] = plans
         for name, rows in (("walks", data.walks.values()), ("episodes", data.episodes)):
@@ -108,7 +108,7 @@ def make_world(args):
     return os.path.join(ego, "train"), late
 
 
-def data_action_chunk(actions, t):
+def label_text(actions, t):
     from make_data import action_chunk
     return "".join(map(str, action_chunk(actions, t, 6)))
 

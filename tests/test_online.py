@@ -119,7 +119,7 @@ def test_a_perturbation_is_in_the_dialog_and_not_in_the_loss(ego):
     walk = data.walks[data.episodes[0]["walk_id"]]
     actions = walk["actions"]
     labels = [str(a) + "0" * 5 for a in actions]
-    labels[1] = ""                                             # amid a push
+    labels[1] = ""                                             # inside a perturbation
     walk["labels"] = labels
     d = data.dialog(0, NAV30, seed=3)
     assert d.in_loss.count(False) == 1 and d.frames[d.in_loss.index(False)][1] == 1

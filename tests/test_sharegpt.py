@@ -590,7 +590,7 @@ def test_a_contract_for_a_folder_that_is_no_model(ego, tmp_path):
     share, ckpt = tmp_path / "share", tmp_path / "ckpt"
     export(ego, share)
     ckpt.mkdir()
-    with pytest.raises(UserError, match="config.json cannot be read"):
+    with pytest.raises(UserError, match="config.json holds no JSON object"):
         command("nav", share, "--ckpt", ckpt)
     (ckpt / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="LoRA adapter alone"):
@@ -598,7 +598,7 @@ def test_a_contract_for_a_folder_that_is_no_model(ego, tmp_path):
     (ckpt / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
         command("nav", share, "--ckpt", ckpt)
-    with pytest.raises(UserError, match="nav.json cannot be read"):
+    with pytest.raises(UserError, match="nav.json holds no JSON object"):
         command("nav", tmp_path, "--ckpt", ckpt)
     (share / "nav.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match="not a contract .*horizon"):
@@ -674,7 +674,7 @@ def test_links_are_followed_and_no_walk_is_taken_twice(tmp_path):
     ("action_list.json", "[]", "must be a list"),
     ("action_list.json", "[1, 0, 0]", "must be a list"),
     ("action_list.json", "null", "must be a list"),
-    ("action_list.json", "[1, 2", "action_list.json: Expecting"),
+    ("action_list.json", "[1, 2", "action_list.json .*Expecting"),
     ("action_list.json", None, "No such file"),
     ("instruction.txt", "\ufeff \n", "instruction.txt: the instruction is empty"),
     ("instruction.txt", "go <image>", "the reserved"),

@@ -54,7 +54,7 @@ from make_data import (
     write_tables,
 )
 from reward import action_phrases, parse_plan, write_plan
-from world.episodes import is_text, is_walk
+from world.episodes import is_text, is_walk, read_json
 from world.robots import ROBOTS, add_robot_args, robot_from_args
 
 # ---------------------------------------------------------------- one record
@@ -496,11 +496,7 @@ def export(args) -> None:
 
 def read_object(path: str, mend: str) -> dict:
     """A JSON file that holds an object. UserError ends with `mend`: what is wanted."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            content = json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give {mend}") from None
+    content = read_json(path) if os.path.exists(path) else None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object; give {mend}")
     return content
@@ -612,23 +608,14 @@ def released_walks(folder: str, split: str) -> tuple[list[dict], list[dict]]:
     return walks, rows
 
 
-def read_actions(path: str) -> list[int]:
-    """action_list.json -> its actions. ValueError unless they are 1, 2, 3 and a last 0."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            actions = json.load(f)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    require(is_walk(actions), f"{path} must be a list of 1, 2, 3 and a last 0")
-    return actions
-
-
 def import_shard(shard: Shard, walks: list[dict]) -> None:
     """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
     for walk in walks:
         try:
             require(walk["damaged"] is None, walk["damaged"])
-            actions = read_actions(f"{walk['folder']}/action_list.json")
+            actions = read_json(f"{walk['folder']}/action_list.json")
+            require(is_walk(actions), f"{walk['folder']}/action_list.json must be a list of 1, 2, "
+                    "3 and a last 0")
             pictures = []
             for t in range(len(actions)):                       # frame t: before action t, as ours
                 with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:

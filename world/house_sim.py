@@ -168,9 +168,8 @@ def cast(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height
     t    (T*W, H) float32 metres along the viewing direction (a plane's distance, not the ray's)
     rays (x (T*W,), y (H,), z (T*W,)): the ray's direction, scaled to go 1 m along the view
 
-    A distance and a code travel in one number: the bits of a positive float sort as the float does,
-    so the lowest few bits of the distance give way to the code, and minimum and maximum carry both
-    along. It costs a relative 2^-14 of depth or so (0.6 mm at 10 m); ties go to the earlier box.
+    A distance and a code share one number: the bits of a positive float sort as the float does, so
+    the code replaces the lowest few (a relative 2^-14 of depth or so); ties go to the earlier box.
     """
     n = len(scene.roles)
     mask = np.int32((1 << (4 * n + 3).bit_length()) - 1)

@@ -15,7 +15,7 @@ is read off its actions (which way it turned first, which doors it crossed, what
     language-only   is not enough: no sentence holds a distance or a number of turns.
     vision-only     is not enough: several things are in view, and one of them is meant.
                     `python -m tools.bounds` prints what either could reach at most: vision-only
-                    .54 [.48, .60], language-only .35 [.29, .43] (level 1, val_unseen, 200 walks).
+                    .54, language-only .35 (level 1, val_unseen, 200 walks).
 
 Run it   python -m world.houses                              # 500 houses, 4000 walks: the demo's
          python -m world.houses --level 3 --train-houses 200 --out data/houses3
