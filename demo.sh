@@ -30,7 +30,7 @@ stage() {      # name, command...: say it, run it, remember how long it took; sk
 walk() {       # name, flags...: evaluate.py on $SPLITS. No expert takes more than 60 actions, so 150
   local name=$1 split; shift       # cuts off only those who wander, and every row has the same cap.
   for split in $SPLITS; do
-    python evaluate.py --split "$split" --device cpu --sims 8 --max-steps 150 \
+    python evaluate.py --split "$split" --device cpu --sims 8 --max-actions 150 \
       --out "results/${name}_$split" "$@"
   done
 }
@@ -62,7 +62,7 @@ stage walk_sft walk sft --ckpt ckpt/sft
 stage walk_grpo walk grpo --ckpt ckpt/grpo --pictures 6
 SPLITS="val_unseen"
 stage walk_blank_frames walk blank_frames --ckpt ckpt/sft --blank-frames
-stage walk_shuffled_instruction walk shuffled_instruction --ckpt ckpt/sft --shuffle-instructions
+stage walk_shuffled_instruction walk shuffled_instruction --ckpt ckpt/sft --shuffled-instruction
 
 # 5. What happened, in one table, with what half of the input could reach, and the same numbers for
 #    machines in results/demo.json.

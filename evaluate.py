@@ -1,77 +1,53 @@
 """
-Closed-loop evaluation: let the policy walk, and measure how well it followed the words.
+Closed-loop evaluation: the policy walks in a simulator, and its walks are measured.
 
-Each robot stands in a simulator of its own. It looks, the policy writes its next six actions, it
-carries out the first --execute of them and looks again, until it says stop or has used up its 500
-steps. All robots that stand waiting are answered in one batch while the others walk on. A policy
-of dialogs (sft.py --prompt dialog) carries out all that it answers; what it has read and said
-stays in its robot's cache, and robots at different turns are answered together.
+Each robot has a simulator of its own. It looks, the policy writes its next six actions, it carries
+out the first --execute of them and looks again, until it calls STOP or has used --max-actions.
+Robots that wait get their plans in one batch, while the other robots walk on.
 
-What is measured, exactly as VLN-CE does [1, 2]; d is the geodesic distance to the goal:
+Metrics, as VLN-CE defines them [1, 2]; d is the geodesic distance to the goal, r the radius:
     NE    distance_to_goal   d at the last pose, metres
     TL    path_length        sum of the Euclidean steps, metres
-    SR    success            STOP was called, by a readable answer, and d < radius, strictly
-    OS    oracle_success     d < radius at any pose, the start included; no STOP needed
+    SR    success            STOP was called by a readable answer, and d < r
+    OS    oracle_success     d < r at any pose, the start included; no STOP needed
     SPL   spl                success * L / max(L, TL), where L is d at the start
     nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
     SDTW  sdtw               success * ndtw
-An episode whose start has no finite distance to the goal is "unreachable", one whose start or goal
-the simulator refuses is "invalid", and a simulator that fails is an "error", which the same command
-tries again. All are counted apart, and every episode asked for must have its row. A walk that began
-at a finite distance and ended where no way is known has failed: SR, OS and SPL count it, NE cannot.
-Without ground truth (the plain R2R_VLNCE_v1-3) there is no nDTW and no SDTW. Where a test split
-hides its goals there are no scores, but --submit writes the walks for its server [1, 4].
-95% intervals are Wilson's for rates (right at 0 and 1, too) and a bootstrap over scenes for means:
-walks in one scene are not independent, and no interval here takes them as such.
+Without a score are episodes that are "unreachable" (no finite d at the start), "invalid" (the
+simulator refuses start or goal) or an "error" (the simulator failed; the same command tries again).
 
-Run it
-    python evaluate.py --split val_unseen                       # ckpt/grpo if there, else ckpt/sft
-    python evaluate.py --split val_unseen --agent oracle        # the expert; or random|forward|stop
-    python evaluate.py --split val_unseen --blank-frames        # does it look?
-    python evaluate.py --split val_unseen --shuffle-instructions    # does it read?
-    torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
-    python evaluate.py --split test --ckpt ckpt/r2r --sim habitat --submit r2r_test.json
-    python evaluate.py --split test_challenge --ckpt ckpt/rxr --sim habitat --submit rxr.jsonl
-
-Reads    --ckpt  weights and nav.json, the contract to act by;  --episodes  and  --scenes
-Writes   --out   run.json         what is measured; a run with other settings is refused
-                 episodes.jsonl   one line per episode as it ends, sorted once all have ended
-                 results.json     means and intervals (timing.json: how long it took)
-                 pictures/        per chosen episode a sheet (.png) and a film (.gif)
-                 Two or more such folders: python -m tools.report
-         --submit the walks of all episodes, as R2R's or RxR's leaderboard wants them
-Expect   oracle near 1, stop and forward near 0, a policy between. Killed? The same command goes on,
-         and ends with the same files, to the byte for --agent on one set-up (machine, simulator,
-         library versions). With --ckpt, timing decides which robots are answered in one batch,
-         and so how sums round (on a GPU they may round differently each time): two plans that
-         are equally likely within rounding may swap.
+Run it   python evaluate.py --split val_unseen                # ckpt/grpo if there, else ckpt/sft
+         python evaluate.py --split val_unseen --agent oracle      # or random, forward, stop
+         torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
+Reads    --ckpt (weights, and nav.json to act by), --episodes, --scenes
+Writes   --out: run.json (settings), episodes.jsonl (a line per episode), results.json (means and
+         95% intervals), timing.json, pictures/ (tools/page.py)
+Expect   oracle near 1, stop and forward near 0. A killed run goes on by the same command. On one
+         set-up the files are equal to the byte with a scripted --agent; with --ckpt the batches
+         depend on timing, so nearly equal logits may round to another plan.
 
 [1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
 [2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446
-[4] ibid. vlnce_baselines/common/base_il_trainer.py (inference) and environments.py (get_info)
-[5] Dean & Pagano 2015, Evaluating Confidence Interval Methods for Binomial Proportions in Clustered
-    Surveys, Journal of Survey Statistics and Methodology 3(4)
+[4] Dean & Pagano 2015, Confidence Interval Methods for Binomial Proportions in Clustered Surveys
 """
 from __future__ import annotations
 
 import argparse
-import functools
 import glob
 import hashlib
 import json
 import math
 import os
 import random
-import re
-import shutil
-import subprocess
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
 from tqdm import tqdm
 
 from cli import Help, UserError, count, lock_folder, run, write_json, write_text
@@ -79,7 +55,6 @@ from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
 from world import SimDied, SimError
 from world.episodes import (
-    LANGUAGES,
     VLNCE_RADIUS_M,
     add_episode_args,
     check_turn_deg,
@@ -118,32 +93,22 @@ def parse_args(argv=None):
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
-    add("--submit", metavar="FILE", help="write the walks for the leaderboard: JSON in R2R's form, "
-        "JSON lines in RxR's")
-
     add = p.add_argument_group("simulator").add_argument
     add_simulator_args(add, sims=8)
-    add("--witness", action="store_true", help="let habitat-lab walk and judge the same actions, "
-        "and refuse a difference above 1e-4; needs --sim habitat")
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
-
-    add = p.add_argument_group("objective: who walks, how, and what counts").add_argument
+    add = p.add_argument_group("agent").add_argument
     add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
-    add("--execute", type=count, default=3, help="actions of a plan that are walked before the "
-        "next (VLN-R1 does not say how many); ours: half, between fresh eyes and speed. Answers "
-        "of a dialog are always walked whole")
+    add("--execute", type=count, default=3, help="actions of a plan that are carried out before "
+        "the next (VLN-R1 does not say how many); ours: half, between fresh frames and speed. "
+        "Answers of a dialog are always carried out whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
     add("--temperature", type=float, default=0.0,
         help="0: greedy; above: sampled, from seeds that belong to episode and step")
-    add("--max-steps", type=count, default=500, help="VLN-CE's; STOP is a step")
-    add("--success-m", type=float, help="radius; default: goals[].radius in the data (R2R: 3.0), "
-        "3 if it has none. 3 m (or 1 m, if it is 3) is reported beside it")
-    add("--forward-steps", type=int, help="of --agent forward; default: the ground truth's mean")
-    add("--blank-frames", action="store_true", help="black pictures: does the policy look?")
-    add("--shuffle-instructions", action="store_true", help="the words of another "
-        "walk, in the same scene where one leads to another goal: does it read?")
-
+    add("--max-actions", type=count, default=500, help="of a walk; VLN-CE's; STOP counts")
+    add("--blank-frames", action="store_true", help="control run: every frame is black")
+    add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
+        "instruction of another walk, in the same scene where one leads to another goal")
     add = p.add_argument_group("schedule").add_argument
     add("--limit", type=count, help="so many episodes, spread evenly over the split")
     add = p.add_argument_group("machine").add_argument
@@ -153,19 +118,19 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     add = p.add_argument_group("logging").add_argument
-    add("--pictures", type=how_many, default="none", help="of so many episodes, evenly spread: "
-        "none, all, or a number")
+    add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
+        "spread: none, all, or a number")
     return p.parse_args(argv)
 
 
-def how_many(text):
+def count_or_all(text: str) -> int:
     return int({"none": 0, "all": sys.maxsize}.get(text, text))
 
 
 # ---------------------------------------------------------------- metrics
 
 
-def path_length(path):
+def path_length(path: Sequence) -> float:
     """TL: sum of Euclidean steps, metres. path (T, 3).
 
     >>> path_length([[0, 0, 0], [3, 0, 4], [3, 0, 4], [3, 1, 4]])
@@ -174,23 +139,21 @@ def path_length(path):
     return float(np.linalg.norm(np.diff(np.asarray(path, dtype=float), axis=0), axis=1).sum())
 
 
-def is_finite(metres):
-    """Is a distance known? Simulators say inf, NaN or None where no way leads to the goal."""
+def is_finite(metres: float | None) -> bool:
+    """Is a distance known? Simulators answer inf, NaN or None where no path leads to the goal."""
     return metres is not None and math.isfinite(metres)
 
 
-def judge(distances, length, stopped, radius):
+def episode_metrics(distances: Sequence, length: float, stopped: bool, radius: float) -> dict:
     """SR, OS and SPL. distances: geodesic to the goal at each pose, the start first and finite;
-    length: TL. A walk that ends where no way is known has failed; it may have been near before.
+    length: TL. A walk that ends where no path is known has failed; OS may still be 1.
 
     Start 4 m away, walk 5 m, past a point 0.5 m from the goal, and stop 2 m from it:
-    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=True, radius=3.0)
+    >>> episode_metrics([4.0, 0.5, 2.0], 5.0, stopped=True, radius=3.0)
     {'success': 1.0, 'oracle_success': 1.0, 'spl': 0.8}
-    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=True, radius=2.0)            # strictly less
+    >>> episode_metrics([4.0, 0.5, 2.0], 5.0, stopped=True, radius=2.0)          # strictly less
     {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
-    >>> judge([4.0, 0.5, 2.0], 5.0, stopped=False, radius=3.0)           # never said stop
-    {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
-    >>> judge([4.0, 0.5, math.inf], 5.0, stopped=True, radius=3.0)       # off the known floor
+    >>> episode_metrics([4.0, 0.5, 2.0], 5.0, stopped=False, radius=3.0)         # no STOP
     {'success': 0.0, 'oracle_success': 1.0, 'spl': 0.0}
     """
     success = float(stopped and is_finite(distances[-1]) and distances[-1] < radius)
@@ -199,11 +162,11 @@ def judge(distances, length, stopped, radius):
             "spl": success * distances[0] / longer if longer > 0 else success}
 
 
-def dtw(a, b):
+def dtw(a: Sequence, b: Sequence) -> float:
     """Dynamic time warping: the cheapest monotone pairing of two paths, a (n, 3), b (m, 3), metres.
 
-    Exact. VLN-CE approximates it (fastdtw), never from below: its nDTW may be a trifle lower.
-    Each point of a on its twin, the last one on b's last two: 0 + 0 + 0 + 2.
+    Exact. VLN-CE approximates it (fastdtw), never from below: its nDTW may be slightly lower.
+    Each point of a is paired with its equal, the last one also with b's last: 0 + 0 + 0 + 2.
     >>> dtw([[0, 0, 0], [1, 0, 0], [2, 0, 0]], [[0, 0, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]])
     2.0
     """
@@ -217,7 +180,7 @@ def dtw(a, b):
     return best[-1]
 
 
-def ndtw(path, reference, success_distance=3.0):
+def ndtw(path: Sequence, reference: Sequence, success_distance: float = 3.0) -> float:
     """exp(-DTW / (points of the reference * success_distance)) [3]. A pose that did not move adds
     no point to the path.
 
@@ -230,29 +193,29 @@ def ndtw(path, reference, success_distance=3.0):
     return math.exp(-dtw(moved, reference) / (len(reference) * success_distance))
 
 
-MIN_SCENES = 5       # fewer say too little about how much scenes differ: see cluster_bootstrap()
+# ---------------------------------------------------------------- intervals
+
+MIN_SCENES = 5       # with fewer, their differences are not known well enough to resample them
 
 
-def wilson(hits, trials, z=1.959964):
-    """Wilson's 95% score interval of a rate -> [low, high]; of any number of trials, also of an
-    effective one that is not whole. None without trials.
+def wilson(hits: float, trials: float, z: float = 1.959964) -> list[float] | None:
+    """Wilson's 95% score interval of a rate -> [low, high]; None without trials.
 
-    Unlike a bootstrap it is right where something never or always happened. By hand: 0 of 200 is
-    [0, z^2 / (200 + z^2)]; 5 of 10 is .5 -+ z sqrt(.025 + z^2 / 400) / (1 + z^2 / 10).
-    >>> wilson(0, 200), wilson(5, 10)
+    Unlike a bootstrap it has a width where all trials agree. trials may be fractional.
+    >>> wilson(0, 200), wilson(5, 10)                   # by hand: [0, z^2 / (200 + z^2)]
     ([0.0, 0.018845], [0.236593, 0.763407])
     """
     if not trials:
         return None
-    rate, spare = min(1.0, hits / trials), z * z / trials      # 1 but for rounding
+    rate, spare = min(1.0, hits / trials), z * z / trials      # above 1 by rounding only
     centre = (rate + spare / 2) / (1 + spare)
     half = z * math.sqrt(rate * (1 - rate) / trials + spare / trials / 4) / (1 + spare)
     return [round(max(0.0, centre - half), 6), round(min(1.0, centre + half), 6)]
 
 
-def design_effect(hits, trials, units):
-    """By what factor the variance of a rate exceeds that of independent trials, because trials of
-    one unit (a scene) resemble each other; at least 1. hits, trials (n,) numbers, units (n,) names.
+def design_effect(hits: Sequence, trials: Sequence, units: Sequence) -> float:
+    """The factor by which the variance of a rate exceeds that of independent trials, because trials
+    of one unit (a scene) resemble each other; at least 1. hits, trials (n,), units (n,) names.
 
     Four scenes of ten episodes that all succeed and four where all fail are worth 7 trials, not 80.
     >>> round(design_effect([10] * 4 + [0] * 4, [10] * 8, range(8)), 3)
@@ -267,16 +230,15 @@ def design_effect(hits, trials, units):
     return max(1.0, float(variance / (rate * (1 - rate) / n)))
 
 
-def rate_interval(hits, trials, units):
-    """Wilson's interval with the effective number of trials [5]: trials / design_effect()."""
+def rate_interval(hits: Sequence, trials: Sequence, units: Sequence) -> list[float] | None:
+    """Wilson's interval with the effective number of trials [4]: trials / design_effect()."""
     n = sum(trials) / design_effect(hits, trials, units)
     return wilson(n * sum(hits) / sum(trials), n) if sum(trials) else None
 
 
-def sampling_units(rows):
-    """What is drawn again to get an interval -> a name per row, and what those are: "scenes", or
-    "trajectories" where fewer than MIN_SCENES scenes are there: the interval then holds for these
-    scenes only. (Resampling one scene would always draw the same, an interval of no width.)"""
+def sampling_units(rows: Sequence[dict]) -> tuple[list[str], str]:
+    """What a bootstrap draws -> the unit of each row, and "scenes"; or "trajectories" where fewer
+    than MIN_SCENES scenes are there: the interval then holds for these scenes only."""
     scenes = [str(row.get("scene_id")) for row in rows]
     if len(set(scenes)) >= MIN_SCENES:
         return scenes, "scenes"
@@ -284,17 +246,14 @@ def sampling_units(rows):
     return [f"{scene} {name}" for scene, name in zip(scenes, names)], "trajectories"
 
 
-def cluster_bootstrap(columns, units, resamples=2000, seed=0):
+def cluster_bootstrap(columns: dict[str, Sequence], units: Sequence, resamples: int = 2000,
+                      seed: int = 0) -> dict[str, dict]:
     """{name: values (n,)} -> {name: {"mean", "ci": [2.5%, 97.5%]}}, percentile bootstrap of means.
 
-    Whole units are drawn, n names of what each value belongs to: episodes of one scene, and the
-    three instructions of one R2R trajectory, resemble each other, so that drawing episodes would
-    promise more than the data hold. Columns are resampled together. A value of None is left out.
-    Where all units are alike the interval would have no width, and is None: what was never seen to
-    differ may differ.
-    >>> cluster_bootstrap({"spl": [0, 1, None], "ne": [2.0] * 3, "x": [None] * 3}, ["a", "b", "b"])
-    {'spl': {'mean': 0.5, 'ci': [0.0, 1.0]}, 'ne': {'mean': 2.0, 'ci': None}, 'x': {'mean': None, \
-'ci': None}}
+    Whole units are drawn, since episodes of one scene resemble each other. All columns use the same
+    draws. None values are left out; "ci" is None where all units are alike.
+    >>> cluster_bootstrap({"spl": [0, 1, None], "ne": [2.0] * 3}, ["a", "b", "b"])
+    {'spl': {'mean': 0.5, 'ci': [0.0, 1.0]}, 'ne': {'mean': 2.0, 'ci': None}}
     """
     values = np.array([list(column) for column in columns.values()], dtype=float)     # None: nan
     found = {name: {"mean": None, "ci": None} for name in columns}
@@ -316,177 +275,219 @@ def cluster_bootstrap(columns, units, resamples=2000, seed=0):
     return found
 
 
-# ---------------------------------------------------------------- one walk, and the loop
+# ---------------------------------------------------------------- one episode, and the loop
 
 
-class Walk:
-    """One episode under way: where the robot was, what it saw, said and did."""
+class Decision(NamedTuple):
+    """One answer of the policy."""
+    t: int                                # the pose it was made at: states[t]
+    text: str
+    plan: list[int]                       # the actions that it says; [] if it is unreadable
+    frame: np.ndarray | None = None       # of a dialog: what was shown
+    answers: Sequence[list[int]] = ()     # of a dialog: ids of all answers drawn; the first is text
 
-    def __init__(self, episode, instruction, filmed=False, name=None):
-        self.episode, self.instruction, self.filmed = episode, instruction, filmed
-        self.name = name or str(episode["episode_id"])      # its own among all that are walked
-        self.states = []        # the simulator's, one per pose, the start first
-        self.frames = []        # uint8 (H, W, 3) views that the policy has not encoded yet
-        self.film = []          # all views, if filmed
-        self.features = []      # one (tokens, hidden) tensor per encoded view
-        self.actions = []       # carried out so far, STOP included
-        self.answers = []       # (t, text, plan) per decision
-        self.tokens = 0         # read and written by the policy
-        self.turns = []         # of a dialog: (frame, [ids of each answer drawn]) per decision
-        self.thread = None      # of a dialog: what the policy remembers of it (model.Thread)
-        self.end = self.error = self.map = None
-        self.refused = None     # what the simulator said when it did not take the episode
 
-    def again(self):
-        """The same walk before its first step: its simulator died."""
-        return Walk(self.episode, self.instruction, self.filmed, self.name)
+@dataclass(eq=False)
+class EpisodeState:
+    """One episode under way (a walk): where the robot was, what it saw, wrote and did."""
+    episode: dict
+    instruction: str
+    keep_video: bool = False
+    name: str = ""                        # its own among all walks; default: the episode's id
+    states: list[dict] = field(default_factory=list)    # the simulator's, the start's first
+    frames: list = field(default_factory=list)          # uint8 (H, W, 3), not encoded yet
+    video_frames: list = field(default_factory=list)    # all frames, if keep_video
+    features: list = field(default_factory=list)        # (tokens, hidden) per encoded frame
+    actions: list[int] = field(default_factory=list)    # carried out so far, STOP included
+    decisions: list[Decision] = field(default_factory=list)
+    tokens: int = 0                       # read and written by the policy
+    dialog_cache: Any = None              # of a dialog: keys and values of its turns so far
+    end: str | None = None                # why it ended: see EpisodeLoop
+    error: str | None = None
+    refused: str | None = None            # the simulator's reason not to start the episode
+    map: dict | None = None               # the simulator's "topdown", if keep_video
 
-    def see(self, reply):
-        """A simulator's answer to "reset" or "step": new poses, and views if asked for."""
+    def __post_init__(self):
+        self.name = self.name or str(self.episode["episode_id"])
+
+    def restarted(self) -> EpisodeState:
+        """The same walk before its first step."""
+        return EpisodeState(self.episode, self.instruction, self.keep_video, self.name)
+
+    def observe(self, reply: dict):
+        """Take the answer to "reset" or "step": new poses, and frames if they were asked for."""
         self.states += reply["states"] if "states" in reply else [reply["state"]]
-        views = [reply["frame"]] if "frame" in reply else list(reply.get("frames", ()))
-        self.frames += views
-        self.film += views if self.filmed else []
+        frames = [reply["frame"]] if "frame" in reply else list(reply.get("frames", ()))
+        self.frames += frames
+        self.video_frames += frames if self.keep_video else []
 
 
-def walk_episodes(pool, sims, walks, decide, max_steps=500, retries=2, look=True, clock=None,
-                  early=lambda walk: None, ready=0.5):
-    """Let every walk of the iterable `walks` end, `sims` at a time; yield each as it ends.
+@dataclass(eq=False)
+class EpisodeLoop:
+    """Walk all episodes, `sims` at a time: the one loop of every agent.
 
-    One loop for every agent. A robot is in its simulator, where a request is under way, or it is
-    `waiting` to be told what to do. decide(walks) -> a plan (list of actions) for each; None for a
-    plan means: ask the simulator's expert. It is called when all robots wait, or the share `ready`
-    of them have waited for the others half as long as the last decision took: one decision for all
-    is cheaper than two, but while one half is told what to do, the other can simulate. walk.end:
-    "stop" (the robot said so), "malformed" (an unreadable answer was taken for stop), "max_steps",
-    "unreachable", "invalid" (the simulator refuses its start or its goal) or "error", or whatever
-    early(walk) says, if not None, when it is about to be asked. The episode of a simulator that
-    died begins again from its start. look: "last" asks for the view after a plan's last step only.
-    clock counts the seconds of deciding, and deaths.
+    A walk is in one of two places: its simulator works on a request, or it is in `waiting` for a
+    plan. Each answer of a simulator is handled as it comes (on_reply), and leads to the next
+    request, to `waiting`, or to the walk's end: "stop" (the robot called it), "malformed" (an
+    unreadable answer was taken for STOP), "max_actions", "unreachable", "invalid", "error", or what
+    should_stop(walk) returns before a decision.
     """
-    todo, under_way, waiting, ended, deaths = deque(walks), {}, [], [], Counter()
-    clock, last_s = Counter() if clock is None else clock, 0.0
+    pool: SimPool
+    walks: deque[EpisodeState]                  # not started yet
+    agent: Callable[[list[EpisodeState]], list[list[int] | None]]    # None: ask for the expert's
+    sims: int
+    max_actions: int = 500
+    retries: int = 2                            # restarts of a walk whose simulator died
+    render: bool | str = True                   # frames: all, none, or "last" of each plan's
+    should_stop: Callable[[EpisodeState], str | None] = lambda walk: None
+    min_waiting_fraction: float = 0.5
+    counters: Counter = field(default_factory=Counter)    # adds "deciding_s", and "deaths"
 
-    def begin(sim, walk):
-        under_way[sim] = walk
-        pool.submit(sim, "reset", episode=walk.episode, frame=look or walk.filmed)
+    running: dict[int, EpisodeState] = field(default_factory=dict)    # by simulator
+    waiting: list[int] = field(default_factory=list)                  # their simulators
+    ended: list[EpisodeState] = field(default_factory=list)           # not handed out yet
+    deaths: Counter = field(default_factory=Counter)                  # by walk
+    last_decision_s: float = 0.0
 
-    def act(sim, plan):
-        walk = under_way[sim]
+    def run(self) -> Iterator[EpisodeState]:
+        for sim in range(min(self.sims, len(self.walks))):
+            self.reset(sim, self.walks.popleft())
+        while self.running:
+            self.listen()
+            yield from self.ended
+            self.ended.clear()
+            self.decide()
+        yield from self.ended
+
+    def listen(self):
+        """Handle answers until all robots wait; or until min_waiting_fraction of them have waited
+        half as long as the last decision took. One decision for all costs less than two, but while
+        one half gets its plans, the other half can simulate."""
+        until = math.inf
+        while len(self.waiting) < len(self.running):
+            if len(self.waiting) >= self.min_waiting_fraction * len(self.running):
+                until = min(until, time.perf_counter() + self.last_decision_s / 2)
+            arrived = self.pool.wait_any(until - time.perf_counter())
+            if arrived is None:
+                break
+            self.on_reply(*arrived)
+
+    def decide(self):
+        """One call of the agent for all waiting robots, in the order of their simulators: the
+        batch does not depend on which of them came first."""
+        sims, self.waiting, start = sorted(self.waiting), [], time.perf_counter()
+        plans = self.agent([self.running[sim] for sim in sims]) if sims else []
+        self.last_decision_s = time.perf_counter() - start
+        self.counters["deciding_s"] += self.last_decision_s
+        for sim, plan in zip(sims, plans):
+            if plan is not None:
+                self.act(sim, plan)
+            elif is_finite(self.running[sim].states[-1]["distance_to_goal"]):
+                self.pool.submit(sim, "expert")
+            else:                                           # no expert knows a path: it has failed
+                self.act(sim, [STOP])
+
+    def reset(self, sim: int, walk: EpisodeState):
+        self.running[sim] = walk
+        self.pool.submit(sim, "reset", episode=walk.episode, frame=self.render or walk.keep_video)
+
+    def act(self, sim: int, plan: list[int]):
+        """Carry out a plan up to its STOP and to max_actions. STOP is no request: it ends."""
+        walk = self.running[sim]
         plan = plan[:plan.index(STOP) + 1] if STOP in plan else plan
-        plan = plan[:max_steps - len(walk.actions)]
+        plan = plan[:self.max_actions - len(walk.actions)]
         walk.actions += plan
         moves = [action for action in plan if action != STOP]
         if moves:
-            pool.submit(sim, "step", actions=moves, frames=walk.filmed or look)
+            self.pool.submit(sim, "step", actions=moves, frames=walk.keep_video or self.render)
         else:
-            arrive(sim)
+            self.on_pose(sim)
 
-    def arrive(sim):
-        walk = under_way[sim]
-        start = walk.states[0]["distance_to_goal"]
-        if walk.episode.get("goals") and not is_finite(start):  # later: it may come back
-            finish(sim, "unreachable")
-        elif walk.actions[-1:] == [STOP]:
-            finish(sim, "malformed" if walk.answers and not walk.answers[-1][2] else "stop")
-        elif len(walk.actions) >= max_steps:
-            finish(sim, "max_steps")
-        elif (reason := early(walk)) is not None:
-            finish(sim, reason)
-        else:
-            waiting.append(sim)
-
-    def finish(sim, end, error=None):
-        walk = under_way[sim]
-        walk.end, walk.error = end, error
-        if walk.film and not error:                         # its map, while the scene is loaded
-            pool.submit(sim, "topdown")
-        else:
-            leave(sim)
-
-    def leave(sim):
-        ended.append(under_way.pop(sim))
-        if todo:
-            begin(sim, todo.popleft())
-
-    def hear(sim, reply):
-        walk = under_way[sim]
-        if walk.end:                                        # that was the map; no map, no picture
+    def on_reply(self, sim: int, reply: dict | Exception):
+        walk = self.running[sim]
+        failed = isinstance(reply, SimError)
+        if walk.end:                                        # the map of finish(); or no picture
             walk.map = None if isinstance(reply, Exception) else reply
-            leave(sim)
-        elif isinstance(reply, SimDied) and deaths[walk.name] < retries:
-            deaths[walk.name] += 1
-            clock["deaths"] += 1
-            begin(sim, walk.again())
+            self.release(sim)
+        elif isinstance(reply, SimDied) and self.deaths[walk.name] < self.retries:
+            self.deaths[walk.name] += 1
+            self.counters["deaths"] += 1
+            self.reset(sim, walk.restarted())
         elif isinstance(reply, SimDied):
-            finish(sim, "error", str(reply))
-        elif walk.refused:                                  # its scene can be loaded, or it cannot
-            finish(sim, "error" if isinstance(reply, SimError) else "invalid", walk.refused)
-        elif isinstance(reply, SimError) and not walk.states:       # its start's fault, or why?
+            self.finish(sim, "error", str(reply))
+        elif walk.refused:                                  # does its scene load, at least?
+            self.finish(sim, "error" if failed else "invalid", walk.refused)
+        elif failed and not walk.states:                    # the fault of its start, or its scene?
             walk.refused = str(reply)
-            pool.submit(sim, "load", scene_id=walk.episode["scene_id"])
-        elif isinstance(reply, SimError):                   # its goal's fault, and so it would stay
-            finish(sim, "invalid", str(reply))
+            self.pool.submit(sim, "load", scene_id=walk.episode["scene_id"])
+        elif failed:                                        # the fault of its goal: no retry helps
+            self.finish(sim, "invalid", str(reply))
         elif "action" in reply:                             # the expert's
-            act(sim, [reply["action"]])
+            self.act(sim, [reply["action"]])
         else:
-            walk.see(reply)
-            arrive(sim)
+            walk.observe(reply)
+            self.on_pose(sim)
 
-    for sim in range(min(sims, len(todo))):
-        begin(sim, todo.popleft())
-    while under_way:
-        # 1. listen, until all robots wait, or half of them and the others take long
-        until = math.inf
-        while len(waiting) < len(under_way):
-            if len(waiting) >= ready * len(under_way):
-                until = min(until, time.perf_counter() + last_s / 2)
-            news = pool.wait_any(until - time.perf_counter())
-            if news is None:
-                break
-            hear(*news)
-        yield from ended
-        ended.clear()
-        # 2. decide, for all of them at once
-        asked, waiting[:], start = sorted(waiting), [], time.perf_counter()
-        plans = decide([under_way[sim] for sim in asked]) if asked else []
-        last_s = time.perf_counter() - start
-        clock["deciding_s"] += last_s
-        # 3. act
-        for sim, plan in zip(asked, plans):
-            metres = under_way[sim].states[-1]["distance_to_goal"]
-            if plan is None and not is_finite(metres):      # no expert knows a way: it has failed
-                act(sim, [STOP])
-            elif plan is None:
-                pool.submit(sim, "expert")
-            else:
-                act(sim, plan)
-    yield from ended
+    def on_pose(self, sim: int):
+        """A plan is carried out, or the start is reached: end the walk, or let it wait."""
+        walk = self.running[sim]
+        start = walk.states[0]["distance_to_goal"]
+        if walk.episode.get("goals") and not is_finite(start):    # later on: it may come back
+            self.finish(sim, "unreachable")
+        elif walk.actions[-1:] == [STOP]:
+            readable = not walk.decisions or walk.decisions[-1].plan
+            self.finish(sim, "stop" if readable else "malformed")
+        elif len(walk.actions) >= self.max_actions:
+            self.finish(sim, "max_actions")
+        elif (reason := self.should_stop(walk)) is not None:
+            self.finish(sim, reason)
+        else:
+            self.waiting.append(sim)
 
+    def finish(self, sim: int, end: str, error: str | None = None):
+        walk = self.running[sim]
+        walk.end, walk.error = end, error
+        if walk.video_frames and not error:                 # its map, while the scene is loaded
+            self.pool.submit(sim, "topdown")
+        else:
+            self.release(sim)
 
-# ---------------------------------------------------------------- who decides
+    def release(self, sim: int):
+        """The simulator is free for the next walk."""
+        self.ended.append(self.running.pop(sim))
+        if self.walks:
+            self.reset(sim, self.walks.popleft())
 
 
-def scripted_agent(name, forward_steps, max_steps, seed):
-    """The baselines, as decide(walks). All but the oracle know their whole walk at the start."""
-    def dice(walk):                                         # its own: company does not matter
+def run_episodes(pool: SimPool, walks: Iterable[EpisodeState], agent: Callable,
+                 **options) -> Iterator[EpisodeState]:
+    """Yield each walk as it ends. options: the fields of EpisodeLoop, such as sims=8."""
+    return EpisodeLoop(pool, deque(walks), agent, **options).run()
+
+
+# ---------------------------------------------------------------- agents
+
+
+def scripted_agent(name: str, forward_steps: int | None, max_actions: int, seed: int) -> Callable:
+    """The baselines. All but the oracle know their whole walk at the start."""
+    def rng(walk):                                          # its own: batches do not matter
         return random.Random(f"{seed} {walk.name}")
 
     plans = {"oracle": lambda walk: None, "stop": lambda walk: [STOP],
              "forward": lambda walk: [FORWARD] * forward_steps + [STOP],
-             "random": lambda walk: dice(walk).choices(      # VLN-CE's shares, not uniform
-                 [FORWARD, LEFT, RIGHT, STOP], [0.68, 0.15, 0.15, 0.02], k=max_steps)}
+             "random": lambda walk: rng(walk).choices(       # VLN-CE's shares, not uniform
+                 [FORWARD, LEFT, RIGHT, STOP], [0.68, 0.15, 0.15, 0.02], k=max_actions)}
     return lambda walks: [plans[name](walk) for walk in walks]
 
 
 def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False, temperature=0.0,
-                 seed=0):
-    """The policy, as decide(walks): look, remember, write, read. (The baselines need no torch.)"""
+                 seed=0) -> Callable:
+    """The policy as an agent: encode, remember, generate, parse. (The baselines need no torch.)"""
     import torch
 
     @torch.no_grad()
-    def decide(walks):
-        # 1. look: a frame is encoded once, all robots' new ones in one call
+    def agent(walks):
+        # 1. encode: each frame once, all robots' new ones in one call
         new = [(walk, frame) for walk in walks for frame in walk.frames]
         frames = [np.zeros_like(frame) if blank else frame for _, frame in new]
         for (walk, _), feature in zip(new, policy.encode_frames(frames)):
@@ -499,21 +500,23 @@ def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False
             past = pick_frames(t, **policy.nav["memory"])
             prompts.append(policy.prompt(window_prompt(walk.instruction, len(past), policy.nav),
                                          [walk.features[i] for i in (*past, t)]))
-        # 3. write
+        # 3. generate
         seeds = [random.Random(f"{seed} {walk.name} {len(walk.actions)}").getrandbits(32)
                  for walk in walks] if temperature > 0 else None
         roll = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True)
-        # 4. read
+        # 4. parse
         for walk, prompt, text, mask in zip(walks, prompts, roll.texts, roll.completion_mask):
             walk.tokens += len(prompt.ids) + int(mask.sum())
-            walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
-        return [walk.answers[-1][2][:execute] or [STOP if malformed == "stop" else FORWARD]
+            walk.decisions.append(Decision(len(walk.states) - 1, text,
+                                           parse_control(text, policy.phrases)))
+        return [walk.decisions[-1].plan[:execute] or [STOP if malformed == "stop" else FORWARD]
                 for walk in walks]
-    return decide
+    return agent
 
 
-def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0, group_size=1):
-    """The policy of dialogs, as decide(walks): look, go on with the conversation, read.
+def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0,
+                 group_size=1) -> Callable:
+    """The policy of dialogs as an agent: encode, go on with the conversation, parse.
 
     group_size: answers drawn at each turn (grpo_online.py compares them); the first is given.
     """
@@ -522,27 +525,26 @@ def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0,
     from model import resize
 
     @torch.no_grad()
-    def decide(walks):
+    def agent(walks):
         seen = [resize(walk.frames[-1], policy.nav) for walk in walks]
         features = policy.encode_frames([np.zeros_like(f) if blank else f for f in seen])
-        seeds = [random.Random(f"{seed} {walk.name} {len(walk.turns)}").getrandbits(62)
+        seeds = [random.Random(f"{seed} {walk.name} {len(walk.decisions)}").getrandbits(62)
                  for walk in walks] if temperature > 0 else None
-        drawn, threads = policy.reply([walk.thread for walk in walks],
+        drawn, threads = policy.reply([walk.dialog_cache for walk in walks],
                                       [walk.instruction for walk in walks], features, group_size,
                                       temperature, seeds)
         for walk, frame, answers, thread in zip(walks, seen, drawn, threads):
-            walk.turns.append((frame, answers))
             walk.frames.clear()
-            walk.thread, walk.tokens = thread, thread.kv.shape[2] + len(thread.said)
-            walk.answers.append((len(walk.states) - 1, policy.text(answers[0]),
-                                 policy.actions(answers[0])))
-        return [walk.answers[-1][2] or [STOP if malformed == "stop" else FORWARD]
+            walk.dialog_cache, walk.tokens = thread, thread.kv.shape[2] + len(thread.said)
+            walk.decisions.append(Decision(len(walk.states) - 1, policy.text(answers[0]),
+                                           policy.actions(answers[0]), frame, answers))
+        return [walk.decisions[-1].plan or [STOP if malformed == "stop" else FORWARD]
                 for walk in walks]
-    return decide
+    return agent
 
 
-def machine_of(args):
-    """--device and --dtype, with their defaults -> (device, dtype); (None, None) for a baseline."""
+def device_and_dtype(args) -> tuple[str | None, str | None]:
+    """--device and --dtype, with their defaults; (None, None) for a baseline."""
     if args.agent != "policy":
         return None, None
     import torch
@@ -550,17 +552,16 @@ def machine_of(args):
     return device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
-def load_agent(args, settings, instructions=()):
-    """The flags' decide(walks). UserError if one of the instructions is too long for the policy. A
-    distribution that is not finite ends the run: what is drawn from it is no answer of the policy.
-    """
+def load_agent(args, settings: dict, instructions: Iterable[str] = ()) -> Callable:
+    """The agent of the flags. UserError if an instruction is too long for the policy, or if its
+    log-probabilities are not finite: then what it samples is no answer."""
     if args.agent != "policy":
-        return scripted_agent(args.agent, settings["forward_steps"], args.max_steps, args.seed)
+        return scripted_agent(args.agent, settings["forward_steps"], args.max_actions, args.seed)
     import torch
 
     from model import is_dialog, load_policy, window_prompt
     torch.set_num_threads(args.threads)
-    device, dtype = machine_of(args)
+    device, dtype = device_and_dtype(args)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
     check_context(policy, instructions, settings["robot"])
@@ -570,34 +571,35 @@ def load_agent(args, settings, instructions=()):
         agent = policy_agent(policy, window_prompt, args.execute, args.malformed,
                              args.blank_frames, args.temperature, args.seed)
 
-    def decide(walks):
+    def checked_agent(walks):
         plans = agent(walks)
         if policy.nan_logits:
             raise UserError(f"{settings['ckpt']} gives log-probabilities that are not finite: the "
                             "run that wrote it has diverged; train again with a lower --lr, or "
                             "give an earlier checkpoint")
         return plans
-    return decide
+    return checked_agent
 
 
-# ---------------------------------------------------------------- rows and results
+# ---------------------------------------------------------------- records and results
 
 
-def row_of(walk, reference, radius, second):
+def episode_record(walk: EpisodeState, reference: list | None, radius: float,
+                   second_radius: float) -> dict:
     """An ended walk -> its line of episodes.jsonl; only a scored walk carries metrics.
 
-    reference: the ground truth's locations; None where there is none, and no nDTW. The metrics of
-    the second radius end in e.g. _3m. poses: [x, y, z, heading] from the start on, the
-    heading in radians, as VLN-CE has it: yaw about +y, left positive, 0 along -z.
+    reference: the ground truth's locations; None where there is none, and then no nDTW. The metrics
+    of the second radius end in e.g. _3m. poses: [x, y, z, heading] from the start on, the heading
+    in radians, as in VLN-CE: yaw about +y, left positive, 0 along -z.
     """
-    unreadable = [text for _, text, plan in walk.answers if not plan]
+    unreadable = [decision.text for decision in walk.decisions if not decision.plan]
     row = {"episode_id": walk.episode["episode_id"],
            "trajectory_id": walk.episode.get("trajectory_id"),
            "scene_id": walk.episode["scene_id"], "end": walk.end, "steps": len(walk.actions),
-           "decisions": len(walk.answers), "malformed": len(unreadable)}
+           "decisions": len(walk.decisions), "malformed": len(unreadable)}
     if walk.end in ("error", "invalid"):
         return {**row, "error": walk.error}
-    row |= {"tokens": walk.tokens} if walk.answers else {}
+    row |= {"tokens": walk.tokens} if walk.decisions else {}
     row["collisions"] = sum(bool(state["collided"]) for state in walk.states[1:])
     row["actions"] = "".join(map(str, walk.actions))
     row["poses"] = [[round(float(v), 6) for v in (*state["position"], yaw_of(state["rotation"]))]
@@ -607,19 +609,19 @@ def row_of(walk, reference, radius, second):
     if walk.end == "unreachable" or distances[0] is None:       # None: its goal is hidden
         return row
     path = [state["position"] for state in walk.states]
-    length, similar = path_length(path), ndtw(path, reference) if reference else None
+    length, similarity = path_length(path), ndtw(path, reference) if reference else None
     row |= {"start_distance": distances[0], "path_length": length,
             "distance_to_goal": distances[-1] if is_finite(distances[-1]) else None}
-    row |= {"ndtw": similar} if reference else {}
-    for suffix, r in (("", radius), (f"_{second:g}m", second)):
-        marks = judge(distances, length, walk.end == "stop", r)
-        marks |= {"sdtw": marks["success"] * similar} if reference else {}
-        row |= {name + suffix: value for name, value in marks.items()}
+    row |= {"ndtw": similarity} if reference else {}
+    for suffix, r in (("", radius), (f"_{second_radius:g}m", second_radius)):
+        metrics = episode_metrics(distances, length, walk.end == "stop", r)
+        metrics |= {"sdtw": metrics["success"] * similarity} if reference else {}
+        row |= {name + suffix: value for name, value in metrics.items()}
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()}
 
 
-def read_rows(path):
-    """-> (rows, how many bytes are whole lines). A line that a kill has torn is left out."""
+def read_rows(path: str) -> tuple[list[dict], int]:
+    """-> rows, and how many bytes are whole lines. A last line cut short by a kill is left out."""
     with open(path, "rb") as file:
         data = file.read()
     whole = data[:data.rfind(b"\n") + 1]
@@ -629,7 +631,7 @@ def read_rows(path):
         raise UserError(f"{path} is damaged ({error}): delete the folder and start again") from None
 
 
-def known_rows(out):
+def known_rows(out: str) -> dict[str, dict]:
     """The rows of all ranks, {str(episode_id): row}; of two, the one that is not an error."""
     rows = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "episodes*.jsonl"))):
@@ -639,12 +641,12 @@ def known_rows(out):
     return rows
 
 
-def read_json(path):
+def read_json(path: str) -> Any:
     with open(path) as file:
         return json.load(file)
 
 
-def write_lines(path, rows):
+def write_lines(path: str, rows: Iterable[dict]):
     """JSON, a line each, all or nothing."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
@@ -655,15 +657,16 @@ AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # the others kno
 RATES = ("success", "oracle_success")                   # 0 or 1 per episode; the rest are means
 
 
-def summarise(rows, radius, second, seed):
+def summarise(rows: Sequence[dict], radius: float, second_radius: float, seed: int) -> dict:
     """Rows -> the numbers of results.json. A metric that no row has is {"mean": None, "ci": None}.
     """
     scored = [row for row in rows if "success" in row]
-    names = [*TITLES, *(f"{name}_{second:g}m" for name in AT_RADIUS)]
+    second = f"_{second_radius:g}m"
+    names = [*TITLES, *(name + second for name in AT_RADIUS)]
     units, kind = sampling_units(scored)
     metrics = cluster_bootstrap({name: [row.get(name) for row in scored] for name in names}, units,
                                 seed=seed)
-    for key in [name + end for name in RATES for end in ("", f"_{second:g}m")] if scored else ():
+    for key in [name + end for name in RATES for end in ("", second)] if scored else ():
         metrics[key]["ci"] = rate_interval([row[key] for row in scored], [1] * len(scored), units)
     decisions, malformed = ([row[key] for row in rows] for key in ("decisions", "malformed"))
     ends = Counter(row["end"] for row in rows)
@@ -676,13 +679,13 @@ def summarise(rows, radius, second, seed):
             "malformed_ci": rate_interval(malformed, decisions, sampling_units(rows)[0]),
             "tokens_per_episode": round(sum(row.get("tokens", 0) for row in rows)
                                         / max(len(rows), 1), 1),
-            "radius_m": radius, "second_radius_m": second, "metrics": metrics,
+            "radius_m": radius, "second_radius_m": second_radius, "metrics": metrics,
             "interval": {"level": 0.95, "rates": "Wilson, effective number of episodes",
                          "means": "bootstrap", "units": kind, "n_units": len(set(units))}}
 
 
-def table(results):
-    """The numbers of results.json for a person."""
+def format_results(results: dict) -> str:
+    """The numbers of results.json for the screen."""
     ends = ", ".join(f"{n} {end}" for end, n in results["ends"].items())
     lines = [f"{results['ckpt'] or results['agent']} on {results['split']}: {results['scored']} of "
              f"{results['episodes']} episodes scored, {results['unreachable']} unreachable, "
@@ -693,27 +696,27 @@ def table(results):
                      f"{results['decisions']} plans unreadable; "
                      f"{results['tokens_per_episode']:,.0f} tokens an episode")
     if results["no_way_at_end"]:
-        lines.append(f"  {results['no_way_at_end']} walks ended where no way to the goal is known: "
-                     "failed, and left out of NE")
-    if results.get("shuffle_instructions"):
-        lines.append(f"  {results['borrowed_in_scene']} of {results['episodes']} instructions "
-                     "belong to a walk to another goal in the same scene, the others to one in "
-                     "another scene")
+        lines.append(f"  {results['no_way_at_end']} walks ended where no path to the goal is known:"
+                     " failed, and left out of NE")
+    if results.get("shuffled_instruction"):
+        lines.append(f"  {results['instructions_from_same_scene']} of {results['episodes']} "
+                     "instructions belong to a walk to another goal in the same scene, the others "
+                     "to one in another scene")
     for name, found in results["metrics"].items():
-        measured = name.removesuffix(f"_{results['second_radius_m']:g}m")
-        radius = results["radius_m" if name == measured else "second_radius_m"]
-        at = f"@ {radius:g} m" if measured in AT_RADIUS else ""
+        metric = name.removesuffix(f"_{results['second_radius_m']:g}m")
+        radius = results["radius_m" if name == metric else "second_radius_m"]
+        at = f"@ {radius:g} m" if metric in AT_RADIUS else ""
         if found["mean"] is not None:
             ci = "[{:.3f}, {:.3f}]".format(*found["ci"]) if found["ci"] else "all alike"
-            lines.append(f"  {TITLES[measured]:7}{at:7}{found['mean']:8.3f}   {ci}")
+            lines.append(f"  {TITLES[metric]:7}{at:7}{found['mean']:8.3f}   {ci}")
     if results.get("no_ndtw"):
         lines.append(f"  nDTW and SDTW are not measured: {results['no_ndtw']}")
     if results["scored"]:
-        lines.append("  95% intervals: " + explain(results["interval"]))
+        lines.append("  95% intervals: " + describe_intervals(results["interval"]))
     return "\n".join(lines)
 
 
-def explain(interval):
+def describe_intervals(interval: dict) -> str:
     """results.json's "interval" in words."""
     few = "" if interval["units"] == "scenes" else (
         f"; fewer than {MIN_SCENES} scenes, so they hold for these scenes only")
@@ -721,302 +724,14 @@ def explain(interval):
             f"means{few}")
 
 
-# ---------------------------------------------------------------- for the leaderboards
-
-
-def r2r_submission(rows):
-    """VLN-CE's challenge -> {episode_id: [{"position", "heading", "stop"} ..]}: the start, then a
-    record per action. stop is true after a STOP only; one read into garbage is not called by it.
-
-    >>> row = {"episode_id": 7, "end": "stop", "actions": "10",
-    ...        "poses": [[0, 0, 0, 9], [0, 0, -1, 9]]}
-    >>> for record in r2r_submission([row])["7"]: print(record)
-    {'position': [0, 0, 0], 'heading': 9, 'stop': False}
-    {'position': [0, 0, -1], 'heading': 9, 'stop': False}
-    {'position': [0, 0, -1], 'heading': 9, 'stop': True}
-    """
-    walks = {}
-    for row in rows:
-        records = [{"position": place, "heading": heading, "stop": False}
-                   for *place, heading in row["poses"]]
-        if row["actions"].endswith(str(STOP)):
-            records.append({**records[-1], "stop": row["end"] == "stop"})
-        walks[str(row["episode_id"])] = records
-    return walks
-
-
-def rxr_submission(episodes, rows):
-    """RxR-Habitat -> [{"instruction_id", "path"} ..] by instruction_id. A path holds the places; a
-    pose that did not move adds none, so turns and bumps leave no trace."""
-    walks = []
-    for episode, row in zip(episodes, rows):
-        path = [pose[:3] for pose in row["poses"]]
-        walks.append({"instruction_id": int(episode["instruction"]["instruction_id"]),
-                      "path": [p for t, p in enumerate(path) if t == 0 or p != path[t - 1]]})
-    return sorted(walks, key=lambda walk: walk["instruction_id"])
-
-
-def submit(path, episodes, rows):
-    """Write the leaderboard's file, RxR's if the episodes are. UserError unless all have walked."""
-    lost = [row["episode_id"] for row in rows if not row.get("poses")]
-    if lost:
-        raise UserError(f"{path} was not written: {len(lost)} of {len(rows)} episodes have no walk "
-                        f"on record, the first is {lost[0]}; walk again with another --out")
-    rxr = dataset_of(episodes[0]) == "rxr"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        if rxr:
-            write_lines(path, rxr_submission(episodes, rows))
-        else:
-            write_json(path, r2r_submission(rows))
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another --submit") from None
-    spoken = {episode["instruction"].get("language") for episode in episodes}
-    print(f"{path}: the walks of {len(rows):,} episodes for the leaderboard" + (
-        f", in {', '.join(sorted(spoken))}; it takes all of {', '.join(LANGUAGES)} in one file"
-        if rxr and spoken != set(LANGUAGES) else ""))
-
-
-# ---------------------------------------------------------------- the witness
-
-WITNESSED = ("distance_to_goal", "success", "spl")
-
-
-def testify(rows, episodes, settings, scenes, python):
-    """habitat-lab's verdict on every scored walk (witness.py) -> {"walks", "habitat_lab",
-    "habitat_sim", "largest_difference": {metric: value}, "without_spl": ids of walks that start at
-    their goal, "no_verdict": {id: reason}}. UserError if habitat-lab is missing, its process died,
-    or a metric differs from ours by more than 1e-4."""
-    walks = [(row, episode) for row, episode in zip(rows, episodes) if "success" in row]
-    job = {"robot": settings["robot"], "scenes_dir": os.path.abspath(scenes),
-           "radius_m": settings["radius_m"]}
-    keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
-    # an answer taken for stop is not the robot's own: habitat-lab must not hear it
-    lines = [job] + [{"episode": {key: episode[key] for key in keys}, "actions": [
-        int(a) for a in row["actions"] if a != str(STOP) or row["end"] == "stop"]}
-        for row, episode in walks]
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "witness.py")
-    done = subprocess.run([python or sys.executable, here], capture_output=True, text=True,
-                          input="".join(json.dumps(line) + "\n" for line in lines))
-    told = [json.loads(line) for line in done.stdout.splitlines()]
-    if told and "missing" in told[0]:
-        raise UserError(f"--witness needs habitat-lab ({told[0]['missing']}): "
-                        f"{python or sys.executable} -m pip install habitat-lab")
-    theirs = {line["episode_id"]: line for line in told[1:]}
-    if done.returncode or len(theirs) < len(walks):
-        raise UserError(f"habitat-lab's process ended with {done.returncode} after {len(theirs)} "
-                        f"of {len(walks)} walks. Its last words: {done.stderr[-600:].strip()}")
-    failed = {name: line["error"] for name, line in theirs.items() if "error" in line}
-    worst, wrong, no_spl = dict.fromkeys(WITNESSED, 0.0), [], []
-    for row, _ in walks:
-        line = theirs[str(row["episode_id"])]
-        for name in WITNESSED if "error" not in line else ():
-            if line[name] is None:
-                no_spl.append(row["episode_id"])
-                continue
-            apart = difference(row[name], line[name])
-            worst[name] = max(worst[name], apart)
-            if apart > 1e-4:
-                wrong.append(f"episode {row['episode_id']}: {name} is {row[name]} by our count and "
-                             f"{line[name]} by habitat-lab's")
-    if wrong:
-        raise UserError(f"{wrong[0]} ({len(wrong)} such values); neither is a result until one of "
-                        "them is explained")
-    return {"walks": len(walks) - len(failed), **told[0], "largest_difference": worst,
-            "without_spl": no_spl, "no_verdict": failed}
-
-
-def difference(ours, theirs):
-    """|ours - theirs|; 0 where neither knows a distance, inf where only one does."""
-    known = is_finite(ours), is_finite(theirs)
-    return abs(ours - theirs) if all(known) else math.inf if any(known) else 0.0
-
-
-# ---------------------------------------------------------------- pictures
-
-BLUE, GREEN, ORANGE, WHITE = (30, 90, 220), (30, 150, 60), (240, 130, 0), (255, 255, 255)
-
-
-def planned_path(state, plan, robot):
-    """Where a plan leads if nothing stands in the way: [[x, y, z], ..], metres, the start included.
-
-    >>> state = {"position": [0, 0, 0], "rotation": [0, 0, 0, 1]}               # it faces -z
-    >>> planned_path(state, [LEFT, FORWARD], {"turn_deg": 90, "forward_m": 0.25})[-1]
-    [-0.25, 0, -0.0]
-    """
-    x, y, z = state["position"]
-    heading, points = 2 * math.atan2(state["rotation"][1], state["rotation"][3]), [[x, y, z]]
-    for action in plan:
-        heading += {LEFT: 1, RIGHT: -1}.get(action, 0) * math.radians(robot["turn_deg"])
-        if action == FORWARD:
-            x -= robot["forward_m"] * math.sin(heading)
-            z -= robot["forward_m"] * math.cos(heading)
-            points.append([round(x, 6), y, round(z, 6)])
-    return points
-
-
-def draw_map(walk, reference, robot, radius, upto, size):
-    """The house from above, size x size pixels around the walk: blue walked, green the ground
-    truth and the goal's radius, orange dashed the plan that was last written up to pose `upto`."""
-    positions = [state["position"] for state in walk.states]
-    goals = [goal["position"] for goal in walk.episode["goals"][:1]]        # none in a test split
-    x, _, z = np.array([*positions, *(reference or ()), *goals]).T
-    side = max(np.ptp(x), np.ptp(z)) + 3                                        # metres
-    left, top = (x.min() + x.max() - side) / 2, (z.min() + z.max() - side) / 2
-    image, (x0, z0, x1, z1) = Image.fromarray(np.array(walk.map["image"])), walk.map["bounds"]
-    box = [(left - x0) / (x1 - x0), (top - z0) / (z1 - z0),
-           (left + side - x0) / (x1 - x0), (top + side - z0) / (z1 - z0)]
-    image = image.transform((size, size), Image.Transform.EXTENT, fillcolor=WHITE, data=[
-        share * pixels for share, pixels in zip(box, image.size * 2)])
-    draw = ImageDraw.Draw(image)
-
-    def pixels(points):
-        return [((x - left) * size / side, (z - top) * size / side) for x, _, z in points]
-
-    def circle(point, r, colour, fill=None):
-        (x, y), = pixels([point])
-        draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, 2)
-
-    draw.line(pixels(reference or positions[:1] * 2), GREEN, 5)
-    draw.line(pixels(positions[:upto + 1]), BLUE, 3)
-    plans = [(t, plan) for t, _, plan in walk.answers if t <= upto and FORWARD in plan]
-    for t, plan in plans[-1:]:
-        ahead = np.array(pixels(planned_path(walk.states[t], plan, robot)))
-        for a, b in zip(ahead, ahead[1:]):
-            draw.line([*a, *(a + 0.6 * (b - a))], ORANGE, 3)
-    for goal in goals:
-        circle(goal, radius * size / side, GREEN)
-        circle(goal, 4, GREEN, GREEN)
-    circle(positions[0], 5, BLUE, WHITE)
-    circle(positions[upto], 4, BLUE, BLUE)
-    return image
-
-
-@functools.lru_cache(None)
-def characters_of(path):
-    """The characters that a font file can draw, as a set of code points; {} if it is unreadable."""
-    from fontTools.ttLib import TTFont
-    try:
-        return frozenset(TTFont(path, fontNumber=0, lazy=True).getBestCmap() or ())
-    except Exception:                      # fonts are other people's files: any other one will do
-        return frozenset()
-
-
-@functools.lru_cache(None)
-def installed_fonts():
-    """Font files to try, those with an upright regular face of a wide coverage first."""
-    from matplotlib import font_manager, get_data_path
-    found = sorted(font_manager.findSystemFonts(), key=lambda path: (
-        "regular" not in path.lower(), "noto" not in path.lower(), path))
-    return [os.path.join(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), *found]
-
-
-@functools.lru_cache(None)
-def font_for(word, size=13):
-    """A font that has all characters of a word, or None. Pillow's own has those of ASCII; Indic
-    scripts also need libraqm, which orders and joins their signs."""
-    if word.isascii():
-        return ImageFont.load_default(size)
-    if any("\u0900" <= char <= "\u0dff" for char in word) and not features.check("raqm"):
-        return None
-    wanted = set(map(ord, word)) - {0x200c, 0x200d}                  # joiners are never drawn
-    path = next((path for path in installed_fonts() if wanted <= characters_of(path)), None)
-    return path and ImageFont.truetype(path, size)
-
-
-def lay_out(text, width):
-    """A text as [(x, line, piece of a word, font)], in lines of at most `width` pixels, and how
-    many lines those are; None if no installed font has the characters of one piece. A word is cut
-    where ASCII meets other characters: many fonts of a script have no Latin letters."""
-    placed, x, line, space = [], 0, 0, font_for(" ").getlength(" ")
-    for word in text.split():
-        pieces = re.findall(r"[!-~]+|[^!-~]+", word)
-        fonts = list(map(font_for, pieces))
-        if None in fonts:
-            return None
-        lengths = [font.getlength(piece) for font, piece in zip(fonts, pieces)]
-        if x and x + sum(lengths) > width:
-            x, line = 0, line + 1
-        for piece, font, length in zip(pieces, fonts, lengths):
-            placed.append((x, line, piece, font))
-            x += length
-        x += space
-    return placed, line + 1
-
-
-@functools.lru_cache(None)
-def say_no_font(language):
-    """Once for each language."""
-    print(f"pictures: no font that is installed has the characters of the {language} instructions"
-          " (or Pillow has no libraqm), so they are written to .txt files beside the pictures; on "
-          "Debian and Ubuntu: apt-get install fonts-noto-core", file=sys.stderr, flush=True)
-
-
-def instruction_lines(walk, width):
-    """lay_out() of the instruction, or of a note that it cannot be drawn."""
-    found = lay_out(walk.instruction, width)
-    if found is None:
-        language = walk.episode["instruction"].get("language") or "other"
-        say_no_font(language)
-        found = lay_out(f"[{language} instruction: see {walk.name}.txt]", width)
-    return found
-
-
-def sheet(walk, title, make_map, views, upto, size=200):
-    """One page: title, instruction, the map up to pose `upto`, the views of the poses `views`."""
-    font = ImageFont.load_default(13)
-    columns = min(4, len(views))
-    side = math.ceil(len(views) / columns) * (size + 20)
-    width = side + 8 + columns * (size + 6)
-    words, lines = instruction_lines(walk, width - 12)
-    top = 12 + 18 * (lines + 1)
-    page = Image.new("RGB", (width, top + side), WHITE)
-    draw = ImageDraw.Draw(page)
-    draw.text((6, 17), title, (0, 0, 0), font, anchor="ls")
-    for x, line, word, its_font in words:                     # ls: all fonts on one baseline
-        draw.text((6 + x, 17 + 18 * (line + 1)), word, (0, 0, 0), its_font, anchor="ls")
-    page.paste(make_map(upto, side), (0, top))
-    for i, t in enumerate(views):
-        x, y = side + 8 + i % columns * (size + 6), top + i // columns * (size + 20)
-        view = Image.fromarray(np.array(walk.film[t]))
-        smooth = Image.Resampling.NEAREST if view.width < size else Image.Resampling.BICUBIC
-        page.paste(view.resize((size, round(size * view.height / view.width)), smooth), (x, y))
-        plans = [plan for at, _, plan in walk.answers if at <= t]
-        said = " plan " + "".join("DABC"[action] for action in plans[-1]) if plans else ""
-        draw.text((x, y + size), f"step {t}{said}", (90, 90, 90), font)
-    return page
-
-
-def draw_walk(walk, row, reference, robot, radius, folder):
-    """<folder>/<episode_id>.png, eight views beside the map, and .gif, the walk as a film."""
-    if not walk.map:
-        return
-    os.makedirs(folder, exist_ok=True)
-    verdict = ("success" if row["success"] else "failure") if "success" in row else row["end"]
-    title = f"{verdict}: episode {walk.name}, {row['steps']} steps"
-    if "success" in row:
-        metres = row["distance_to_goal"]
-        title += ", no way to the goal is known" if metres is None else (
-            f", {metres:.2f} m from the goal")
-
-    make_map = functools.partial(draw_map, walk, reference, robot, radius)
-    path, last = os.path.join(folder, walk.name), len(walk.film) - 1
-    if lay_out(walk.instruction, 1000) is None:
-        write_text(path + ".txt", walk.instruction + "\n")
-    views = sorted({round(i * last / 7) for i in range(8)})
-    sheet(walk, title, make_map, views, last).save(path + ".png")
-    film = [sheet(walk, title, make_map, [t], t, size=224) for t in range(last + 1)]
-    film[0].save(path + ".gif", save_all=True, append_images=film[1:], duration=150, loop=0)
-
-
 # ---------------------------------------------------------------- what is evaluated
 
 
-def speaks_dialog(nav):
+def speaks_dialog(nav: dict | None) -> bool:
     return (nav or {}).get("prompt", "").startswith("dialog")      # model.is_dialog needs torch
 
 
-def choose_ckpt(args):
+def choose_ckpt(args) -> tuple[str | None, dict | None]:
     """-> the checkpoint folder and its contract; (None, None) for a baseline."""
     if args.agent != "policy":
         return None, None
@@ -1036,30 +751,26 @@ def choose_ckpt(args):
     return ckpt, nav
 
 
-def choose_robot(args, ckpt, nav, episode):
-    """Body and camera: what the checkpoint learned in; else --robot, or the episodes' data set.
-
-    UserError if a flag contradicts the checkpoint.
-    """
+def choose_robot(args, ckpt: str | None, nav: dict | None, episode: dict) -> dict:
+    """Body and camera: the checkpoint's; else --robot, or that of the episodes' data set.
+    UserError if a flag contradicts the checkpoint."""
     name = args.robot or (nav["dataset"] if nav and nav["dataset"] in ROBOTS
                           else dataset_of(episode))
     robot = robot_from_args(args, ROBOTS[name])
-    taught = {key: nav[key] for key in robot if nav and nav.get(key) is not None}
-    for key, value in taught.items():
+    trained = {key: nav[key] for key in robot if nav and nav.get(key) is not None}
+    for key, value in trained.items():
         stated = args.robot or vars(args)[key] is not None
         if stated and abs(value - robot[key]) > 1e-6:
             flag = "--" + key.replace("_", "-")
             raise UserError(f"{ckpt} was trained with {key} = {value} and the robot {name!r} has "
                             f"{robot[key]}: leave --robot and {flag} out, since a checkpoint brings"
                             " its own, or take another --ckpt")
-    return {**robot, **taught}
+    return {**robot, **trained}
 
 
-def check_episodes(episodes, truths, source):
-    """What the metrics need must be there before anything walks, or none of it: else UserError.
-
-    truths: None where the split has none. (read_episodes() has checked everything else.)
-    """
+def check_episodes(episodes: list[dict], truths: dict | None, source: str):
+    """UserError unless all episodes have what the metrics need. truths: None where the split has
+    none. (read_episodes() has checked everything else.)"""
     hidden = not any(episode["goals"] for episode in episodes)
     for episode in episodes:
         if not hidden and not episode["goals"]:
@@ -1070,7 +781,7 @@ def check_episodes(episodes, truths, source):
                             "measure by: copy the _gt.json.gz of the same release")
 
 
-def check_context(policy, instructions, robot):
+def check_context(policy, instructions: Iterable[str], robot: dict):
     """UserError if the longest prompt of an instruction does not fit the model's context.
 
     The longest: with as many remembered frames as there can be; of a dialog, its first turn.
@@ -1088,64 +799,72 @@ def check_context(policy, instructions, robot):
     else:
         past = max(len(pick_frames(t, **nav["memory"])) for t in range(500))
         prompt = policy.prompt(window_prompt("x", past, nav), [frame] * (past + 1))
-    words = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    longest = max(range(len(texts)), key=lambda i: len(words[i]))
-    tokens = len(prompt.ids) + len(words[longest])
+    ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(range(len(texts)), key=lambda i: len(ids[i]))
+    tokens = len(prompt.ids) + len(ids[longest])
     if tokens > limit:
-        raise UserError(f"the instruction \"{texts[longest][:60]}..\" has {len(words[longest])} "
+        raise UserError(f"the instruction \"{texts[longest][:60]}..\" has {len(ids[longest])} "
                         f"tokens, its prompt {tokens}, and the model's context holds {limit}: "
                         "shorten or remove it in the episode file")
 
 
-def spread(items, n):
+def success_radius(episodes: list[dict]) -> float:
+    """The success radius that all goals name, VLN-CE's where they name none."""
+    radii = {goal.get("radius") or VLNCE_RADIUS_M for e in episodes for goal in e["goals"]}
+    if len(radii) > 1:
+        raise UserError("the goals of the data have no common radius: evaluate them in parts")
+    return radii.pop() if radii else VLNCE_RADIUS_M
+
+
+def evenly_spaced(items: Sequence, n: int) -> list:
     """n of the items, evenly over all of them.
 
-    >>> spread("abcdefgh", 3), spread("ab", 3)
+    >>> evenly_spaced("abcdefgh", 3), evenly_spaced("ab", 3)
     (['a', 'c', 'f'], ['a', 'b'])
     """
     n = min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def other_words(episodes, seed, radius):
-    """For each episode the instruction of another walk -> {str(episode_id): text}, and the set of
-    those ids whose text is of a walk in the same scene.
+def shuffled_instructions(episodes: list[dict], seed: int,
+                          radius: float) -> tuple[dict[str, str], set[str]]:
+    """For each episode the instruction of another walk -> {str(episode_id): text}, and the ids of
+    those whose text is of a walk in the same scene.
 
-    The other walk leads to another goal (more than `radius` metres away, or the words would be
-    right) and has other words, of the same language. It is of the same scene where there is one:
-    words from elsewhere name things that are not there, which a policy could notice.
+    The other walk leads to another goal (more than `radius` metres away, or its text would be
+    right) and has another text, of the same language. It is of the same scene where there is one:
+    a text from elsewhere names things that are not there, which a policy could notice.
     """
-    ring = random.Random(seed).sample(episodes, len(episodes))
-    scenes, borrowed, near = {}, {}, set()
-    for episode in ring:
+    order = random.Random(seed).sample(episodes, len(episodes))
+    scenes, texts, same_scene = {}, {}, set()
+    for episode in order:
         scenes.setdefault(episode["scene_id"], []).append(episode)
 
     def fits(mine, other):
-        words, theirs = mine["instruction"], other["instruction"]
+        a, b = mine["instruction"], other["instruction"]
         return (mine["trajectory_id"] != other["trajectory_id"]
-                and words["instruction_text"] != theirs["instruction_text"]
-                and words.get("language") == theirs.get("language")
+                and a["instruction_text"] != b["instruction_text"]
+                and a.get("language") == b.get("language")
                 and (mine["scene_id"] != other["scene_id"] or all(
-                    math.dist(a["position"], b["position"]) > radius
-                    for a in mine["goals"] for b in other["goals"])))
+                    math.dist(goal["position"], another["position"]) > radius
+                    for goal in mine["goals"] for another in other["goals"])))
 
-    for place, mine in enumerate(ring):
+    for at, mine in enumerate(order):
         here = scenes[mine["scene_id"]]
-        at = here.index(mine)
-        found = next((o for o in (*here[at + 1:], *here[:at], *ring[place + 1:], *ring[:place])
-                      if fits(mine, o)), None)
+        k = here.index(mine)
+        found = next((other for other in (*here[k + 1:], *here[:k], *order[at + 1:], *order[:at])
+                      if fits(mine, other)), None)
         if found is None:
-            raise UserError("--shuffle-instructions needs walks with different instructions: "
+            raise UserError("--shuffled-instruction needs walks with different instructions: "
                             f"episode {mine['episode_id']} finds none in its language")
-        borrowed[str(mine["episode_id"])] = found["instruction"]["instruction_text"]
+        texts[str(mine["episode_id"])] = found["instruction"]["instruction_text"]
         if found["scene_id"] == mine["scene_id"]:
-            near.add(str(mine["episode_id"]))
-    return borrowed, near
+            same_scene.add(str(mine["episode_id"]))
+    return texts, same_scene
 
 
-def fingerprint(folder):
-    """A name for a checkpoint's weights, from 64 samples of every file: else the rows of an old
-    ckpt/sft would be taken for those of a retrained one."""
+def fingerprint(folder: str) -> str:
+    """A hash of 64 samples of each file of weights: a retrained checkpoint is another one."""
     digest = hashlib.sha256()
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
         size = os.path.getsize(path)
@@ -1156,15 +875,65 @@ def fingerprint(folder):
     return digest.hexdigest()[:16]
 
 
-def open_out(out, settings):
+class Evaluation(NamedTuple):
+    settings: dict                  # run.json
+    episodes: list[dict]            # those that are walked
+    truths: dict | None             # ground truth by str(episode_id)
+    instructions: dict[str, str]    # by str(episode_id)
+    scenes: str                     # folder
+
+
+def prepare(args) -> Evaluation:
+    """Read what the flags name. UserError if it does not fit together."""
+    ckpt, nav = choose_ckpt(args)
+    source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
+    every = read_episodes(source, args.split, args.role, args.languages)
+    hidden = not any(episode["goals"] for episode in every)     # a test split: its server scores it
+    truths = None if hidden else read_ground_truth(source, args.split, args.role, optional=True)
+    episodes = evenly_spaced(every, args.limit or len(every))
+    scenes = args.scenes or scenes_of(source)
+    robot = choose_robot(args, ckpt, nav, every[0])
+    check_episodes(every, truths, f"{source} ({args.split})")
+    used = scenes_used(args, robot, scenes, episodes)
+    walked = paired(episodes, truths or {})
+    if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
+        check_turn_deg(walked, robot["turn_deg"])               # a flag is meant as it is given
+    forward_steps = [walk["actions"].count(FORWARD) for walk in walked]
+    if args.agent == "oracle" and hidden or args.agent == "forward" and not walked:
+        raise UserError(f"{source} ({args.split}) has no ground truth, or hides its goals: there "
+                        f"is no --agent {args.agent}; choose another --agent or --split")
+    radius, same_scene = success_radius(every), set()
+    instructions = {str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}
+    if args.shuffled_instruction:
+        instructions, same_scene = shuffled_instructions(every, args.seed, radius)
+    data = json.dumps([episodes, [walk["locations"] for walk in walked]])
+    flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
+             "max_actions", "limit", "blank_frames", "shuffled_instruction", "seed")
+    device, dtype = device_and_dtype(args)
+    settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
+                "device": device and device.split(":")[0], "dtype": dtype,
+                "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
+                "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
+                "second_radius_m": 1.0 if radius == 3 else 3.0, "scenes": used,
+                "forward_steps": round(np.mean(forward_steps)) if walked else None,
+                "episodes": len(episodes)}
+    if args.shuffled_instruction:
+        settings["instructions_from_same_scene"] = sum(
+            str(e["episode_id"]) in same_scene for e in episodes)
+    if truths is None and not hidden:
+        settings["no_ndtw"] = no_ground_truth(source, args.split, args.role)
+    return Evaluation(settings, episodes, truths, instructions, scenes)
+
+
+# ---------------------------------------------------------------- the run, top to bottom
+
+
+def open_out(out: str, settings: dict):
     """Make the results folder, or go on in one that holds the same measurement."""
     path, rank = os.path.join(out, "run.json"), os.environ.get("RANK", "0")
     lock_folder(out, name=".lock" if rank == "0" else f".lock.{rank}")      # each has its own files
-    try:
-        if not os.path.exists(path):
-            write_json(path, settings)
-    except OSError as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}): give another --out") from None
+    if not os.path.exists(path):
+        write_json(path, settings)
     held = read_json(path)
     differ = sorted(key for key in {*settings, *held} if held.get(key) != settings.get(key))
     if differ:
@@ -1172,165 +941,109 @@ def open_out(out, settings):
                         "another --out, or delete that folder")
 
 
-# ---------------------------------------------------------------- the run, top to bottom
+def default_out(args, ckpt: str | None) -> str:
+    parts = ["results/" + (os.path.basename(ckpt) if ckpt else args.agent)]
+    parts += ["blank_frames"] * args.blank_frames
+    parts += ["shuffled_instruction"] * args.shuffled_instruction + [args.split]
+    return "_".join(parts + [f"limit{args.limit}"] * bool(args.limit))
 
 
-def prepare(args):
-    """Read the flags' files and refuse what does not belong together -> settings, and the rest."""
-    ckpt, nav = choose_ckpt(args)
-    source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
-    every = read_episodes(source, args.split, args.role, args.languages)
-    hidden = not any(episode["goals"] for episode in every)     # only the split's server can score
-    truths = None if hidden else read_ground_truth(source, args.split, args.role, optional=True)
-    episodes = spread(every, args.limit or len(every))
-    scenes = args.scenes or scenes_of(source)
-    robot = choose_robot(args, ckpt, nav, every[0])
-    if args.witness and (hidden or args.sim != "habitat" or args.sim_command
-                         or robot["turn_deg"] % 1
-                         or not shutil.which(args.sim_python or sys.executable)):
-        raise UserError("--witness compares scores with habitat-lab's: it needs --sim habitat, a "
-                        "--sim-python that is there, the scenes on this machine, a split with "
-                        "goals, and turns of whole degrees (habitat-lab knows no others)")
-    check_episodes(every, truths, f"{source} ({args.split})")
-    used = scenes_used(args, robot, scenes, episodes)
-    if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
-        check_turn_deg(paired(episodes, truths or {}), robot["turn_deg"])   # else it is meant so
-    if args.submit and args.limit:
-        raise UserError("--submit needs every episode of the split: leave --limit out")
-    unknown = [e["episode_id"] for e in every if "instruction_id" not in e["instruction"]]
-    if args.submit and dataset_of(every[0]) == "rxr" and unknown:
-        raise UserError(f"episode {unknown[0]} of {source} ({args.split}) has no 'instruction_id', "
-                        "by which RxR's leaderboard knows it: copy the episodes again")
-    if args.agent == "oracle" and hidden:
-        raise UserError(f"{source} ({args.split}) hides its goals, so there is no expert to walk "
-                        "there: choose another --agent or --split")
-    radii = {goal.get("radius") or VLNCE_RADIUS_M for episode in every for goal in episode["goals"]}
-    if not args.success_m and len(radii) > 1:
-        raise UserError("the goals of the data have no common radius: give --success-m")
-    radius = args.success_m or (radii.pop() if radii else VLNCE_RADIUS_M)
-    words, near = other_words(every, args.seed, radius) if args.shuffle_instructions else (
-        {str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}, ())
-    walked = paired(episodes, truths or {})
-    forwards = [walk["actions"].count(FORWARD) for walk in walked]
-    forward_steps = args.forward_steps or (round(np.mean(forwards)) if forwards else None)
-    if args.agent == "forward" and forward_steps is None:
-        raise UserError("--agent forward needs --forward-steps where there is no ground truth")
-    data = json.dumps([episodes, [walk["locations"] for walk in walked]])
-    flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
-             "max_steps", "limit", "blank_frames", "shuffle_instructions", "seed")
-    device, dtype = machine_of(args)
-    settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
-                "device": device and device.split(":")[0], "dtype": dtype,
-                "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
-                "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
-                "second_radius_m": 1.0 if radius == 3 else 3.0,
-                "forward_steps": forward_steps, "scenes": used}
-    if args.shuffle_instructions:
-        settings["borrowed_in_scene"] = sum(str(e["episode_id"]) in near for e in episodes)
-    if truths is None and not hidden:
-        settings["no_ndtw"] = no_ground_truth(source, args.split, args.role)
-    return settings, episodes, truths, words, scenes
+def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: str, bar: tqdm):
+    """Walk the episodes `todo`; each row is on disk before the next decision."""
+    settings, episodes, truths, instructions, scenes = evaluation
+    names = [str(episode["episode_id"]) for episode in episodes]
+    with_pictures = set(evenly_spaced(names, args.pictures))
+    if with_pictures:
+        from tools.page import save_pictures
+    walks = (EpisodeState(e, instructions[name], keep_video=name in with_pictures)
+             for e in todo for name in [str(e["episode_id"])])
+    agent = load_agent(args, settings, instructions.values())
+    sims, counters, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
+    gpus = args.sim_gpus
+    if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
+        gpus = [int(os.environ["LOCAL_RANK"])]
+    render = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
+    radius = settings["radius_m"]
+    with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
+            args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,
+            gpus) as pool:
+        pool.note_versions(out)
+        for walk in run_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
+                                 retries=args.retries, render=render, counters=counters):
+            reference = truths and truths[walk.name]["locations"]
+            row = episode_record(walk, reference, radius, settings["second_radius_m"])
+            if walk.map:
+                save_pictures(walk, row, reference, settings["robot"], radius,
+                              os.path.join(out, "pictures"))
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            counters.update(walks=1, steps=row["steps"], scored="success" in row,
+                            success=row.get("success", 0))
+            if counters["scored"]:
+                bar.set_postfix(SR=f"{counters['success'] / counters['scored']:.2f}", refresh=False)
+            bar.update()
+    seconds = time.perf_counter() - start
+    write_json(os.path.join(out, f"timing{suffix}.json"),
+               {"seconds": seconds, "sims": sims, **counters})
+    print(f"{counters['walks']} walks in {seconds:.1f} s, {counters['walks'] / seconds:.1f} a "
+          f"second in {sims} simulators", flush=True)
+
+
+def write_results(out: str, settings: dict, rows: list[dict]) -> dict:
+    """Rows of all episodes -> results.json, and the same for the screen."""
+    versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
+    results = {**settings, **summarise(rows, settings["radius_m"], settings["second_radius_m"],
+                                       settings["seed"]), "versions": versions}
+    results["simulator"] = read_json(os.path.join(out, "simulator.json"))
+    write_lines(os.path.join(out, "episodes.jsonl"), rows)
+    write_json(os.path.join(out, "results.json"), results)
+    print(format_results(results))
+    first = {row["end"]: row for row in reversed(rows)}             # of each kind of end
+    if results["invalid"]:
+        print(f"  {results['invalid']} episodes are invalid and will not be walked again, the "
+              f"first is {first['invalid']['episode_id']}: {first['invalid']['error']}")
+    if results["errors"]:
+        sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "
+                 f"have no score (first {first['error']['episode_id']}: {first['error']['error']});"
+                 " the same command tries them again")
+    return results
 
 
 def main(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    suffix = "" if ranks == 1 else f".{rank}"
 
     # 1. what is measured, and which rows are there already
-    settings, episodes, truths, words, scenes = prepare(args)
-    settings["episodes"] = len(episodes)
-    robot, radius, second = (settings[key] for key in ("robot", "radius_m", "second_radius_m"))
-    label = os.path.basename(settings["ckpt"]) if settings["ckpt"] else args.agent
-    out = args.out or "_".join(["results/" + label] + ["blank_frames"] * args.blank_frames +
-                               ["shuffled_instruction"] * args.shuffle_instructions + [args.split] +
-                               [f"limit{args.limit}"] * bool(args.limit))
+    evaluation = prepare(args)
+    settings, episodes = evaluation.settings, evaluation.episodes
+    out = args.out or default_out(args, settings["ckpt"])
     open_out(out, settings)
-    path = os.path.join(out, "episodes.jsonl" if world == 1 else f"episodes.{rank}.jsonl")
+    path = os.path.join(out, f"episodes{suffix}.jsonl")
     if os.path.exists(path):
-        os.truncate(path, read_rows(path)[1])               # the line that a kill has torn
-    names = [str(episode["episode_id"]) for episode in episodes]
+        os.truncate(path, read_rows(path)[1])               # a line that a kill has cut short
     done = {name for name, row in known_rows(out).items() if row["end"] != "error"}
-    mine = range(rank, len(episodes), world)
-    todo = [i for i in mine if names[i] not in done]
+    mine = episodes[rank::ranks]
+    todo = [e for e in mine if str(e["episode_id"]) not in done]
     print(f"{out}: {settings['ckpt'] or args.agent} walks {len(todo)} episodes of "
           f"{settings['source']} ({args.split}); {len(mine) - len(todo)} of {len(mine)} have "
-          f"walked already" + f", rank {rank} of {world}" * (world > 1), flush=True)
+          f"walked already" + f", rank {rank} of {ranks}" * (ranks > 1), flush=True)
 
-    # 2. walk; rows are on disk before the next decision
+    # 2. walk
     if todo:
-        filmed = set(spread(names, args.pictures))
-        walks = (Walk(episodes[i], words[names[i]], names[i] in filmed) for i in todo)
-        decide = load_agent(args, settings, words.values())
-        sims, tally, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
-        gpus = args.sim_gpus
-        if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
-            gpus = [int(os.environ["LOCAL_RANK"])]
-        look = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
-        with open(path, "a") as file, SimPool(
-                args.sim, robot, scenes, sims, simulator_commands(args), args.sim_timeout,
-                gpus) as pool, \
-                tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
-                     mininterval=1 if sys.stderr.isatty() else 30) as bar:
-            pool.note_versions(out)
-            for walk in walk_episodes(pool, sims, walks, decide, args.max_steps, args.retries,
-                                      look, tally):
-                reference = truths and truths[walk.name]["locations"]
-                row = row_of(walk, reference, radius, second)
-                draw_walk(walk, row, reference, robot, radius, os.path.join(out, "pictures"))
-                file.write(json.dumps(row, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                tally.update(walks=1, steps=row["steps"], scored="success" in row,
-                             success=row.get("success", 0))
-                if tally["scored"]:
-                    bar.set_postfix(SR=f"{tally['success'] / tally['scored']:.2f}", refresh=False)
-                bar.update()
-        seconds = time.perf_counter() - start
-        write_json(os.path.join(out, "timing.json" if world == 1 else f"timing.{rank}.json"), {
-            "seconds": seconds, "sims": sims, **tally})
-        print(f"{tally['walks']} walks in {seconds:.1f} s, {tally['walks'] / seconds:.1f} a second "
-              f"in {sims} simulators", flush=True)
+        with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
+                  mininterval=1 if sys.stderr.isatty() else 30) as bar:
+            walk_all(args, evaluation, todo, out, suffix, bar)
 
-    # 3. judge, once every episode has its row: with several ranks, the one that ends last
-    rows = known_rows(out)
+    # 3. measure, once every episode has its row: with several ranks, the one that ends last
+    rows, names = known_rows(out), [str(e["episode_id"]) for e in episodes]
     missing = [name for name in names if name not in rows]
-    if missing and not any(names[i] in missing for i in mine):
+    if missing and not any(str(e["episode_id"]) in missing for e in mine):
         return print(f"rank {rank} is done; {len(missing)} episodes of other ranks are not")
     if missing:
         sys.exit(f"evaluate.py: error: {len(missing)} of {len(names)} episodes have no row in "
                  f"{out}, the first is {missing[0]}: run the same command again")
-    rows = [rows[name] for name in names]
-    versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
-    results = {**settings, **summarise(rows, radius, second, args.seed), "versions": versions}
-    results["simulator"] = read_json(os.path.join(out, "simulator.json"))
-    if args.witness:
-        results["witness"] = testify(rows, episodes, settings, scenes, args.sim_python)
-    write_lines(os.path.join(out, "episodes.jsonl"), rows)
-    write_json(os.path.join(out, "results.json"), results)
-    print(table(results))
-    if results["invalid"]:
-        first = next(row for row in rows if row["end"] == "invalid")
-        print(f"  {results['invalid']} episodes are invalid and will not be walked again, the "
-              f"first is {first['episode_id']}: {first['error']}")
-    if args.witness:
-        found = results["witness"]
-        worst = [f"{TITLES[name]} {v:.1e}" for name, v in found["largest_difference"].items()]
-        print(f"  habitat-lab {found['habitat_lab']} walked {found['walks']} of them too; largest "
-              f"differences: {', '.join(worst)}")
-        if found["without_spl"]:
-            print(f"  SPL not compared for {len(found['without_spl'])} walks that start at their "
-                  "goal, where habitat-lab's is 0 / 0")
-        if found["no_verdict"]:
-            name, reason = next(iter(found["no_verdict"].items()))
-            sys.exit(f"evaluate.py: error: habitat-lab confirms {found['walks']} walks and has no "
-                     f"verdict on {len(found['no_verdict'])} (first {name}: {reason})")
-    if args.submit and not results["errors"]:
-        submit(args.submit, episodes, rows)
-    if results["errors"]:
-        first = next(row for row in rows if row["end"] == "error")
-        sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "
-                 f"have no score (first {first['episode_id']}: {first['error']}); the same command "
-                 "tries them again")
-    return results
+    return write_results(out, settings, [rows[name] for name in names])
 
 
 if __name__ == "__main__":

@@ -74,17 +74,17 @@ import engine as E
 from cli import Help, UserError, count, run
 from evaluate import (
     EPISODES,
-    Walk,
+    EpisodeState,
     check_context,
     check_episodes,
     choose_robot,
     dialog_agent,
+    episode_metrics,
+    evenly_spaced,
     is_finite,
-    judge,
     ndtw,
     path_length,
-    spread,
-    walk_episodes,
+    run_episodes,
 )
 from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_reference, masked_mean
 from make_data import Dialog, run_jobs
@@ -178,7 +178,7 @@ def marks_of(walk, radius, reference):
     distances = [state["distance_to_goal"] for state in walk.states]
     path = [state["position"] for state in walk.states]
     stopped, d0, d = walk.end == "stop", distances[0], distances[-1]
-    marks = judge(distances, path_length(path), stopped, radius)
+    marks = episode_metrics(distances, path_length(path), stopped, radius)
     d = d if is_finite(d) else math.inf                     # no way is known from there: failed
     return {"success": marks["success"],
             "soft_success": 1 - d / radius if marks["success"] else 0.0,
@@ -267,7 +267,7 @@ def early_end(walk, expert_actions, args):
     """Why a walk that has not stopped is over, or None: the dynamic early stopping of [1]."""
     if len(walk.actions) >= min(args.action_factor * expert_actions, args.action_cap):
         return "actions"
-    if len(walk.turns) >= args.turn_cap:
+    if len(walk.decisions) >= args.turn_cap:
         return "turns"
     distances = [state["distance_to_goal"] for state in walk.states]
     distances = [d if is_finite(d) else math.inf for d in distances]
@@ -314,20 +314,24 @@ class World:
         return self.truths[str(episode["episode_id"])]
 
     def walk(self, policy, named, group_size=1, temperature=1.0, tally=None):
-        """Walk [(name, episode), ..] to their ends -> list of Walk in that order.
+        """Walk [(name, episode), ..] to their ends -> list of EpisodeState in that order.
 
         group_size: answers drawn at each turn (--groups state); the first is walked.
         """
-        walks = [Walk(episode, episode["instruction"]["instruction_text"], name=name)
+        walks = [EpisodeState(episode, episode["instruction"]["instruction_text"], name=name)
                  for name, episode in named]
-        decide = dialog_agent(policy, temperature=temperature, seed=self.args.seed,
-                              group_size=group_size)
+        agent = dialog_agent(policy, temperature=temperature, seed=self.args.seed,
+                             group_size=group_size)
         ended = {}
-        for walk in walk_episodes(
-                self.pool, self.args.sims, walks, decide, sys.maxsize, self.args.retries, "last",
-                tally, lambda walk: early_end(walk, len(self.truth(walk.episode)["actions"]),
-                                              self.args)):
-            ended[walk.name], walk.thread = walk, None     # its cache is not needed any more
+
+        def should_stop(walk):
+            return early_end(walk, len(self.truth(walk.episode)["actions"]), self.args)
+
+        for walk in run_episodes(self.pool, walks, agent, sims=self.args.sims,
+                                 max_actions=sys.maxsize, retries=self.args.retries, render="last",
+                                 should_stop=should_stop,
+                                 counters=Counter() if tally is None else tally):
+            ended[walk.name], walk.dialog_cache = walk, None     # it is not needed any more
         return [ended[walk.name] for walk in walks]
 
     def preload(self, episodes, walks_each):
@@ -352,9 +356,10 @@ class World:
         tally = Counter() if tally is None else tally
 
         def job(walk):
-            plans = [[policy.actions(answer) for answer in answers] for _, answers in walk.turns]
-            poses = [walk.states[t]["position"] + walk.states[t]["rotation"]
-                     for t, _, _ in walk.answers]
+            plans = [[policy.actions(answer) for answer in decision.answers]
+                     for decision in walk.decisions]
+            poses = [walk.states[one.t]["position"] + walk.states[one.t]["rotation"]
+                     for one in walk.decisions]
             tried = [sorted({tuple(a for a in plan if a != STOP) for plan in some} | {()})
                      for some in plans]                    # (): where it stands
             for _ in range(1 + args.retries):
@@ -372,7 +377,7 @@ class World:
                 found[walk.name].append(rewards if np.isfinite(rewards).all() else [])
 
         run_jobs(self.pool, args.sims, (job(walk) for walk in walks
-                                     if walk.turns and walk.end not in SPOILT))
+                                        if walk.decisions and walk.end not in SPOILT))
         if failed and not found:
             raise UserError(f"no simulator could try the plans of any of {len(failed)} walks; the "
                             f"first said: {failed[0]}")
@@ -383,9 +388,10 @@ class World:
 def beyond_form(walks, rewards, policy):
     """Rewards (turns, G) per walk -> the same, less what the form of a plan earns by itself in this
     batch, on all ranks together."""
-    groups = [[(forms_of([policy.actions(answer) for answer in answers], answers), np.array(some))
+    groups = [[(forms_of([policy.actions(answer) for answer in decision.answers],
+                         decision.answers), np.array(some))
                if some else (np.zeros((0, 3)), np.zeros(0))
-               for (_, answers), some in zip(walk.turns, per_turn)]
+               for decision, some in zip(walk.decisions, per_turn)]
               for walk, per_turn in zip(walks, rewards)]
     M, v = normal_equations([(np.zeros((1, 3)), np.zeros(1)), *sum(groups, [])])
     sums = np.reshape(E.total([*M.flat, *v], policy.device), (4, 3))
@@ -395,9 +401,9 @@ def beyond_form(walks, rewards, policy):
 
 def dialog_of(walk):
     """What was shown and said, as it is trained on -> Dialog with the sampled ids, its frames."""
-    keys = tuple((walk.name, k) for k in range(len(walk.turns)))
-    frames = {key: frame for key, (frame, _) in zip(keys, walk.turns)}
-    answers = tuple(answers[0] for _, answers in walk.turns)
+    keys = tuple((walk.name, k) for k in range(len(walk.decisions)))
+    frames = {key: decision.frame for key, decision in zip(keys, walk.decisions)}
+    answers = tuple(decision.answers[0] for decision in walk.decisions)
     return Dialog(walk.instruction, keys, answers, (True,) * len(keys)), frames
 
 
@@ -444,7 +450,7 @@ def compare_plans(walks, rewards, args):
             if len(some) == 0 or some.max() - some.min() < 1e-6:
                 flat += 1
                 continue
-            branches += [(turn, ids) for ids in walk.turns[turn][1]]
+            branches += [(turn, ids) for ids in walk.decisions[turn].answers]
             advantages += group_advantages(some, args.group_size,
                                            spread=args.divide_by_spread).tolist()
         lessons += [Lesson(walk, advantages, branches)] if branches else []
@@ -480,9 +486,9 @@ def tell(walk, episode, marks, reward, advantage, step):
     return {"step": step, "episode_id": episode["episode_id"], "scene_id": episode["scene_id"],
             "instruction": walk.instruction, "end": walk.end, "reward": round(reward, 4),
             "advantage": round(advantage, 4), "marks": {k: round(v, 4) for k, v in marks.items()},
-            "turns": [{"t": t, "position": walk.states[t]["position"],
-                       "rotation": walk.states[t]["rotation"], "said": text}
-                      for t, text, _ in walk.answers]}
+            "turns": [{"t": one.t, "position": walk.states[one.t]["position"],
+                       "rotation": walk.states[one.t]["rotation"], "said": one.text}
+                      for one in walk.decisions]}
 
 
 def cut_lines(path, step):
@@ -503,7 +509,7 @@ def summary(walks, marks, rewards):
     return {**{key: sum(m[key] for m in marks) for key in MARKS}, "reward": sum(rewards),
             "scored": sum(walk.end not in SPOILT for walk in walks),
             "actions": sum(len(walk.actions) for walk in walks),
-            "turns": sum(len(walk.turns) for walk in walks),
+            "turns": sum(len(walk.decisions) for walk in walks),
             **{f"end_{end}": sum(walk.end == end for walk in walks) for end in ENDS}}
 
 
@@ -616,7 +622,7 @@ def rollout(world, policy, episodes, step, args, tally):
 def validate(val, policy, n, rank, ranks):
     """Greedy walks of a held-out split -> the means over all ranks of the marks of those that the
     world has not spoilt, and how many those are."""
-    mine = spread(val.episodes, n)[rank::ranks]
+    mine = evenly_spaced(val.episodes, n)[rank::ranks]
     walks = val.walk(policy, [(f"val.{i}", episode) for i, episode in enumerate(mine)],
                      temperature=0.0)
     good = [walk for walk in walks if walk.end not in SPOILT]
@@ -705,11 +711,11 @@ def main(args):
 
             # 2. compare: advantages within groups; groups that agree are gone before the backward
             lessons, flat = (compare_plans if state_groups else compare_walks)(walks, rewards, args)
-            there = [walk for walk in walks if walk.turns]
+            there = [walk for walk in walks if walk.decisions]
             if not there:
                 raise UserError(f"no simulator could walk any of {len(walks)} walks; the first "
                                 f"ended with {walks[0].error or walks[0].end}")
-            spare = mute(min(there, key=lambda walk: len(walk.turns)), state_groups)
+            spare = mute(min(there, key=lambda walk: len(walk.decisions)), state_groups)
             parts = [(collate(some or [spare], device), bool(some)) for some in E.forwards(
                 lessons, lambda lesson: lesson.size(policy), args.micro_tokens, device)]
             tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)

@@ -32,8 +32,8 @@ def parse_args(argv=None):
     p.add_argument("--episodes", default=os.path.join(ROOT, "data", "houses"))
     p.add_argument("--split", default="val_unseen")
     p.add_argument("--limit", type=int, default=96, help="episodes")
-    p.add_argument("--max-steps", type=int, default=100, help="of a walk; by the 500 of VLN-CE one "
-                   "lost robot walks on alone long after all others, in a split of this size")
+    p.add_argument("--max-actions", type=int, default=100, help="of a walk; by the 500 of VLN-CE "
+                   "one lost robot walks on alone long after all others, in a split of this size")
     p.add_argument("--sims", type=int, default=16, help="robots of ours")
     return p.parse_args(argv)
 
@@ -54,9 +54,9 @@ def hf_inputs(policy, words, frames):
 
 
 def hf_agent(policy, model, execute=3):
-    """decide(walks) as a script around transformers would have it; greedy."""
+    """The agent that a script around transformers would have; greedy."""
     @torch.no_grad()
-    def decide(walks):
+    def agent(walks):
         plans = []
         for walk in walks:
             walk.features += walk.frames             # here: the pictures themselves, all of them
@@ -68,16 +68,17 @@ def hf_agent(policy, model, execute=3):
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=96,
                                  suppress_tokens=policy.banned)[0, inputs["input_ids"].shape[1]:]
             text = policy.tokenizer.decode([i for i in ids.tolist() if i != policy.end_token])
-            walk.answers.append((len(walk.states) - 1, text, parse_control(text, policy.phrases)))
-            plans.append(walk.answers[-1][2][:execute] or [STOP])
+            walk.decisions.append(evaluate.Decision(len(walk.states) - 1, text,
+                                                    parse_control(text, policy.phrases)))
+            plans.append(walk.decisions[-1].plan[:execute] or [STOP])
         return plans
-    return decide
+    return agent
 
 
-def walk_all(args, prepared, decide, sims):
+def walk_all(args, prepared, agent, sims):
     """-> decisions per second, rows by episode."""
     settings, episodes, truths, words, scenes = prepared
-    walks = [evaluate.Walk(e, words[str(e["episode_id"])]) for e in episodes]
+    walks = [evaluate.EpisodeState(e, words[str(e["episode_id"])]) for e in episodes]
     rows = {}
     with SimPool("house", settings["robot"], scenes, sims) as pool:
         for sim in range(sims):                      # up and running before the clock starts
@@ -85,9 +86,11 @@ def walk_all(args, prepared, decide, sims):
         for sim in range(sims):
             pool.wait(sim)
         start = time.perf_counter()
-        for walk in evaluate.walk_episodes(pool, sims, walks, decide, args.max_steps):
-            rows[walk.name] = evaluate.row_of(walk, truths[walk.name]["locations"],
-                                              settings["radius_m"], settings["second_radius_m"])
+        for walk in evaluate.run_episodes(pool, walks, agent, sims=sims,
+                                          max_actions=args.max_actions):
+            rows[walk.name] = evaluate.episode_record(
+                walk, truths[walk.name]["locations"], settings["radius_m"],
+                settings["second_radius_m"])
         seconds = time.perf_counter() - start
     return sum(row["decisions"] for row in rows.values()) / seconds, rows
 

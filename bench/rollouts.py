@@ -29,7 +29,7 @@ from common import tell  # noqa: E402
 
 import grpo_online  # noqa: E402
 from cli import Help, run  # noqa: E402
-from evaluate import Walk, dialog_agent, walk_episodes  # noqa: E402
+from evaluate import EpisodeState, dialog_agent, run_episodes  # noqa: E402
 from model import Thread  # noqa: E402
 
 
@@ -80,16 +80,18 @@ class Plain:
             for (seen, said), answer in zip(told, answers)]
 
 
-def walk_all(world, agent, ready):
+def walk_all(world, agent, min_waiting_fraction):
     """-> {name: actions}, walks per second, the share of the time in which the policy computed"""
-    args, clock = world.args, Counter()
-    walks = [Walk(e, e["instruction"]["instruction_text"]) for e in world.episodes[:args.walks]]
+    args, counters = world.args, Counter()
+    walks = [EpisodeState(e, e["instruction"]["instruction_text"])
+             for e in world.episodes[:args.walks]]
     start = time.perf_counter()
-    ended = {walk.name: walk.actions for walk in walk_episodes(
-        world.pool, args.sims, walks, agent, look="last", clock=clock, ready=ready,
-        early=lambda walk: "turns" if len(walk.turns) >= 40 else None)}
+    ended = {walk.name: walk.actions for walk in run_episodes(
+        world.pool, walks, agent, sims=args.sims, render="last", counters=counters,
+        min_waiting_fraction=min_waiting_fraction,
+        should_stop=lambda walk: "turns" if len(walk.decisions) >= 40 else None)}
     seconds = time.perf_counter() - start
-    return ended, len(ended) / seconds, clock["deciding_s"] / seconds
+    return ended, len(ended) / seconds, counters["deciding_s"] / seconds
 
 
 def main(args):
@@ -105,8 +107,8 @@ def main(args):
     with world.open(), torch.no_grad():
         walk_all(world, *sides["ours"])                            # scenes are loaded, all is warm
         for _ in range(args.repeats):
-            for name, (agent, ready) in sides.items():
-                found[name].append(walk_all(world, agent, ready))
+            for name, (agent, fraction) in sides.items():
+                found[name].append(walk_all(world, agent, fraction))
     equal = all(walks == found["ours"][0][0] for runs in found.values() for walks, _, _ in runs)
     rates = {name: [rate for _, rate, _ in runs] for name, runs in found.items()}
     shares = {name: statistics.median(s for _, _, s in runs) for name, runs in found.items()}

@@ -12,8 +12,8 @@ renders and measures at every step.
 
 Overlap: evaluate.py's own loop and a policy, 16 robots. While the model decides for half of them,
 the other half are in their simulators, unless these are so fast that one decision for all is
-cheaper (walk_episodes). Compared with one after the other: the model's seconds of that run, plus
-the seconds that the same walks take with plans that are there at once.
+cheaper (evaluate.EpisodeLoop). Compared with one after the other: the model's seconds of that run,
+plus the seconds that the same walks take with plans that are there at once.
 
 Checked on the way: every worker's frames are the first one's, byte for byte; and each of the 16
 robots does what it does alone.
@@ -23,11 +23,12 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
-from common import FRAME_PX, make_world, parser, spelling_policy, tell
+from common import FRAME_PX, ROOT, make_world, parser, spelling_policy, tell
 
-from evaluate import Walk, policy_agent, walk_episodes
+from evaluate import EpisodeState, policy_agent, run_episodes
 from model import load_policy, window_prompt
 from world.episodes import read_episodes, read_ground_truth
 from world.pool import SimPool
@@ -38,14 +39,15 @@ import json, os, sys, time
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 sys.path.insert(0, sys.argv[1])
-import witness, habitat
+import habitat
+from tools.habitat_check import make_config, make_episode
 from habitat.config import default_structured_configs as c
 from omegaconf import OmegaConf, open_dict
 job, walks = json.loads(sys.stdin.readline()), [json.loads(line) for line in sys.stdin]
 dataset = habitat.Dataset()
-dataset.episodes = [witness.make_episode(walk["episode"], job["scenes_dir"]) for walk in walks]
+dataset.episodes = [make_episode(walk["episode"], job["scenes_dir"]) for walk in walks]
 of = {episode.episode_id: episode for episode in dataset.episodes}
-config, robot = witness.make_config(job, walks), job["robot"]
+config, robot = make_config(job, walks), job["robot"]
 OmegaConf.set_readonly(config, False)
 with open_dict(config):
     config.habitat.simulator.agents.main.sim_sensors = {"rgb": OmegaConf.structured(
@@ -113,7 +115,7 @@ def lab(args, robot, scenes, jobs, rates):
     """habitat.Env, stepping with a camera: what it does in one process."""
     lines = [{"robot": robot, "scenes_dir": scenes, "radius_m": 3.0, "repeats": args.repeats}]
     lines += [{"episode": job["episode"], "actions": job["actions"]} for job in jobs]
-    done = subprocess.run([args.sim_python or sys.executable, "-c", LAB, sys.path[1]], check=True,
+    done = subprocess.run([args.sim_python or sys.executable, "-c", LAB, ROOT], check=True,
                           input="".join(json.dumps(line) + "\n" for line in lines), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     found = [json.loads(line) for line in done.stdout.splitlines()][1:]
@@ -126,11 +128,11 @@ def lab(args, robot, scenes, jobs, rates):
 def overlap(args, robot, scenes, episodes):
     """evaluate.py's loop with a policy, and the same walks with plans that are there at once."""
     policy = load_policy(spelling_policy(args, make_world(args)[1]), device=args.device).eval()
-    plans = {}                                                        # walk -> what it was told
+    plans = {}                                                   # by walk and actions so far
 
-    def walk_all(decide, sims):
-        spent = {"deciding_s": 0.0}
-        walks = [Walk(e, e["instruction"]["instruction_text"]) for e in episodes]
+    def walk_all(agent, sims):
+        counters = Counter()
+        walks = [EpisodeState(e, e["instruction"]["instruction_text"]) for e in episodes]
         with SimPool(args.sim, robot, scenes, sims, args.sim_python and [
                 [args.sim_python, "-m", "world.worker"]]) as pool:
             for i in range(sims):                                     # load, compile
@@ -138,25 +140,26 @@ def overlap(args, robot, scenes, episodes):
             for i in range(sims):
                 pool.wait(i)
             start = time.perf_counter()
-            ended = list(walk_episodes(pool, sims, walks, decide, max_steps=60, clock=spent))
-            return time.perf_counter() - start, spent["deciding_s"], {
+            ended = list(run_episodes(pool, walks, agent, sims=sims, max_actions=60,
+                                      counters=counters))
+            return time.perf_counter() - start, counters["deciding_s"], {
                 walk.name: walk.actions for walk in ended}
 
-    def think(walks):
-        told = agent(walks)
-        for walk, plan in zip(walks, told):
+    def recording_agent(walks):
+        found = decide(walks)
+        for walk, plan in zip(walks, found):
             plans[walk.name, len(walk.actions)] = plan
-        return told
+        return found
 
-    def remember(walks):
+    def replaying_agent(walks):
         return [plans[walk.name, len(walk.actions)] for walk in walks]
 
-    agent = policy_agent(policy, window_prompt)
-    alone = walk_all(think, 1)[2]
+    decide = policy_agent(policy, window_prompt)
+    alone = walk_all(recording_agent, 1)[2]
     together, apart, equal = [], [], True
     for _ in range(args.repeats):
-        seconds, model_s, walked = walk_all(think, args.robots)
-        simulators_s, _, again = walk_all(remember, args.robots)
+        seconds, model_s, walked = walk_all(recording_agent, args.robots)
+        simulators_s, _, again = walk_all(replaying_agent, args.robots)
         together.append(seconds)
         apart.append(model_s + simulators_s)
         equal &= walked == again == alone

@@ -1,12 +1,22 @@
 """What several test files share."""
 import gzip
 import json
+import math
 import os
+import random
+import signal
 
 import numpy as np
 import trimesh
+from conftest import GLB
 from PIL import Image
 
+import evaluate
+from cli import write_json
+from evaluate import EpisodeState, run_episodes
+from reward import FORWARD, LEFT, RIGHT, STOP
+from world import SimDied, SimError
+from world.pool import SimPool
 from world.robots import ROBOTS
 
 
@@ -81,3 +91,166 @@ def two_rooms():
 SCENE_ID = "houses/two/two.glb"
 EPISODE = {"episode_id": 7, "scene_id": SCENE_ID, "start_position": [-3, 0, -1],
            "start_rotation": [0, 0, 0, 1], "goals": [{"position": [3.2, 0, 0.2], "radius": 1.0}]}
+
+
+class KilledPool(SimPool):
+    """The real one, in a process that is killed after a number of replies."""
+
+    def wait_any(self, *within):
+        die_in_time()
+        return super().wait_any(*within)
+
+
+def die_in_time(replies=[0]):  # noqa: B006
+    replies[0] += 1
+    if replies[0] == int(os.environ.get("KILL_AFTER", -1)):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class FakePool:
+    """SimPool's requests on an endless floor: turns of 30 degrees, steps of 0.25 m, no walls.
+
+    An episode's info may hold "dies": n (its first n replies are deaths), "fails" (its scene gives
+    a SimError), "refused" (its start does), "no_way" (its goal does, to the expert), "distance"
+    (what state() reports instead of the truth), or "beyond": [metres, what it reports once z is
+    further than so many metres from the start].
+    """
+
+    def __init__(self, kind, robot, scenes_dir, sims=2, commands=None, timeout_s=120,
+                 gpus=None, seed=0):
+        self.rng, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
+        self.place = {}
+
+    def note_versions(self, folder):
+        write_json(os.path.join(folder, "simulator.json"), {"simulator": "a fake"})
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        assert error[0] or not self.asked, "a request is still under way"
+
+    def submit(self, i, verb, **kwargs):
+        assert i not in self.asked, "one outstanding request per simulator"
+        self.asked[i] = (verb, kwargs)
+
+    def wait_any(self, within_s):
+        if within_s < math.inf and self.rng.random() < 0.5:
+            return None
+        i = self.rng.choice(sorted(self.asked))
+        verb, kwargs = self.asked.pop(i)
+        die_in_time()
+        return i, getattr(self, verb)(i, **kwargs)
+
+    def reset(self, i, episode, frame=True):
+        info, name = episode["info"], episode["episode_id"]
+        self.episode[i] = episode
+        if info.get("fails"):
+            return SimError(f"{episode['scene_id']} is broken")
+        if info.get("refused"):
+            return SimError("the pose is inside an obstacle")
+        if self.deaths.get(name, 0) < info.get("dies", 0):
+            self.deaths[name] = self.deaths.get(name, 0) + 1
+            return SimDied(f"simulator {i} died")
+        self.place[i] = [*episode["start_position"], 0]
+        return {**({"frame": self.view(i)} if frame else {}), "state": self.state(i)}
+
+    def load(self, i, scene_id):
+        fails = self.episode[i]["info"].get("fails")
+        return SimError(f"{scene_id} is broken") if fails else {"cpu_s": 0.0}
+
+    def step(self, i, actions, frames=True):
+        assert actions and STOP not in actions
+        views, states = [], []
+        for action in actions:
+            x, y, z, turns = self.place[i]
+            turns += {LEFT: 1, RIGHT: -1}.get(action, 0)
+            if action == FORWARD:
+                x -= 0.25 * math.sin(turns * math.pi / 6)
+                z -= 0.25 * math.cos(turns * math.pi / 6)
+            self.place[i] = [x, y, z, turns]
+            views.append(self.view(i))
+            states.append(self.state(i))
+        return {**({"frames": np.array(views)} if frames else {}), "states": states}
+
+    def expert(self, i, goal=None):
+        if self.episode[i]["info"].get("no_way"):
+            return SimError("no way to the goal")
+        (gx, _, gz), (x, _, z, turns) = self.episode[i]["goals"][0]["position"], self.place[i]
+        if math.hypot(gx - x, gz - z) < 0.3:
+            return {"action": STOP}
+        off = math.atan2(x - gx, z - gz) - turns * math.pi / 6
+        off = (off + math.pi) % (2 * math.pi) - math.pi
+        turn = LEFT if off > 0 else RIGHT
+        return {"action": FORWARD if abs(off) <= math.pi / 12 + 1e-9 else turn}
+
+    def topdown(self, i):
+        return {"image": np.full((100, 200, 3), 230, np.uint8), "bounds": [-10, -5, 10, 5]}
+
+    def view(self, i):
+        """A picture that tells where the robot stands: 16 hashed bytes of its pose, as 4x4 grey."""
+        rng = random.Random(repr([round(v, 6) for v in self.place[i]]))
+        return np.frombuffer(rng.randbytes(16), np.uint8).reshape(4, 4, 1).repeat(3, axis=2)
+
+    def state(self, i):
+        x, y, z, turns = self.place[i]
+        yaw, info = turns * math.pi / 6, self.episode[i]["info"]
+        metres = [math.hypot(g["position"][0] - x, g["position"][2] - z)
+                  for g in self.episode[i]["goals"]]
+        if abs(z) > info.get("beyond", [math.inf])[0]:
+            metres = [info["beyond"][1]]
+        return {"position": [x, y, z], "rotation": [0, math.sin(yaw / 2), 0, math.cos(yaw / 2)],
+                "collided": False,
+                "distance_to_goal": info.get("distance", metres[0] if metres else None)}
+
+
+def fake_episode(name, goal=(0, 0, -2), **info):
+    return {"episode_id": name, "trajectory_id": f"t{name}", "scene_id": "houses/h/h.glb",
+            "start_position": [0, 0, 0], "start_rotation": [0, 0, 0, 1], "info": info,
+            "goals": [{"position": list(goal), "radius": 1.0}],
+            "instruction": {"instruction_text": f"Walk to place number {name}."}}
+
+
+def walk_with(agent, episodes, sims=3, seed=0, **kwargs):
+    walks = [EpisodeState(e, e["instruction"]["instruction_text"]) for e in episodes]
+    pool = FakePool("house", {}, "", seed=seed)
+    ended = {walk.name: walk for walk in run_episodes(pool, walks, agent, sims=sims, **kwargs)}
+    assert not pool.asked and list(sorted(ended)) == sorted(str(e["episode_id"]) for e in episodes)
+    return ended
+
+
+# ---------------------------------------------------------------- folders
+
+
+def write_plane(folder, n=9, **changes):
+    """Episodes 0..n-1 of split val on the plane, with a ground truth that walks there."""
+    episodes, truths = [], {}
+    for i in range(n):
+        steps = 4 + i % 5
+        away, yaw = 0.25 * steps, i * math.pi / 6
+        goal = (-away * math.sin(yaw), 0, -away * math.cos(yaw))
+        episodes.append({**fake_episode(i, goal), **changes.get(str(i), {})})
+        actions = [LEFT] * i + [FORWARD] * steps + [STOP]
+        truths[str(i)] = {"actions": actions, "forward_steps": steps,
+                          "locations": [[goal[0] * k / steps, 0, goal[2] * k / steps]
+                                        for k in range(steps + 1)]}
+    os.makedirs(folder / "val", exist_ok=True)
+    os.makedirs(folder / "scenes" / "houses" / "h", exist_ok=True)
+    (folder / "scenes" / "houses" / "h" / "h.glb").write_bytes(GLB)
+    for name, content in (("val", {"episodes": episodes}), ("val_gt", truths)):
+        with gzip.open(folder / "val" / f"{name}.json.gz", "wt") as file:
+            json.dump(content, file)
+    return str(folder)
+
+
+def evaluate_plane(monkeypatch, data, out, *flags):
+    monkeypatch.setattr(evaluate, "SimPool", FakePool)
+    return evaluate.main(evaluate.parse_args(
+        ["--split", "val", "--episodes", data, "--out", str(out), "--agent", "oracle", *flags]))
+
+
+def scored_row(name, scene, trajectory=None, **values):
+    metrics = dict.fromkeys([*evaluate.TITLES, "success_3m", "oracle_success_3m", "spl_3m",
+                             "sdtw_3m"], 0.0)
+    return {"episode_id": name, "trajectory_id": name if trajectory is None else trajectory,
+            "scene_id": scene, "end": "stop", "decisions": 0, "malformed": 0, **metrics, **values}

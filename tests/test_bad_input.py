@@ -235,7 +235,7 @@ def test_episodes_without_ground_truth_are_scored_without_ndtw(houses, tmp_path,
     report.main(report.parse_args(["--summary", *both]))
     rows = capsys.readouterr().out.splitlines()[1:3]
     assert [row.split()[-4:] for row in rows] == [["-", "-", "1.0", "0"]] * 2
-    with pytest.raises(UserError, match="--agent forward needs --forward-steps"):
+    with pytest.raises(UserError, match="there is no --agent forward"):
         walk_stop(houses, tmp_path / "z", "--agent", "forward")
 
 

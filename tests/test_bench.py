@@ -97,15 +97,15 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     agents = (evaluate.policy_agent(ours, model.window_prompt), evaluation.hf_agent(ours, theirs))
     episode = data.episodes[0]
     told = []
-    for decide in agents:
-        walk = evaluate.Walk({"episode_id": 0}, episode["instruction"])
+    for agent in agents:
+        walk = evaluate.EpisodeState({"episode_id": 0}, episode["instruction"])
         for t in range(4):
             walk.states.append({})
             walk.frames.append(data.frame((episode["walk_id"], t)))
-            decide([walk])
-        told.append([text for _, text, _ in walk.answers])
+            agent([walk])
+        told.append([decision.text for decision in walk.decisions])
     assert told[0] == told[1] and len(told[0]) == 4
-    args = evaluation.parse_args([f"--ckpt={tmp_path}/ckpt", "--limit=2", "--max-steps=6",
+    args = evaluation.parse_args([f"--ckpt={tmp_path}/ckpt", "--limit=2", "--max-actions=6",
                                   f"--episodes={ego}/../../houses", "--repeats=1", "--sims=2",
                                   f"--results={tmp_path}/rows"])
     evaluation.main(args)                                          # and whole walks of them

@@ -21,7 +21,7 @@ from helpers import write_gz
 import evaluate
 import make_data
 from cli import UserError
-from tools import verify
+from tools import submit, verify
 from world.episodes import (
     LANGUAGES,
     check_scenes,
@@ -401,9 +401,9 @@ def write_tree(folder, split="val_seen", n=2, change=lambda episodes, truths: No
 
 def everything(flags):
     """What all scripts do with the input before a simulator is needed."""
-    for more in (["--agent", "oracle"], ["--agent", "forward", "--shuffle-instructions"],
-                 ["--agent", "stop", "--submit", "x"]):
-        evaluate.prepare(evaluate.parse_args(flags + more))
+    for more in (["--agent", "oracle"], ["--agent", "forward", "--shuffled-instruction"]):
+        evaluation = evaluate.prepare(evaluate.parse_args(flags + more))
+    submit.check_instruction_ids(evaluation.episodes, evaluation.settings["source"])
     verified(*flags)
     for more in ([], ["--noise", "0.1"], ["--expert", "walk", "--waypoints", "reference"]):
         args = make_data.parse_args(flags + more)

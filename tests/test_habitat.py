@@ -1,4 +1,4 @@
-"""The embedded houses in a real habitat-sim, beside our own simulator; and habitat-lab as witness.
+"""The houses in a real habitat-sim against our simulator, and habitat-lab against our metrics.
 
 Skipped where habitat-sim is missing. To run them, name an interpreter that has it:
 
@@ -147,28 +147,35 @@ def walk(houses, habitat_python, out, *flags):
         return json.load(file)
 
 
+def habitat_check(out, houses, habitat_python, **kwargs):
+    return script("-m", "tools.habitat_check", out, "--scenes", houses[0] / "scenes",
+                  "--sim-python", habitat_python, **kwargs)
+
+
 @pytest.mark.parametrize("agent", ["oracle", "random"])
-def test_habitat_lab_is_our_witness(houses, habitat_python, tmp_path, agent):
-    """Habitat's own expert arrives; walks that bump and never arrive are judged alike, too."""
-    found = walk(houses, habitat_python, tmp_path / agent, "--agent", agent, "--sim", "habitat",
-                 "--sim-python", habitat_python, "--witness")
-    print(agent, found["metrics"]["success"]["mean"], found["witness"])
-    assert found["witness"]["walks"] == len(houses[1])
-    assert max(found["witness"]["largest_difference"].values()) <= 1e-4
-    assert found["metrics"]["success"]["mean"] >= (0.99 if agent == "oracle" else 0)
+def test_habitat_lab_measures_the_same(houses, habitat_python, tmp_path, agent):
+    """Habitat's own expert arrives; and walks that bump and never arrive."""
+    out = tmp_path / agent
+    results = walk(houses, habitat_python, out, "--agent", agent, "--sim", "habitat",
+                   "--sim-python", habitat_python)
+    print(habitat_check(out, houses, habitat_python).stdout)
+    with open(out / "habitat_lab.json") as file:
+        found = json.load(file)
+    assert found["walks"] == len(houses[1])
+    assert max(found["largest_difference"].values()) <= 1e-4
+    assert results["metrics"]["success"]["mean"] >= (0.99 if agent == "oracle" else 0)
 
 
-def test_a_false_score_is_found_out(houses, habitat_python, tmp_path):
-    """Rows of another walk: the witness must object, or it would be no witness."""
-    flags = ("--agent", "forward", "--sim", "habitat", "--sim-python", habitat_python, "--limit", 4)
-    walk(houses, habitat_python, tmp_path / "a", *flags)
+def test_a_wrong_score_is_found(houses, habitat_python, tmp_path):
+    """The row of another walk must be refused, or the comparison would compare nothing."""
+    walk(houses, habitat_python, tmp_path / "a", "--agent", "forward", "--sim", "habitat",
+         "--sim-python", habitat_python, "--limit", 4)
     path = tmp_path / "a/episodes.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[2]["actions"] = str(FORWARD) + str(STOP)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    told = script("evaluate.py", "--episodes", houses[0], "--out", tmp_path / "a", *flags,
-                  "--witness", check=False)
-    assert told.returncode == 2 and f"episode {rows[2]['episode_id']}" in told.stderr
+    done = habitat_check(tmp_path / "a", houses, habitat_python, check=False)
+    assert done.returncode == 2 and f"episode {rows[2]['episode_id']}" in done.stderr
 
 
 def test_a_damaged_scene_or_navmesh_costs_its_own_episodes_only(houses, habitat_python, tmp_path):

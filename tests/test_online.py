@@ -21,7 +21,7 @@ from test_model import hf_inputs
 import grpo_online
 import sft
 from cli import UserError
-from evaluate import Walk, dialog_agent
+from evaluate import EpisodeState, dialog_agent
 from make_data import Dialog, VlnEgo, merge_walk
 from model import DIALOG, load_policy, save_policy
 from reward import FORWARD, LEFT, STOP, merged_phrases, parse_answer
@@ -222,6 +222,11 @@ def hf_greedy(policy, instruction, turns, frame, limit=20):
     return answer
 
 
+def sampled_ids(walk):
+    """The ids of all answers drawn, per turn."""
+    return [decision.answers for decision in walk.decisions]
+
+
 @torch.no_grad()
 def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, policy):
     """Greedy, three robots in company and at different turns, against transformers, and alone."""
@@ -229,11 +234,13 @@ def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, 
     together = world.walk(policy, named, temperature=0.0)
     turns = 0
     for walk, one in zip(together, named):
-        for k, (frame, (answer, )) in enumerate(walk.turns):
-            assert answer == hf_greedy(policy, walk.instruction, walk.turns[:k], frame), k
+        for k, decision in enumerate(walk.decisions):
+            answer, = decision.answers
+            earlier = [(one.frame, one.answers) for one in walk.decisions[:k]]
+            assert answer == hf_greedy(policy, walk.instruction, earlier, decision.frame), k
             turns += k > 0
         alone, = world.walk(policy, [one], temperature=0.0)
-        assert [a for _, a in alone.turns] == [a for _, a in walk.turns]
+        assert sampled_ids(alone) == sampled_ids(walk)
         assert alone.actions == walk.actions and alone.end == walk.end
     assert turns > 3
 
@@ -241,9 +248,9 @@ def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, 
 @torch.no_grad()
 def test_sampling_is_a_function_of_the_name_and_drafts_change_nothing(world, policy, walks):
     again = world.walk(policy, [(walk.name, walk.episode) for walk in walks[::-1]])[::-1]
-    assert [[a for _, a in w.turns] for w in again] == [[a for _, a in w.turns] for w in walks]
-    assert len({str([a for _, a in w.turns]) for w in walks[:3]}) > 1
-    feature = policy.encode_frames([walks[0].turns[0][0]])
+    assert list(map(sampled_ids, again)) == list(map(sampled_ids, walks))
+    assert len({str(sampled_ids(walk)) for walk in walks[:3]}) > 1
+    feature = policy.encode_frames([walks[0].decisions[0].frame])
     plain, drafted = (policy.reply([None] * 9, ["go on"] * 9, feature * 9, 4, 1.3,
                                    list(range(9)), draft)[0] for draft in (False, True))
     assert plain == drafted
@@ -251,12 +258,12 @@ def test_sampling_is_a_function_of_the_name_and_drafts_change_nothing(world, pol
 
 def test_the_transcript_decodes_to_what_was_executed(policy, walks):
     for walk in walks:
-        said = [policy.actions(answers[0]) for _, answers in walk.turns]
+        said = [policy.actions(decision.answers[0]) for decision in walk.decisions]
         assert sum(said, []) == [a for a in walk.actions] or walk.end == "malformed"
-        assert [plan for _, _, plan in walk.answers] == said
+        assert [decision.plan for decision in walk.decisions] == said
         moves = sum(a != STOP for a in walk.actions)
         assert len(walk.states) == 1 + moves
-        for _, (ids,) in walk.turns:
+        for (ids,) in sampled_ids(walk):
             assert not set(ids) & set(policy.banned)           # no picture was drawn
 
 
@@ -264,14 +271,14 @@ def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
     lessons = [grpo_online.Lesson(walk, [1.0]) for walk in walks]
     (dialogs, frames, branches), advantages, mask = grpo_online.collate(lessons, "cpu")
     assert branches is None and mask.sum() == sum(
-        len(answers[0]) for walk in walks for _, answers in walk.turns)
+        len(answers[0]) for walk in walks for answers in sampled_ids(walk))
     logps = policy(dialogs, frames)
     assert torch.equal(mask, logps != 0)
     for dialog, walk in zip(dialogs, walks):
         features = policy.encode_frames([frames[key] for key in dialog.frames])
         (ids, positions, _), begins = policy.transcript(dialog, features)
         assert positions.shape == (3, len(ids))
-        for (at, _), (_, (answer,)) in zip(begins, walk.turns):
+        for (at, _), (answer,) in zip(begins, sampled_ids(walk)):
             assert ids[at:at + len(answer)] == answer
         assert walk.tokens == len(ids)                         # read, and the last word
 
@@ -280,8 +287,8 @@ def test_early_ends():
     args = grpo_online.parse_args(["--action-factor=2", "--action-cap=10", "--turn-cap=3",
                                    "--patience=4"])
     def walk(actions, turns, distances):
-        walk = Walk({"episode_id": 1}, "go")
-        walk.actions, walk.turns = [1] * actions, [0] * turns
+        walk = EpisodeState({"episode_id": 1}, "go")
+        walk.actions, walk.decisions = [1] * actions, [0] * turns
         walk.states = [{"distance_to_goal": d} for d in distances]
         return walk
     end = grpo_online.early_end
@@ -316,7 +323,7 @@ def test_a_killed_simulator_loses_no_episode(ego, init, policy):
 
 
 def ended(distances, end="stop"):
-    walk = Walk({"episode_id": 1}, "go")
+    walk = EpisodeState({"episode_id": 1}, "go")
     walk.states = [{"distance_to_goal": d, "position": [d, 0, 0]} for d in distances]
     walk.end = end
     return walk
@@ -416,19 +423,20 @@ def test_plans_are_played_from_every_state_of_a_walk(world, policy):
     some = world.walk(policy, [("s0", world.episodes[0]), ("s1", world.episodes[1])], 4)
     rewards = world.judge_plans(some, policy)
     lessons, flat = grpo_online.compare_plans(some, rewards, args)
-    assert [len(r) for r in rewards] == [len(walk.turns) for walk in some]
+    assert [len(r) for r in rewards] == [len(walk.decisions) for walk in some]
     for walk, per_turn in zip(some, rewards):
-        for (*_, plan), (_, answers), marks in zip(walk.answers, walk.turns, per_turn):
+        for decision, marks in zip(walk.decisions, per_turn):
+            answers, plan = decision.answers, decision.plan
             assert len(marks) == len(answers) == 4 and policy.actions(answers[0]) == plan
             for answer, mark in zip(answers, marks):           # equal plans, equal worth
                 assert answer != answers[0] or mark == marks[0]
     assert flat + sum(len(le.branches) // 4 for le in lessons) == sum(map(len, rewards))
     # the walked plan's end is the next turn's place: what was played is what was walked
-    walk = max(some, key=lambda walk: len(walk.turns))
-    world.pool.submit(0, "try", episode=walk.episode, plans=[[walk.answers[0][2]]], poses=[
+    walk = max(some, key=lambda walk: len(walk.decisions))
+    world.pool.submit(0, "try", episode=walk.episode, plans=[[walk.decisions[0].plan]], poses=[
         walk.states[0]["position"] + walk.states[0]["rotation"]])
     state, = world.pool.wait(0)["states"][0]
-    assert state["position"] == pytest.approx(walk.states[walk.answers[1][0]]["position"])
+    assert state["position"] == pytest.approx(walk.states[walk.decisions[1].t]["position"])
 
 
 def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
@@ -474,12 +482,13 @@ def test_the_form_of_a_plan_earns_nothing_by_itself(world, policy, monkeypatch):
     rng, some = np.random.default_rng(0), world.walk(
         policy, [("f0", world.episodes[0]), ("f1", world.episodes[1])], 8)
     for walk in some:                                          # and one is always malformed
-        walk.turns = [(frame, [*answers[:-1], [0] * 40]) for frame, answers in walk.turns]
-    raw = [[[*rng.normal(size=7), -1.0] for _ in walk.turns] for walk in some]
+        walk.decisions = [one._replace(answers=[*one.answers[:-1], [0] * 40])
+                          for one in walk.decisions]
+    raw = [[[*rng.normal(size=7), -1.0] for _ in walk.decisions] for walk in some]
     left = grpo_online.beyond_form(some, raw, policy)
     rows, rest = [], []
     for walk, per_turn, before in zip(some, left, raw):
-        for (_, answers), rewards, those in zip(walk.turns, per_turn, before):
+        for answers, rewards, those in zip(sampled_ids(walk), per_turn, before):
             plans = [policy.actions(answer) for answer in answers]
             good = [i for i, plan in enumerate(plans) if plan]
             assert all(rewards[i] == those[i] for i, plan in enumerate(plans) if not plan)
@@ -618,7 +627,7 @@ def test_the_agent_of_evaluate_obeys_malformed(policy):
         def reply(self, threads, *_):
             return [[[5, 6]]] * len(threads), [type("T", (), {
                 "kv": torch.zeros(1, 1, 1, 1), "said": [6]})] * len(threads)
-    walk = Walk({"episode_id": 1}, "go")
+    walk = EpisodeState({"episode_id": 1}, "go")
     walk.frames = [np.zeros((56, 56, 3), np.uint8)]
     assert dialog_agent(Mute())([walk]) == [[STOP]]
     walk.frames = [np.zeros((56, 56, 3), np.uint8)]

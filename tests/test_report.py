@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from test_evaluate import evaluate_plane, scored_row, write_plane
+from helpers import evaluate_plane, scored_row, write_plane
 
 import evaluate
 from cli import UserError
@@ -20,7 +20,7 @@ from world.house_sim import HouseSim
 from world.robots import ROBOTS
 
 RUN = {"split": "val", "role": "guide", "languages": None, "limit": None, "data": "d0",
-       "robot": {"turn_deg": 30}, "radius_m": 1.0, "second_radius_m": 3.0, "max_steps": 150,
+       "robot": {"turn_deg": 30}, "radius_m": 1.0, "second_radius_m": 3.0, "max_actions": 150,
        "seed": 0, "ckpt": "ckpt/a", "weights": "w", "execute": 3, "nav": {"horizon": 6}}
 
 
@@ -48,7 +48,7 @@ def call(*argv):
 
 @pytest.mark.parametrize("key, value", [
     ("data", "d1"), ("split", "val_seen"), ("robot", {"turn_deg": 15}), ("radius_m", 3.0),
-    ("max_steps", 500), ("role", "follower"), ("languages", ["en-US"]), ("limit", 12),
+    ("max_actions", 500), ("role", "follower"), ("languages", ["en-US"]), ("limit", 12),
     ("scenes", "another hash")])
 def test_what_was_measured_differently_is_not_compared(tmp_path, key, value):
     a = write_results(tmp_path / "a", [0, 1] * 6)
@@ -61,10 +61,10 @@ def test_what_was_measured_differently_is_not_compared(tmp_path, key, value):
             call("--summary", a, b)
 
 
-def test_a_table_has_one_step_cap_over_its_splits(tmp_path):
+def test_a_table_has_one_action_cap_over_its_splits(tmp_path):
     a = write_results(tmp_path / "a", [0, 1] * 6)
-    b = write_results(tmp_path / "b", [1, 1] * 6, split="val_seen", data="other", max_steps=500)
-    with pytest.raises(UserError, match=r"\(max_steps 150 -> 500\)"):
+    b = write_results(tmp_path / "b", [1, 1] * 6, split="val_seen", data="other", max_actions=500)
+    with pytest.raises(UserError, match=r"\(max_actions 150 -> 500\)"):
         call("--summary", a, b)
 
 
@@ -73,14 +73,14 @@ def test_what_differs_is_named(tmp_path, capsys):
     b = write_results(tmp_path / "b", [1, 1] * 5 + [0, 1], ckpt="ckpt/b", weights="x", execute=6,
                       nav={"horizon": 8}, dtype="bfloat16", source="elsewhere")
     call(a, b)
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == ("differs: ckpt ckpt/a -> ckpt/b, execute 3 -> 6, nav.horizon 6 -> 8, "
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == ("differs: ckpt ckpt/a -> ckpt/b, execute 3 -> 6, nav.horizon 6 -> 8, "
                        "dtype none -> bfloat16")
-    assert told[1].startswith("SR        0.500 ->   0.917   difference +0.417 [+0.")
-    assert told[1].endswith("   12 pairs")
+    assert printed[1].startswith("SR        0.500 ->   0.917   difference +0.417 [+0.")
+    assert printed[1].endswith("   12 pairs")
     call(a, write_results(tmp_path / "c", [0, 1] * 6, weights="x"))
-    told = capsys.readouterr().out
-    assert "differs: weights\n" in told and "the same in every scene: no interval" in told
+    printed = capsys.readouterr().out
+    assert "differs: weights\n" in printed and "the same in every scene: no interval" in printed
     call(a, write_results(tmp_path / "d", [0, 1] * 6))
     assert "differs: nothing that is on record\n" in capsys.readouterr().out
 
@@ -96,9 +96,9 @@ def test_a_run_that_has_not_ended_is_refused_or_labelled(tmp_path, capsys):
             with pytest.raises(UserError, match=sentence + ".*--partial"):
                 call(*argv)
         call(a, folder, "--partial")
-        told = capsys.readouterr().out
-        assert f"PARTIAL {folder}: " in told and sentence in told
-    assert "1 episodes are scored in one of them only" in told
+        printed = capsys.readouterr().out
+        assert f"PARTIAL {folder}: " in printed and sentence in printed
+    assert "1 episodes are scored in one of them only" in printed
     call("--summary", a, cases[0][0], "--partial", "--out", tmp_path / "t.json")
     assert [row["partial"] for row in json.loads((tmp_path / "t.json").read_text())["rows"]] == [
         False, True]
@@ -116,7 +116,7 @@ def test_folders_that_are_no_results_or_given_twice(tmp_path):
     with pytest.raises(UserError, match="nothing to compare"):
         call(a)
     (tmp_path / "a/run.json").write_text('{"radius_m": 1}')
-    with pytest.raises(UserError, match="does not say its split, data, max_steps"):
+    with pytest.raises(UserError, match="has no split, data, max_actions"):
         call(a, write_results(tmp_path / "b", [1]))
     with pytest.raises(UserError, match="no scored episode in common"):
         call(tmp_path / "b", write_results(tmp_path / "c", [None]), "--partial")
@@ -158,14 +158,14 @@ def test_several_runs_are_compared_with_their_start(tmp_path, capsys):
                for i, table in enumerate(tables)]
     out = tmp_path / "new/online.json"
     call(*folders, "--out", out)
-    told = json.loads(out.read_text())
+    printed = json.loads(out.read_text())
     assert "all together" in capsys.readouterr().out
-    for i, (run, table) in enumerate(zip(told["runs"], tables[1:])):
+    for i, (run, table) in enumerate(zip(printed["runs"], tables[1:])):
         assert (run["seed"], run["episodes"], run["minutes"]) == (i + 1, 40, 7.12)
         assert run["diff"] == pytest.approx((table - before).mean())
         assert run["diff_ci"][0] <= run["diff"] <= run["diff_ci"][1]
-    assert told["pooled"]["runs"] == 2 and told["pooled"]["difference"] == pytest.approx(
-        np.mean([run["diff"] for run in told["runs"]]))
+    assert printed["pooled"]["runs"] == 2 and printed["pooled"]["difference"] == pytest.approx(
+        np.mean([run["diff"] for run in printed["runs"]]))
     # of two folders the file is written as well
     call(*folders[:2], "--out", out)
     assert len(json.loads(out.read_text())["runs"]) == 1
@@ -179,8 +179,8 @@ def test_one_table_of_real_results(monkeypatch, tmp_path, capsys):
         evaluate_plane(monkeypatch, data, tmp_path / agent, "--agent", agent)
     both = [tmp_path / "stop", tmp_path / "oracle"]
     call(*both)
-    told = capsys.readouterr().out
-    assert "difference +1.000 (the same in every scene: no interval)   9 pairs" in told
+    printed = capsys.readouterr().out
+    assert "difference +1.000 (the same in every scene: no interval)   9 pairs" in printed
     (tmp_path / "minutes.jsonl").write_text('{"stage": "walk", "minutes": 1.5}\n')
     call("--summary", *both, "--out", tmp_path / "demo.json")
     written = json.loads((tmp_path / "demo.json").read_text())
@@ -188,11 +188,11 @@ def test_one_table_of_real_results(monkeypatch, tmp_path, capsys):
     assert [(r["agent"], r["split"], r["sr"], r["sr_ci"]) for r in written["rows"]] == [
         ("stop", "val", 0.0, evaluate.wilson(0, 9)), ("oracle", "val", 1.0, evaluate.wilson(9, 9))]
     assert set(written["rows"][0]) == {
-        "agent", "split", "episodes", "partial", "radius_m", "max_steps", "sr", "sr_ci", "spl",
+        "agent", "split", "episodes", "partial", "radius_m", "max_actions", "sr", "sr_ci", "spl",
         "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps", "errors", "unscored", "interval"}
-    told = capsys.readouterr().out
-    assert "oracle  val              9   1.00 [0.70, 1.00]" in told
-    assert "a bootstrap over 9 trajectories for means; fewer than 5 scenes" in told
+    printed = capsys.readouterr().out
+    assert "oracle  val              9   1.00 [0.70, 1.00]" in printed
+    assert "a bootstrap over 9 trajectories for means; fewer than 5 scenes" in printed
 
 
 def test_a_metric_that_no_row_has_is_a_dash(tmp_path, capsys):
@@ -206,8 +206,8 @@ def test_a_metric_that_no_row_has_is_a_dash(tmp_path, capsys):
     call("--summary", *folders)
     assert " 0.00     -     -  " in capsys.readouterr().out
     call(*folders)
-    told = capsys.readouterr().out
-    assert "SR" in told and "nDTW" not in told
+    printed = capsys.readouterr().out
+    assert "SR" in printed and "nDTW" not in printed
 
 
 def test_exit_codes_and_a_reader_that_has_gone(tmp_path):
@@ -219,10 +219,10 @@ def test_exit_codes_and_a_reader_that_has_gone(tmp_path):
                           stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert gone.returncode == 1 and gone.stderr == ""
-    said = subprocess.run([sys.executable, "-m", "tools.report", a, a], cwd=ROOT, text=True,
+    done = subprocess.run([sys.executable, "-m", "tools.report", a, a], cwd=ROOT, text=True,
                           capture_output=True)
-    assert said.returncode == 2 and said.stderr.startswith("report.py: error: ")
-    assert "Traceback" not in said.stderr
+    assert done.returncode == 2 and done.stderr.startswith("report.py: error: ")
+    assert "Traceback" not in done.stderr
 
 
 # ---------------------------------------------------------------- what half the input could reach
@@ -277,8 +277,8 @@ def test_the_likely_goals_hold_the_real_one_and_the_bounds_are_shares(made, caps
         assert n == len(goals) and 1 / n <= share <= 1
         assert bounds.pictures_only(sim, episode, 100.0)[0] == 1.0    # everywhere is near enough
     found = bounds.main(bounds.parse_args(["--episodes", made]))
-    told = capsys.readouterr().out
-    assert "words_only" in told and "pictures_only" in told
+    printed = capsys.readouterr().out
+    assert "words_only" in printed and "pictures_only" in printed
     for name in ("words_only", "pictures_only"):
         low, high = found[name]["ci"]
         assert 0 < low <= found[name]["mean"] <= high <= 1
@@ -293,10 +293,10 @@ def test_bounds_stand_below_the_table(made, tmp_path, capsys):
                                        "--limit", "6", "--out", str(out)]))
     capsys.readouterr()
     call("--summary", out, "--bounds", "--out", tmp_path / "table.json")
-    told = capsys.readouterr().out.splitlines()
-    assert told[1].startswith("oracle  val_unseen       6   1.00")
-    assert told[4].startswith("words_only     val_unseen       6  ")
-    assert told[5].startswith("pictures_only  val_unseen       6  ")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith("oracle  val_unseen       6   1.00")
+    assert printed[4].startswith("words_only     val_unseen       6  ")
+    assert printed[5].startswith("pictures_only  val_unseen       6  ")
     written = json.loads((tmp_path / "table.json").read_text())["bounds"]
     assert [found["split"] for found in written] == ["val_unseen"] and written[0]["episodes"] == 6
     with pytest.raises(UserError, match="--bounds belongs to --summary"):

@@ -1,23 +1,22 @@
 """
-What a policy without eyes, and one without words, could reach on a split of our houses.
+The success rate that half of the input could reach on a split of our houses.
 
 A success rate shows that a policy follows instructions only if it is above what half of the input
-is worth. Both bounds come from the episodes and scenes; no policy walks. They are optimistic, so
-that what lies above them needed both halves:
+can reach. Both bounds are computed from episodes and scenes; no policy walks. They are optimistic:
+a higher success rate needs both halves.
 
-words only    The policy reads, and sees nothing: its actions are a function of the sentence. Names
-              of things and rooms, and the choice among equal phrases, are drawn independently of
-              where things stand, so what is left of a sentence is its wording: turns, doors, what
-              is passed. For each wording the one action sequence that arrives most often is chosen,
-              with hindsight, among "turn k times, walk n steps, stop" for all k and n, and the
-              expert's walks of that wording (--candidates of them, evenly). Rare wordings profit
-              from the hindsight most.
-pictures only The policy knows the house and where it stands, and not the sentence. It must guess
-              which thing is meant, and stops where most of the likely goals are within the radius
-              (of a grid of 0.5 m and the goals). Likely is what houses.py could have drawn from
-              that start: each thing at a distance that the level allows, weighted by how often a
-              walk begins in another room. What houses.py rejects later (an expert that strays, half
-              of the walks that need no turn) is ignored. The episode's share is its probability.
+words only    The policy gets the instruction and no frames. Names of things and rooms, and the
+              choice among equal phrases, do not depend on where things stand, so only the wording
+              counts: turns, doors, what is passed. For each wording we take the one action sequence
+              that arrives most often, in hindsight, among "turn k times, walk n steps, stop" for
+              all k and n, and the expert's walks of that wording (--candidates of them, evenly).
+pictures only The policy knows the house and its start, and not the instruction. It guesses the
+              goal, and stops where most of the likely goals are within the radius (on a grid of
+              0.5 m and at the goals). Likely goals are those that world/houses.py could have drawn
+              from that start: each thing at a distance that the level allows, weighted by how
+              often a walk begins in another room. What houses.py rejects later (an expert that
+              strays, half of the walks that need no turn) is ignored. The episode counts with its
+              probability.
 
 Run it   python -m tools.bounds --split val_unseen
          python -m tools.report --summary .. --bounds     # below the table, for its splits
@@ -35,7 +34,13 @@ from collections import defaultdict
 import numpy as np
 
 from cli import Help, UserError, count, run
-from evaluate import cluster_bootstrap, explain, rate_interval, sampling_units, spread
+from evaluate import (
+    cluster_bootstrap,
+    describe_intervals,
+    evenly_spaced,
+    rate_interval,
+    sampling_units,
+)
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world import houses
@@ -55,13 +60,13 @@ def parse_args(argv=None):
     add("--split", default="val_unseen")
     add("--episodes", default="data/houses", help="folder that houses.py wrote")
     add("--limit", type=count, help="so many episodes, spread evenly over the split")
-    add("--max-steps", type=count, default=500, help="evaluate.py's")
+    add("--max-actions", type=count, default=500, help="of a walk; evaluate.py's")
     add("--candidates", type=count, default=100, help="expert walks tried for each wording")
     return p.parse_args(argv)
 
 
 def wording(text):
-    """What a sentence says beside names: its turns, doors and what is passed, in order.
+    """What an instruction holds without its names: its turns, doors and what is passed, in order.
 
     >>> wording("turn left, go into the pink room, turn back to the right and stop by the red bed.")
     ('turn left', 'door', 'turn back right')
@@ -79,13 +84,13 @@ def wording(text):
 # ---------------------------------------------------------------- words only
 
 
-def straight_walks(robot, max_steps):
+def straight_walks(robot: dict, max_actions: int) -> list[list[int]]:
     """Every "turn k times, walk n steps, stop" -> list of action lists."""
     half = round(180 / robot["turn_deg"])
     longest = max(level["metres"][1] for level in houses.LEVELS.values())
     return [[LEFT if k > 0 else RIGHT] * abs(k) + [FORWARD] * n + [STOP]
             for k in range(1 - half, half + 1) for n in range(round(longest / robot["forward_m"]))
-            if abs(k) + n < max_steps]
+            if abs(k) + n < max_actions]
 
 
 def arrivals(sim, episode, sequences, radius):
@@ -105,16 +110,17 @@ def arrivals(sim, episode, sequences, radius):
     return np.min(metres, axis=0) < radius
 
 
-def words_only(sim, episodes, truths, radius, max_steps, candidates):
+def words_only(sim, episodes, truths, radius, max_actions, candidates):
     """Does the best sequence of its wording, in hindsight, arrive? -> (n,) bool, how many wordings
     """
     members = defaultdict(list)
     for i, episode in enumerate(episodes):
         members[wording(episode["instruction"]["instruction_text"])].append(i)
-    arrived, plain = np.zeros(len(episodes), bool), straight_walks(sim.robot, max_steps)
+    arrived, plain = np.zeros(len(episodes), bool), straight_walks(sim.robot, max_actions)
     for some in members.values():
-        own = [truths[str(episodes[i]["episode_id"])]["actions"] for i in spread(some, candidates)]
-        sequences = plain + [s for s in own if len(s) <= max_steps]
+        own = [truths[str(episodes[i]["episode_id"])]["actions"]
+               for i in evenly_spaced(some, candidates)]
+        sequences = plain + [s for s in own if len(s) <= max_actions]
         found = np.array([arrivals(sim, episodes[i], sequences, radius) for i in some])
         arrived[some] = found[:, found.sum(axis=0).argmax()]
     return arrived, len(members)
@@ -177,18 +183,18 @@ def pictures_only(sim, episode, radius):
 # ---------------------------------------------------------------- both
 
 
-def bounds_of(source, split, limit, robot, radius, max_steps, candidates=100):
+def bounds_of(source, split, limit, robot, radius, max_actions, candidates=100):
     """-> {"split", "episodes", "radius_m", "wordings", "likely_goals" (mean), "interval",
     "words_only": {"mean", "ci"}, "pictures_only": {..}}. UserError if these are no houses."""
     episodes = read_episodes(source, split)
-    episodes = spread(episodes, limit or len(episodes))
+    episodes = evenly_spaced(episodes, limit or len(episodes))
     if dataset_of(episodes[0]) != "houses":
         raise UserError(f"{source} holds no houses of ours: these bounds need to know how the "
                         "walks were drawn")
     truths, scenes = read_ground_truth(source, split), scenes_of(source)
     sim = simulator.HouseSim(robot, os.path.abspath(scenes))
     units, kind = sampling_units(episodes)
-    arrived, wordings = words_only(sim, episodes, truths, radius, max_steps, candidates)
+    arrived, wordings = words_only(sim, episodes, truths, radius, max_actions, candidates)
     order = sorted(range(len(episodes)), key=lambda i: episodes[i]["scene_id"])     # a load a scene
     guesses = dict(zip(order, (pictures_only(sim, episodes[i], radius) for i in order)))
     shares, likely = zip(*(guesses[i] for i in range(len(episodes))))
@@ -216,10 +222,10 @@ def print_bounds(every):
 def main(args):
     goals = [goal for e in read_episodes(args.episodes, args.split) for goal in e["goals"]]
     found = bounds_of(args.episodes, args.split, args.limit, ROBOTS["houses"],
-                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_steps,
+                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_actions,
                       args.candidates)
     print_bounds([found])
-    print("95% intervals: " + explain(found["interval"]))
+    print("95% intervals: " + describe_intervals(found["interval"]))
     return found
 
 

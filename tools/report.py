@@ -1,10 +1,10 @@
 """
 Compare results folders of evaluate.py episode by episode, or print them as one table.
 
-A difference means something only between walks of the same episodes, in the same scenes, by the
-same robot, under the same radius and step cap: anything else is refused. What else differs, such as
-the checkpoint or the decoding, is what is compared, and is printed. A run that has not ended is
-refused as well, since its first episodes are no fair sample of all; --partial takes and labels it.
+Two folders are comparable only with the same episodes, scenes, robot, radius and --max-actions;
+others are refused. What else differs, such as the checkpoint or the decoding, is what is compared,
+and is printed. A run that has not ended is refused as well, since its first episodes are no fair
+sample of all; --partial takes and labels it.
 
 Intervals (95%) are computed from the rows, by the functions of evaluate.py: Wilson's for rates, a
 bootstrap over scenes for means, for paired differences and for what several runs gain together.
@@ -15,8 +15,8 @@ Run it   python -m tools.report results/sft_val_unseen results/grpo_val_unseen
          python -m tools.report results/sft_val_unseen results/seed?_val_unseen --out gain.json
          python -m tools.report --summary results/*_val_unseen --bounds --out table.json
 Reads    run.json and episodes*.jsonl of each folder (and whether results.json is there); for a
-         gain's seed and minutes args.json and log.jsonl of its checkpoint; minutes.jsonl beside
-         --out; for --bounds the episodes
+         gain's seed and minutes args.json and log.jsonl of its checkpoint; minutes.jsonl in
+         the folder of --out; for --bounds the episodes
 Writes   --out, if given
 """
 from __future__ import annotations
@@ -31,7 +31,7 @@ from cli import Help, UserError, run, write_json
 from evaluate import (
     TITLES,
     cluster_bootstrap,
-    explain,
+    describe_intervals,
     known_rows,
     read_json,
     read_rows,
@@ -39,11 +39,11 @@ from evaluate import (
     summarise,
 )
 
-# What must agree, beside every key that begins with "scene". Each decides which walks are asked for
+# What must agree, with every key that begins with "scene". Each decides which walks are asked for
 # or what counts as success.
-SAME = ("data", "split", "role", "languages", "limit", "robot", "radius_m", "max_steps")
-DERIVED = ("second_radius_m", "episodes", "weights", "source")     # they differ with others, or ..
-#            .. say nothing where `data` agrees
+SAME = ("data", "split", "role", "languages", "limit", "robot", "radius_m", "max_actions")
+# These follow from other keys, or mean nothing where `data` agrees.
+DERIVED = ("second_radius_m", "episodes", "weights", "source")
 
 
 def parse_args(argv=None):
@@ -52,8 +52,8 @@ def parse_args(argv=None):
     p.add_argument("folders", nargs="+", metavar="FOLDER", help="results folders: what was before, "
                    "then one or more, such as seeds, of what is after; with --summary, the rows")
     p.add_argument("--summary", action="store_true", help="print one table instead of comparing")
-    p.add_argument("--bounds", action="store_true", help="with --summary of houses: also what a "
-                   "policy without eyes, and one without words, could reach (tools/bounds.py)")
+    p.add_argument("--bounds", action="store_true", help="with --summary of houses: also the "
+                   "SR that half of the input could reach (tools/bounds.py)")
     p.add_argument("--partial", action="store_true", help="take runs that have not ended, or have "
                    "unresolved errors, and label them")
     p.add_argument("--out", metavar="FILE.json", help="also write the numbers")
@@ -67,19 +67,19 @@ class Results(NamedTuple):
     folder: str
     run: dict       # run.json
     rows: dict      # {str(episode_id): row}
-    partial: str    # what is missing, "" if nothing is
+    missing: str    # what is missing, "" if nothing is
 
 
-def read_results(folder, partial=False):
-    """A results folder -> Results. UserError if it is none, or incomplete and not `partial`."""
+def read_results(folder: str) -> Results:
+    """A results folder -> Results. UserError if it is none."""
     try:
         settings, rows = read_json(os.path.join(folder, "run.json")), known_rows(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} holds no results ({error}): evaluate it first") from None
     ended = os.path.exists(os.path.join(folder, "results.json"))
-    lacks = [key for key in ("split", "data", "radius_m", "max_steps") if key not in settings]
+    lacks = [key for key in ("split", "data", "radius_m", "max_actions") if key not in settings]
     if lacks:
-        raise UserError(f"{folder}/run.json does not say its {', '.join(lacks)}: evaluate it anew")
+        raise UserError(f"{folder}/run.json has no {', '.join(lacks)}: evaluate it again")
     asked = settings.get("episodes")
     errors = sum(row["end"] == "error" for row in rows.values())
     missing = []
@@ -88,45 +88,45 @@ def read_results(folder, partial=False):
         missing.append(f"it has not ended: {len(rows)}{of} episodes have walked")
     if errors:
         missing.append(f"{errors} episodes have no result, because a simulator failed")
-    missing = ", and ".join(missing)
-    if missing and not partial:
-        raise UserError(f"{folder}: {missing}; run its evaluate.py command again, or give "
-                        "--partial to use what is there")
-    return Results(folder, settings, rows, missing)
+    return Results(folder, settings, rows, ", and ".join(missing))
 
 
-def read_all(folders, partial):
-    """Results folders -> [Results]; those that are partial are named on the screen."""
+def read_all(folders: list[str], partial: bool) -> list[Results]:
+    """Results folders -> [Results]. UserError if one is incomplete, unless `partial` is allowed;
+    then it is named on the screen."""
     seen = {}
     for folder in folders:
         place = os.path.realpath(folder)
         if place in seen:
             raise UserError(f"{folder} is given twice (as {seen[place]}): name each folder once")
         seen[place] = folder
-    every = [read_results(folder, partial) for folder in folders]
-    for results in every:
-        if results.partial:
-            print(f"PARTIAL {results.folder}: {results.partial}")
+    every = [read_results(folder) for folder in folders]
+    for folder, *_, missing in every:
+        if missing and not partial:
+            raise UserError(f"{folder}: {missing}; run its evaluate.py command again, or give "
+                            "--partial to use what is there")
+        if missing:
+            print(f"PARTIAL {folder}: {missing}")
     return every
 
 
-def check_same(a, b, keys=SAME):
+def check_same(a: Results, b: Results, keys=SAME):
     """UserError unless two Results measured the same thing."""
     scenes = sorted(key for key in {*a.run, *b.run} if key.startswith("scene"))
     differ = [key for key in (*keys, *scenes) if a.run.get(key) != b.run.get(key)]
     if differ:
-        told = ", ".join(pair_of(key, a.run.get(key), b.run.get(key)) for key in differ)
-        raise UserError(f"{a.folder} and {b.folder} did not measure the same thing ({told}): "
+        texts = ", ".join(pair_of(key, a.run.get(key), b.run.get(key)) for key in differ)
+        raise UserError(f"{a.folder} and {b.folder} did not measure the same thing ({texts}): "
                         "evaluate both on the same data with the same flags")
 
 
-def pair_of(key, before, after):
+def pair_of(key: str, before, after) -> str:
     """`key before -> after`, or the key alone where the values are long."""
     texts = ["none" if value is None else str(value) for value in (before, after)]
     return f"{key} {texts[0]} -> {texts[1]}" if max(map(len, texts)) <= 32 else key
 
 
-def flat(settings, prefix=""):
+def flat(settings: dict, prefix: str = "") -> dict:
     """{"nav": {"horizon": 6}} -> {"nav.horizon": 6}"""
     found = {}
     for key, value in settings.items():
@@ -135,7 +135,7 @@ def flat(settings, prefix=""):
     return found
 
 
-def differences(a, b):
+def differences(a: Results, b: Results) -> list[str]:
     """What differs between two comparable Results: a list of short texts."""
     texts = []
     before, after = ({key: value for key, value in flat(results.run).items()
@@ -155,7 +155,8 @@ def differences(a, b):
 # ---------------------------------------------------------------- comparing
 
 
-def paired_difference(before, after, metric="success", seed=0):
+def paired_difference(before: dict, after: dict, metric: str = "success",
+                      seed: int = 0) -> dict:
     """What one run gains over another on the episodes that both have scored, with the interval.
 
     before, after: rows by id. Pairing takes out what makes an episode easy or hard for both.
@@ -173,7 +174,7 @@ def paired_difference(before, after, metric="success", seed=0):
             "ci": found["difference"]["ci"]}
 
 
-def pooled_gain(before, afters, seed=0):
+def pooled_gain(before: dict, afters: list[dict], seed: int = 0) -> dict:
     """What several runs gain in success: the mean over runs of each episode's difference.
 
     >>> a = {str(i): {"episode_id": i, "scene_id": i, "success": 0.0} for i in range(6)}
@@ -191,7 +192,7 @@ def pooled_gain(before, afters, seed=0):
             "ci": found["ci"]}
 
 
-def run_gain(before, after, metrics):
+def run_gain(before: Results, after: Results, metrics: dict) -> dict:
     """One run's part of the file; seed and CPU minutes as its trainer wrote them."""
     ckpt, seed, minutes = after.run.get("ckpt") or "", None, None
     if os.path.exists(os.path.join(ckpt, "args.json")):
@@ -204,7 +205,7 @@ def run_gain(before, after, metrics):
             "differs": differences(before, after), "metrics": metrics}
 
 
-def compare(folders, out=None, partial=False):
+def compare(folders: list[str], out: str | None = None, partial: bool = False):
     """Print what each further folder gains over the first, and all of them together.
     out: a file for {"before", "runs", "pooled"}."""
     if len(folders) < 2:
@@ -227,11 +228,11 @@ def compare(folders, out=None, partial=False):
         write_out(out, {"before": before.folder, "runs": gains, "pooled": pooled})
 
 
-def bracket(ci):
+def bracket(ci: list[float] | None) -> str:
     return "[{:+.3f}, {:+.3f}]".format(*ci) if ci else "(the same in every scene: no interval)"
 
 
-def print_gain(before, after, gain, named):
+def print_gain(before: Results, after: Results, gain: dict, named: bool):
     """One comparison on the screen: a line of what differs, then a line per metric."""
     if named:
         print(f"{after.folder} against {before.folder}")
@@ -243,9 +244,9 @@ def print_gain(before, after, gain, named):
             continue                                       # no ground truth, no nDTW
         print(f"{TITLES[metric]:7}{found['a']:8.3f} -> {found['b']:7.3f}   difference "
               f"{found['difference']:+.3f} {bracket(found['ci'])}   {found['episodes']} pairs")
-    apart = len({*before.rows, *after.rows}) - gain["episodes"]
-    if apart:
-        print(f"{apart} episodes are scored in one of them only, or in none, and left out")
+    unpaired = len({*before.rows, *after.rows}) - gain["episodes"]
+    if unpaired:
+        print(f"{unpaired} episodes are scored in one of them only, or in none, and left out")
 
 
 # ---------------------------------------------------------------- one table
@@ -254,13 +255,14 @@ COLUMNS = {"sr": "success", "spl": "spl", "os": "oracle_success", "ne_m": "dista
            "tl_m": "path_length", "ndtw": "ndtw", "sdtw": "sdtw", "steps": "steps"}
 
 
-def summary(folders, out=None, partial=False, bounds=False):
+def print_summary(folders: list[str], out: str | None = None, partial: bool = False,
+                  bounds: bool = False):
     """Print results folders as the rows of one table; out: a file for {"minutes", "rows"}, and
     {"bounds"}."""
     every = read_all(folders, partial)
     first = {}                                             # of each split
     for results in every:
-        check_same(every[0], results, ("max_steps", "radius_m"))
+        check_same(every[0], results, ("max_actions", "radius_m"))
         check_same(first.setdefault(results.run["split"], results), results)
     rows, intervals = [], {}
     for results in every:
@@ -268,14 +270,14 @@ def summary(folders, out=None, partial=False, bounds=False):
                           results.run["second_radius_m"], results.run.get("seed", 0))
         if not found["scored"]:
             raise UserError(f"{results.folder} has no scored episode: leave it out of the table")
-        intervals[explain(found["interval"])] = None
+        intervals[describe_intervals(found["interval"])] = None
         rows.append(table_row(results, found))
     print_rows(rows)
     print("95% intervals: " + ", or ".join(intervals))
     table = {"rows": rows}
     if bounds:
         from tools.bounds import bounds_of, print_bounds
-        keys = ("source", "split", "limit", "robot", "radius_m", "max_steps")
+        keys = ("source", "split", "limit", "robot", "radius_m", "max_actions")
         table["bounds"] = [bounds_of(*(one.run[key] for key in keys)) for one in first.values()]
         print_bounds(table["bounds"])
     if out:
@@ -283,24 +285,24 @@ def summary(folders, out=None, partial=False, bounds=False):
         write_out(out, table)
 
 
-def table_row(results, found):
+def table_row(results: Results, found: dict) -> dict:
     """Results and their summarise() -> the row of the written table."""
     split, metrics = results.run["split"], found["metrics"]
     return {"agent": os.path.basename(results.folder.rstrip("/")).removesuffix(f"_{split}"),
-            "split": split, "episodes": found["scored"], "partial": bool(results.partial),
-            "radius_m": found["radius_m"], "max_steps": results.run["max_steps"],
+            "split": split, "episodes": found["scored"], "partial": bool(results.missing),
+            "radius_m": found["radius_m"], "max_actions": results.run["max_actions"],
             "sr_ci": metrics["success"]["ci"],
             **{key: metrics[name]["mean"] for key, name in COLUMNS.items()},
             "unscored": found["episodes"] - found["scored"], "errors": found["errors"],
             "interval": found["interval"]}
 
 
-def print_rows(rows):
+def print_rows(rows: list[dict]):
     """The table on the screen. `-` where a metric has no value."""
     width = max(6, *(len(r["agent"]) for r in rows)) + 2
     print(f"{'agent':{width}}{'split':12}{'walks':>6}  {'SR':>5} {'[95%]':14}{'SPL':>5} {'OS':>5} "
           f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'unscored':>9}   "
-          f"SR, SPL, OS at {rows[0]['radius_m']:g} m; at most {rows[0]['max_steps']} steps")
+          f"SR, SPL, OS at {rows[0]['radius_m']:g} m; at most {rows[0]['max_actions']} actions")
     for r in rows:
         ci = "[{:.2f}, {:.2f}]".format(*r["sr_ci"])
         values = " ".join(f"{'-':>5}" if r[key] is None else f"{r[key]:5.2f}"
@@ -309,7 +311,7 @@ def print_rows(rows):
               f"{values} {r['steps']:5.1f} {r['unscored']:9}" + "   partial" * r["partial"])
 
 
-def stage_minutes(folder):
+def stage_minutes(folder: str) -> dict[str, float]:
     """minutes.jsonl of a script such as demo.sh -> {stage: minutes}; also printed."""
     path = os.path.join(folder, "minutes.jsonl")
     if not os.path.exists(path):
@@ -320,18 +322,18 @@ def stage_minutes(folder):
     return minutes
 
 
-def write_out(path, content):
+def write_out(path: str, content, write=write_json):
     """--out, whole or not at all, in a folder that is made."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        write_json(path, content)
+        write(path, content)
     except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
         raise UserError(f"cannot write {path} ({error.strerror}): give another --out") from None
 
 
 def main(args):
     if args.summary:
-        return summary(args.folders, args.out, args.partial, args.bounds)
+        return print_summary(args.folders, args.out, args.partial, args.bounds)
     if args.bounds:
         raise UserError("--bounds belongs to --summary")
     return compare(args.folders, args.out, args.partial)
