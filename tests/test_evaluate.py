@@ -606,7 +606,7 @@ def test_a_simulator_killed_amid_a_walk_changes_nothing(two_houses):
 
     def rows(kills):
         with SimPool("house", ROBOTS["houses"], f"{two_houses}/scenes", sims=2) as pool:
-            replies, wait_any = [], pool.wait_any
+            replies, wait_any, counters = [], pool.wait_any, Counter()
 
             def killing(*within):
                 replies.append(1)
@@ -617,12 +617,13 @@ def test_a_simulator_killed_amid_a_walk_changes_nothing(two_houses):
             pool.wait_any = killing
             walks = [EpisodeState(e, e["instruction"]["instruction_text"]) for e in episodes]
             ended = run_episodes(pool, walks, lambda walks: [None] * len(walks), sims=2,
-                                 render=False)
+                                 render=False, counters=counters)
             found = {w.name: evaluate.episode_record(w, [[0, 0, 0]], 1.0, 3.0) for w in ended}
-            return found, len(replies)
+            return found, counters["deaths"]
 
-    (rows_killed, replies_killed), (rows_well, replies_well) = rows({20, 90}), rows(set())
-    assert rows_killed == rows_well and replies_killed > replies_well + 2
+    (rows_killed, deaths), (rows_well, no_deaths) = rows({20, 90}), rows(set())
+    assert rows_killed == rows_well
+    assert (deaths, no_deaths) == (2, 0)
 
 
 # ---------------------------------------------------------------- bad input, a sentence each
