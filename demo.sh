@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The whole story on a bare machine, without a GPU: houses are built, an expert's walks recorded, a
-# tiny Qwen2-VL learns from them (SFT), walks, is improved by GRPO with the time-decayed reward, and
-# walks again. Under half an hour on two cores.   bash demo.sh
+# The whole pipeline on a machine without a GPU: build houses, record an expert's walks, train a
+# tiny Qwen2-VL on them (SFT), improve it with GRPO and the time-decayed reward, and evaluate both. It
+# takes less than half an hour on two cores.   bash demo.sh
 #
-# The scripts are the real ones and know nothing of a demo: what makes it small is the flags below.
-# Run it again after an interruption and it goes on where it was; `rm -r data ckpt results` restarts.
+# These are the same scripts as for a full run; only the flags below make it small. After an
+# interruption the same command continues; `rm -r data ckpt results` starts again.
 set -euo pipefail
 cd "$(dirname "$0")"
 started=$(date +%s)
@@ -19,7 +19,7 @@ LEARN="$CPU --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every 100
 mkdir -p results
 
 minutes() { echo "{\"stage\": \"$1\", \"minutes\": $(awk "BEGIN {print ($(date +%s) - $2) / 60}")}"; }
-stage() {      # name, command...: say it, run it, remember how long it took; skip what is done
+stage() {      # name, command...: run it and record its minutes, unless it is done already
   local name=$1 from; shift
   if grep -qs "\"$name\"" results/minutes.jsonl; then return; fi
   echo; echo "== $name: $*"
@@ -27,8 +27,10 @@ stage() {      # name, command...: say it, run it, remember how long it took; sk
   "$@"
   minutes "$name" "$from" >> results/minutes.jsonl
 }
-walk() {       # name, flags...: evaluate.py on $SPLITS. No expert takes more than 60 actions, so 150
-  local name=$1 split; shift       # cuts off only those who wander, and every row has the same cap.
+# name, flags...: evaluate.py on $SPLITS. No expert takes more than 60 actions, so a limit of 150
+# ends only walks that wander, and every row of the table has the same limit.
+walk() {
+  local name=$1 split; shift
   for split in $SPLITS; do
     python evaluate.py --split "$split" --device cpu --sims 8 --max-actions 150 \
       --out "results/${name}_$split" "$@"
@@ -37,23 +39,23 @@ walk() {       # name, flags...: evaluate.py on $SPLITS. No expert takes more th
 SPLITS="val_seen val_unseen"
 [ -e results/minutes.jsonl ] || minutes setup "$started" > results/minutes.jsonl
 
-# 1. A world: 500 houses to learn in, 50 others, and walks in them with what somebody would say.
+# 1. Data: 500 houses to train in, 50 others, and walks in them with instructions.
 stage houses python -m world.houses --train-houses 500 --val-episodes 200
 stage record python make_data.py --split train --noise 0.1
 stage record_val python make_data.py --split val_seen
 
-# 2. Imitation, in two courses through the same script: first to look (no memory: short prompts, so
-#    several times as many decisions a minute), then with the frames that Long-Short Memory keeps.
+# 2. SFT, in two stages: first without memory (short prompts, so several times as many decisions
+#    per minute), then with the frames that Long-Short Memory keeps.
 stage look $TRAIN sft.py --model tiny --out ckpt/look --memory-budget 0 --lr 2e-3 --max-steps 4500 $LEARN
 stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --memory-recent 4 \
   --lr 1e-3 --max-steps 2000 $LEARN
 
-# 3. Reinforcement: the policy's own plans, compared in groups of eight. The same 1,600 prompts four
-#    times over, so that the sampled reward of one pass can be held against that of the next.
+# 3. GRPO: the policy's own plans, compared in groups of eight. Four epochs of the same 1,600
+#    prompts, so that the sampled reward can be compared from epoch to epoch.
 stage grpo $TRAIN grpo.py --init ckpt/sft --out ckpt/grpo --lr 3e-5 --gamma 0.5 \
-  --no-divide-by-spread --prompts 1600 --epochs 4 --batch-size 64 --val-every 25 --save-every 25 $CPU
+  --scale-rewards none --prompts 1600 --epochs 4 --batch-size 64 --val-every 25 --save-every 25 $CPU
 
-# 4. Everybody walks: 200 episodes in houses that were trained in, 200 in houses that were not.
+# 4. Evaluate every agent: 200 episodes in training houses, 200 in houses never seen.
 #    Two control runs: with black pictures, and with the instruction of another walk.
 for agent in stop random forward oracle; do
   stage "walk_$agent" walk "$agent" --agent "$agent"
@@ -64,8 +66,8 @@ SPLITS="val_unseen"
 stage walk_blank_frames walk blank_frames --ckpt ckpt/sft --blank-frames
 stage walk_shuffled_instruction walk shuffled_instruction --ckpt ckpt/sft --shuffled-instruction
 
-# 5. What happened, in one table, with what half of the input could reach, and the same numbers for
-#    machines in results/demo.json.
+# 5. One table, with upper bounds for policies that use half of the input; as JSON in
+#    results/demo.json.
 echo
 rows=()
 for agent in stop random forward sft grpo oracle; do
@@ -77,7 +79,7 @@ echo
 echo "GRPO against SFT, walk by walk, in houses never trained in:"
 python -m tools.report results/sft_val_unseen results/grpo_val_unseen
 echo
-echo "pictures     results/grpo_val_unseen/pictures    (what it saw, where it went)"
+echo "pictures     results/grpo_val_unseen/pictures    (its frames and its paths)"
 echo "curves       ckpt/grpo/curves.png; tensorboard --logdir ckpt"
 echo "rollouts     ckpt/grpo/samples.txt               (a prompt, its eight plans, their rewards)"
 echo "checkpoints  ckpt/look ckpt/sft ckpt/grpo"

@@ -1,21 +1,22 @@
 """
-What sft.py, grpo.py and grpo_online.py do around their idea, and do alike: start the processes,
-wrap the policy in DeepSpeed, say what happened, and survive a kill -9.
+What sft.py, grpo.py and grpo_online.py share around their training step: start the processes, wrap
+the policy in DeepSpeed, write the log, and resume after a kill -9.
 
-One path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in a
-DeepSpeed engine (ZeRO 0-3, set by ds_config.json or --zero-stage) over gloo on CPUs or NCCL on
-GPUs; a single process is a world of one.
+There is one path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in
+a DeepSpeed engine (ZeRO 0-3, set by ds_config.json or --zero-stage) over gloo on CPUs or NCCL on
+GPUs; a single process is a world of size one.
 
-A run directory (--out):
-    args.json                 the flags, as they were;  .lock  held by the run that writes here
-    log.jsonl                 one line a step; tb/ holds the same for TensorBoard
+A run directory (--out) holds
+    args.json                 the flags;  .lock  held by the process that writes here
+    log.jsonl                 one line per step; tb/ holds the same for TensorBoard
     state/step_000200/        weights, optimizer, step: everything that resuming needs
+    curves.png                the main columns of the log (GRPO)
     config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (model.save_policy)
-A state is complete when state/latest names it: that file is replaced in one move, after every rank
-has written its part. On resume the log is cut back to the state's step, so the run goes on as if
-nothing had happened: the data order and the sampling noise are functions of (seed, step), not of a
-generator that would have to be kept. On a CPU, with the same library versions and number of
-processes and threads, the weights are equal to the bit; a GPU does not sum in a fixed order.
+A state is complete when state/latest names it. That file is replaced in one move, after every rank
+has written its part. On resume the log is cut back to the step of the state, so the run continues
+as if it had never stopped: data order and sampling noise are functions of (seed, step), not of a
+generator whose state would have to be saved. On a CPU, with the same library versions and numbers
+of processes and threads, the weights are equal to the bit; a GPU does not sum in a fixed order.
 """
 from __future__ import annotations
 
@@ -28,22 +29,26 @@ import resource
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from cli import UserError, count, lock_folder, write_json, write_text
-from model import fit_pixels, is_dialog, is_sound
+from make_data import VlnEgo
+from model import fit_pixels, is_dialog, is_sound, save_policy
 
-# ---------------------------------------------------------------- pure
+# ---------------------------------------------------------------- pure functions
 
 
-def learning_rate(step, total, peak, warmup, schedule):
+def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
     """Linear warm-up over the share `warmup` of all steps, then cosine to 0 (or constant).
 
-    step counts from 0; a step's rate is that of its middle, so neither end wastes a step at 0.
+    step counts from 0. The rate of a step is taken at its middle: no step has a rate of 0.
     >>> [round(learning_rate(s, 10, 1.0, 0.2, "cosine"), 3) for s in (0, 1, 2, 9)]
     [0.25, 0.75, 0.99, 0.01]
     """
@@ -55,13 +60,13 @@ def learning_rate(step, total, peak, warmup, schedule):
     return peak * 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
 
 
-# TFLOP/s of a card in bf16, dense, as its datasheet says; what is reached in practice is less (an
-# H200 was measured at 790 on a large matrix product).
+# TFLOP/s of a card in bf16, dense, from its datasheet. In practice less is reached: an
+# H200 was measured at 790 on a large matrix product.
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
 
 
-def peak_tflops(card):
-    """By the name that CUDA gives a card; None if it is not in the table.
+def peak_tflops(card: str) -> float | None:
+    """The datasheet's TFLOP/s of a card, by CUDA's name for it; None if it is not in the table.
 
     >>> peak_tflops("NVIDIA H200"), peak_tflops("cpu")
     (989, None)
@@ -90,8 +95,8 @@ def add_machine_args(parser):
         help="default: bfloat16 with fp32 master weights on GPUs, float32 on CPUs")
     add("--deepspeed-config", default=os.path.join(os.path.dirname(__file__), "ds_config.json"))
     add("--zero-stage", type=int, choices=range(4), help="overrides the config file's stage")
-    add("--micro-tokens", type=int, default=0, help="tokens per forward of a process, about; an "
-        "update takes as many forwards as its batch needs. 0: one")
+    add("--micro-tokens", type=int, default=0, help="about how many tokens a process runs per "
+        "micro-batch; an update takes as many as its batch needs. 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
     add("--threads", type=count, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
@@ -101,8 +106,14 @@ def add_machine_args(parser):
 # ---------------------------------------------------------------- processes
 
 
-def start(args):
-    """Join (or make) the process group -> rank, world, device. Call once, before any model."""
+class Process(NamedTuple):
+    rank: int
+    world_size: int
+    device: str
+
+
+def init_distributed(args) -> Process:
+    """Join the process group, or make one of a single process. Call once, before any model."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU: install the torch build that suits "
                         "the driver, or give --device cpu")
@@ -112,8 +123,8 @@ def start(args):
     os.environ.setdefault("DS_ACCELERATOR", args.device)
     import deepspeed
 
-    # Without these lines DeepSpeed compiles an extension on the first start (half a minute and a
-    # compiler); plain gloo and torch's AdamW need none.
+    # Without these lines DeepSpeed compiles an extension at its first start, which takes half a
+    # minute and a compiler. gloo and torch's AdamW do not need it.
     from deepspeed.ops import __compatible_ops__
     __compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(args.threads)
@@ -125,111 +136,129 @@ def start(args):
         deepspeed.init_distributed("nccl" if args.device == "cuda" else "gloo", verbose=False)
         atexit.register(dist.destroy_process_group)    # or a late peer may abort the interpreter
     torch.manual_seed(args.seed)
-    return dist.get_rank(), dist.get_world_size(), device
+    return Process(dist.get_rank(), dist.get_world_size(), device)
 
 
-def on_first_rank(action):
-    """Run action() on rank 0. A UserError there ends every rank with the same words: one that went
-    on alone would wait for the others for ever."""
-    said = [None]
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Run action() on rank 0. A UserError there is raised on every rank with the same message:
+    otherwise the other ranks would wait forever."""
+    message = [None]
     if dist.get_rank() == 0:
         try:
             action()
         except UserError as error:
-            said = [str(error)]
-    dist.broadcast_object_list(said, src=0)
-    if said[0]:
-        raise UserError(said[0])
+            message = [str(error)]
+    dist.broadcast_object_list(message, src=0)
+    if message[0]:
+        raise UserError(message[0])
 
 
-def leave_together():
-    """The last act of a run: nobody goes while another rank still writes."""
+def final_barrier() -> None:
+    """Barrier before exit, so that rank 0 can finish writing."""
     dist.barrier()
 
 
-def total(values, device):
-    """Sum each of a list of numbers over all ranks (float64, so that counts stay exact)."""
+def all_reduce_sum(values: Sequence[float], device: str) -> list[float]:
+    """Sum each number of a list over all ranks (float64, so that counts stay exact)."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
 
 
-def ahead(load, steps):
-    """For each step of a range -> (step, load(step), seconds that it was waited for).
+def prefetch(load: Callable, steps: range) -> Iterator[tuple]:
+    """For each step yield (step, load(step), seconds spent waiting for it).
 
-    load runs in a thread, while the step before is trained on.
+    load(step + 1) runs in a thread while step is trained on.
     """
     with ThreadPoolExecutor(1) as loader:
-        coming = loader.submit(load, steps.start) if steps else None
+        pending = loader.submit(load, steps.start) if steps else None
         for step in steps:
-            start = time.monotonic()
-            batch = coming.result()
-            wait = time.monotonic() - start
+            started = time.monotonic()
+            batch = pending.result()
+            wait_s = time.monotonic() - started
             if step + 1 in steps:
-                coming = loader.submit(load, step + 1)
-            yield step, batch, wait
+                pending = loader.submit(load, step + 1)
+            yield step, batch, wait_s
 
 
-def work(device, *models):
-    """What our policies have computed since this was last asked, over all ranks -> (FLOPs, tokens
-    learned from, ranks that drew from a distribution that was not finite). A model may be wrapped,
-    or None."""
+class Counters(NamedTuple):
+    """Work of one step, summed over all ranks."""
+    flops: float
+    tokens: float
+    nan_ranks: float        # ranks that sampled from a distribution that was not finite
+
+
+def pop_flop_counters(device: str, *models) -> Counters:
+    """Read the counters of our policies and set them to zero. A model may be wrapped, or None."""
     policies = [getattr(m, "module", m) for m in models if m is not None]
-    done = total([sum(p.flops for p in policies), sum(p.tokens for p in policies),
-                  any(p.nan_logits for p in policies)], device)
+    counters = Counters(*all_reduce_sum(
+        [sum(p.flops for p in policies), sum(p.tokens for p in policies),
+         any(p.nan_logits for p in policies)], device))
     for policy in policies:
         policy.flops, policy.tokens, policy.nan_logits = 0, 0, False
-    return done
+    return counters
 
 
-def memory_gb():
-    """The most that this process has held: on its GPU, or on a CPU all of it (1e9 bytes)."""
+def memory_gb() -> float:
+    """Peak memory of this process in units of 1e9 bytes: on its GPU, or in all on a CPU."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def tell_memory(engine, reference, activations, rank):
-    """Print what a process will hold at least, in GB (1e9 bytes), and whether there is room for it.
+def count_weights(engine) -> int:
+    return sum(numel(p) for p in engine.module.parameters())
 
-    activations: bytes (model.activation_bytes). Weights, gradients and AdamW's two moments, in bf16
-    an fp32 master copy besides, are divided among processes as the ZeRO stage says.
+
+def numel(p: torch.Tensor) -> int:
+    return getattr(p, "ds_numel", p.numel())              # the whole tensor, if ZeRO-3 shards it
+
+
+def print_memory_estimate(engine, reference, activations: float) -> None:
+    """Print the least memory that a process will hold, in GB (1e9 bytes), and warn if it is more
+    than there is.
+
+    activations: bytes (Policy.activations). Weights, gradients and AdamW's two moments (with bf16
+    also an fp32 master copy) are divided among the processes according to the ZeRO stage.
     """
-    if rank:
+    if dist.get_rank():
         return
-    stage, world = engine.zero_optimization_stage(), dist.get_world_size()
+    stage, world_size = engine.zero_optimization_stage(), dist.get_world_size()
     half = engine.bfloat16_enabled()
-    def size(p):
-        return getattr(p, "ds_numel", p.numel())              # ZeRO-3 has sharded it
-    weights = list(engine.module.parameters())
-    trained = sum(size(p) for p in weights if p.requires_grad)
-    divided = [world if stage >= least else 1 for least in (3, 2, 1)]
-    parts = {"weights": sum(map(size, weights)) * (2 if half else 4) / divided[0],
+    trained = sum(numel(p) for p in engine.module.parameters() if p.requires_grad)
+    divided = [world_size if stage >= least else 1 for least in (3, 2, 1)]
+    parts = {"weights": count_weights(engine) * (2 if half else 4) / divided[0],
              "gradients": trained * (2 if half else 4) / divided[1],
              "optimizer": trained * (12 if half else 8) / divided[2]}
     if reference is not None:
         parts["reference"] = parts["weights"]
     parts = {name: b / 1e9 for name, b in (parts | {"activations": activations}).items()}
     cuda = torch.cuda.is_initialized()
-    room = (torch.cuda.get_device_properties(0).total_memory if cuda else
-            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world) / 1e9
-    need = sum(parts.values())
+    available = (torch.cuda.get_device_properties(0).total_memory if cuda else
+                 os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size) / 1e9
+    needed = sum(parts.values())
     print("memory: about " + " + ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
-          + f" = {need:.2f} GB of {room:.0f} GB a process has")
-    if need > room:
+          + f" = {needed:.2f} GB of {available:.0f} GB a process has")
+    if needed > available:
         print("WARNING: that does not fit. Lower --micro-tokens; then --gradient-checkpointing; "
               "then --zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
 
 
-def share_out(sizes, budget, least=1):
-    """Items of these sizes (tokens) -> index lists of about equal sums: as few as keep every sum
-    within the budget, but `least`. An item above the budget stands alone; a list may be empty.
+# ---------------------------------------------------------------- micro-batches
 
-    The largest item first, each to the list that has least so far.
-    >>> share_out([5, 9, 4, 3], 10), share_out([5, 9, 4, 3], 21), share_out([30, 1], 10)
-    ([[1], [0], [2, 3]], [[0, 1, 2, 3]], [[0], [1]])
-    >>> share_out([30, 4, 4, 4], 10), share_out([5, 9], 10, least=3)
-    ([[0], [1, 3], [2]], [[1], [0], []])
+
+def balance_by_tokens(sizes: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
+    """Partition items of these sizes (tokens) into index lists with about equal sums: as few lists
+    as keep every sum within the budget, but at least `least`. An item above the budget stands
+    alone; a list may be empty.
+
+    Greedy: the largest item first, each to the list with the smallest sum so far.
+    >>> balance_by_tokens([5, 9, 4, 3], 10), balance_by_tokens([5, 9, 4, 3], 21)
+    ([[1], [0], [2, 3]], [[0, 1, 2, 3]])
+    >>> balance_by_tokens([30, 1], 10), balance_by_tokens([30, 4, 4, 4], 10)
+    ([[0], [1]], [[0], [1, 3], [2]])
+    >>> balance_by_tokens([5, 9], 10, least=3)
+    [[1], [0], []]
     """
     for n in range(least, max(least, len(sizes)) + 1):
         parts, sums = [[] for _ in range(n)], [0] * n
@@ -242,36 +271,42 @@ def share_out(sizes, budget, least=1):
     return [sorted(part) for part in parts]
 
 
-def forwards(items, size_of, budget, device):
-    """The items of each forward of an update, [[item, ..], ..]; budget 0: of the only one.
+def micro_batches(items: Sequence, size_of: Callable, budget: int, device: str) -> list[list]:
+    """Split the items of an update into micro-batches of about `budget` tokens; budget 0: one.
 
-    As many on every rank: under ZeRO a forward is a collective, and the others would wait. A rank
-    with fewer items than another has forwards gets empty lists.
+    Every rank gets the same number: under ZeRO a forward pass is a collective operation, and a rank
+    with fewer would block the others. A rank with too few items gets empty lists.
     """
     if budget == 0:
         return [list(items)]
     sizes = [size_of(item) for item in items]
-    most = torch.tensor(len(share_out(sizes, budget)), device=device)
+    most = torch.tensor(len(balance_by_tokens(sizes, budget)), device=device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    return [[items[i] for i in part] for part in share_out(sizes, budget, least=int(most))]
+    return [[items[i] for i in part] for part in balance_by_tokens(sizes, budget, least=int(most))]
 
 
-def together(batches):
-    """[(decisions, frames), ..] -> (all decisions, all frames, every one once)."""
+def merge_batches(batches: Sequence[tuple[list, dict]]) -> tuple[list, dict]:
+    """[(decisions, frames), ..] -> (all decisions, all frames without duplicates)."""
     return ([d for decisions, _ in batches for d in decisions],
             {key: frame for _, frames in batches for key, frame in frames.items()})
 
 
-def accumulate(engine, parts):
-    """Yield the parts of an update in turn; DeepSpeed steps after the last. Their losses must be
-    shares of one sum: nothing divides them by the number of parts."""
+def accumulate(engine, parts: Sequence) -> Iterator:
+    """Yield the micro-batches of an update in turn; DeepSpeed steps after the last. Their losses
+    must be shares of one sum: nothing divides them by the number of micro-batches."""
     for i, part in enumerate(parts):
         engine.set_gradient_accumulation_boundary(i == len(parts) - 1)
         yield part
 
 
-def default_dtype(args):
-    return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+# ---------------------------------------------------------------- data
+
+
+def held_out_data(val_data: str | None, data: str) -> VlnEgo | None:
+    """The folder of --val-data; by default val_seen beside --data, if it exists."""
+    path = val_data or os.path.join(os.path.dirname(data.rstrip("/")), "val_seen")
+    found = val_data or os.path.exists(os.path.join(path, "meta.json"))
+    return VlnEgo(path) if found else None
 
 
 def check_lengths(policy, lengths, source):
@@ -311,8 +346,15 @@ def walk_lengths(policy, data, vary_turns=False):
             for i, size in zip(chosen, sizes)]
 
 
+# ---------------------------------------------------------------- DeepSpeed
+
+
+def default_dtype(args) -> str:
+    return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+
+
 def make_engine(policy, args):
-    """DeepSpeed around the trainable weights; accumulate() says when it steps."""
+    """Wrap the policy in DeepSpeed; accumulate() decides after which micro-batch it steps."""
     import deepspeed
     try:
         with open(args.deepspeed_config) as f:
@@ -325,8 +367,8 @@ def make_engine(policy, args):
     if args.zero_stage is not None:
         zero["stage"] = args.zero_stage
     if default_dtype(args) == "bfloat16":
-        # DeepSpeed's bf16 without ZeRO takes an optimizer step on zeros at its start (Adam's bias
-        # correction is off by one ever after); stage 1 does not.
+        # Without ZeRO, DeepSpeed's bf16 optimizer starts with a step on zeros, after which Adam's
+        # bias correction is off by one. Stage 1 does not.
         zero["stage"] = max(1, zero["stage"])
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
                   gradient_clipping=args.max_grad_norm,
@@ -339,35 +381,41 @@ def make_engine(policy, args):
     return engine
 
 
-def backward_step(engine, loss):
-    """The backward pass of a micro-batch's loss; after the last one (accumulate) the update."""
-    engine.backward(loss)
+def backward_step(engine, loss: torch.Tensor) -> None:
+    """Backward pass of one micro-batch; after the last one (accumulate) also the optimizer step.
+
+    loss: this rank's share of a sum over all ranks. DeepSpeed averages gradients over the ranks.
+    """
+    engine.backward(loss * dist.get_world_size())
     if engine.is_gradient_accumulation_boundary() and engine.zero_optimization_stage() == 0:
-        # Without ZeRO, DeepSpeed clips the gradients and does not keep their norm.
+        # Without ZeRO, DeepSpeed clips the gradients but does not keep their norm.
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         engine._global_grad_norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
 
 
-def update_metrics(engine):
-    """The last update's gradient norm, before clipping, and the updates left out so far: DeepSpeed
-    skips one whose gradients are not finite."""
+def update_metrics(engine) -> dict:
+    """Gradient norm of the last update, before clipping, and the number of updates that DeepSpeed
+    has skipped so far because their gradients were not finite."""
     norm = engine.get_global_grad_norm()                   # None: the config file switches it off
     return ({} if norm is None else {"grad_norm": float(norm)}) | {
         "skipped_steps": engine.skipped_steps}
 
 
-def set_learning_rate(engine, lr):
+def set_learning_rate(engine, step: int, steps: int, args) -> float:
+    """Set and return the learning rate of a step."""
+    lr = learning_rate(step, steps, args.lr, args.warmup, args.schedule)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+    return lr
 
 
 @contextlib.contextmanager
 def gathered(engine):
-    """All weights whole on every rank, for sampling; below ZeRO-3 they are already.
+    """Inside this context every rank holds all weights, for sampling. Below ZeRO-3 it always does.
 
-    Hooks are taken off meanwhile: with them every forward is a collective, and ranks whose plans
-    differ in length would wait for each other for ever (deepspeed#860).
+    DeepSpeed's hooks are removed meanwhile: with them every forward pass is a collective operation,
+    and ranks with plans of different lengths would block each other (deepspeed#860).
     """
     if engine.zero_optimization_stage() < 3:
         yield
@@ -382,8 +430,8 @@ def gathered(engine):
         hooks._register_deepspeed_module(hooks.module)
 
 
-def consolidated(engine):
-    """The whole state dict on rank 0 (None on the others), whatever the ZeRO stage."""
+def consolidated(engine) -> dict | None:
+    """The whole state dict on rank 0 (None on the others), at any ZeRO stage."""
     if engine.zero_optimization_stage() == 3:
         return engine._zero3_consolidated_16bit_state_dict()
     return engine.module.state_dict() if dist.get_rank() == 0 else None
@@ -392,40 +440,44 @@ def consolidated(engine):
 # ---------------------------------------------------------------- disk
 
 
-# Flags that may change when a run is resumed: they touch no weight.
-FREE = {"stop_after", "save_every", "val_every", "val_decisions", "samples_every", "threads",
-        "local_rank", "out", "device", "val_data", "deepspeed_config", "micro_tokens",
-        "sims", "sim_python", "sim_command", "sim_timeout", "sim_gpus", "retries",
-        "rollouts_every", "val_episodes",
-        "gradient_checkpointing", "zero_stage", "dtype"}          # the last two: see made_by
+# Flags that may change when a run is resumed, because they do not affect the weights. A trainer
+# adds its own. zero_stage and dtype are checked by load_state (parallel_layout).
+RESUMABLE_FLAGS = {
+    "stop_after", "save_every", "val_every", "val_data", "val_decisions", "out", "device",
+    "threads", "local_rank", "deepspeed_config", "micro_tokens", "gradient_checkpointing",
+    "zero_stage", "dtype"}
 
 
-def open_run(args):
-    """Take --out for this run and write args.json. UserError on every rank if another process
-    writes there, if it cannot be written, or if it holds another run."""
+def open_run(args, resumable: Sequence[str] = ()) -> None:
+    """Lock --out for this run and write args.json. UserError on every rank if another process
+    writes there, if it is not writable, or if it holds a run with other flags.
+
+    resumable: the trainer's own flags that may change on resume.
+    """
     path = os.path.join(args.out, "args.json")
+    free = RESUMABLE_FLAGS | set(resumable)
 
-    def take():
+    def lock_and_check():
         lock_folder(args.out)
-        if os.path.exists(os.path.join(args.out, "state", "latest")) and os.path.exists(path):
+        if last_state(args.out) and os.path.exists(path):
             with open(path) as f:
                 before = json.load(f)
-            other = [k for k, v in vars(args).items() if k not in FREE and before.get(k, v) != v]
+            other = [k for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
             if other:
                 raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
                                 f"{before[other[0]]}, not {getattr(args, other[0])}; resume it "
                                 "with its own flags, or choose another folder, or remove this one")
         write_text(path, json.dumps(vars(args), indent=2, sort_keys=True))
-    on_first_rank(take)
+    on_first_rank(lock_and_check)
 
 
-def made_by(engine):
-    """What DeepSpeed's files depend on and do not say."""
+def parallel_layout(engine) -> dict:
+    """The settings that DeepSpeed's files depend on without recording them."""
     return {"processes": dist.get_world_size(), "--zero-stage": engine.zero_optimization_stage(),
             "--dtype": "bfloat16" if engine.bfloat16_enabled() else "float32"}
 
 
-def last_state(out):
+def last_state(out: str) -> str | None:
     """The folder of the last complete state; None if there is none."""
     try:
         with open(os.path.join(out, "state", "latest")) as f:
@@ -434,35 +486,35 @@ def last_state(out):
         return None
 
 
-def diverged(out, step, what, lr):
-    """The UserError of a run whose numbers are not finite."""
+def diverged(out: str, step: int, reason: str, lr: float) -> UserError:
+    """The error of a run whose numbers are not finite."""
     good = last_state(out)
     good = (f"The last good state is {good}; start again with a lower --lr and another --out, or "
             f"remove {out} (a run goes on with its own flags only)" if good else
             f"No state was saved in {out}; run the same command with a lower --lr")
-    return UserError(f"step {step}: {what} (learning rate {lr:g}). {good}")
+    return UserError(f"step {step}: {reason} (learning rate {lr:g}). {good}")
 
 
-def broken_weights(engine):
-    """How many of the trained tensors are not finite, counted alike on every rank."""
+def broken_weights(engine) -> int:
+    """The number of trained tensors that are not finite, the same on every rank."""
     bad = sum(not is_sound(getattr(p, "ds_tensor", p))              # ZeRO-3: this rank's part of it
               for p in engine.module.parameters() if p.requires_grad)
-    return int(total([bad], engine.device)[0])
+    return int(all_reduce_sum([bad], engine.device)[0])
 
 
-def save_state(engine, out, step):
-    """Write state/step_N, then drop the older one. Killed half-way, the older one still counts.
-    UserError, and nothing is written, if the weights are not finite."""
+def save_state(engine, out: str, step: int) -> None:
+    """Write state/step_N, then remove the older one. If killed half-way, the older one still
+    counts. UserError, and nothing is written, if the weights are not finite."""
     broken = broken_weights(engine)
     if broken:
         raise diverged(out, step, f"{broken} of the weights' tensors are not finite",
                        engine.optimizer.param_groups[0]["lr"])
     folder, tag = os.path.join(out, "state"), f"step_{step:06d}"
     engine.save_checkpoint(folder, tag=tag, client_state={"step": step}, save_latest=False)
-    # Here every rank's part is on the disk (save_checkpoint ends with a barrier). DeepSpeed itself
-    # would name the state when rank 0's part is, and leave an empty name if killed while naming it.
+    # save_checkpoint ends with a barrier, so every rank's part is on the disk now. DeepSpeed itself
+    # would write `latest` after rank 0's part only, and leave it empty if killed while writing.
     if dist.get_rank() == 0:
-        write_json(os.path.join(folder, tag, "made_by.json"), made_by(engine))
+        write_json(os.path.join(folder, tag, "made_by.json"), parallel_layout(engine))
         write_text(os.path.join(folder, "latest"), tag)
         for old in os.listdir(folder):
             if old.startswith("step_") and old != tag:
@@ -470,14 +522,14 @@ def save_state(engine, out, step):
     dist.barrier()
 
 
-def load_state(engine, out):
-    """Resume from the last complete state -> its step; 0 if there is none."""
+def load_state(engine, out: str) -> int:
+    """Load the last complete state and return its step; 0 if there is none."""
     state = last_state(out)
     if state is None:
         return 0
     folder, tag = os.path.split(state)
     with open(os.path.join(state, "made_by.json")) as f:
-        then, now = json.load(f), made_by(engine)
+        then, now = json.load(f), parallel_layout(engine)
     if then != now:
         raise UserError(f"{folder} was written with {then} and would be resumed with {now}; make "
                         "them agree, give another --out, or remove that folder to start again")
@@ -488,88 +540,155 @@ def load_state(engine, out):
     return client["step"]
 
 
-# Keys of the log that tell the time, and not what was learned: they differ from run to run.
-CLOCK = {"seconds", "wait", "tokens_per_second", "tflops", "peak_share", "memory_gb", "eta_minutes"}
+def is_due(step: int, every: int, end: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens at this one."""
+    return step % every == 0 or step == end
 
 
-# DeepSpeed skips a bf16 update whose gradients are not finite. One comes and goes; so many in a row
-# mean that the weights are lost.
+def print_start(engine, batches: str, first_step: int, notes: Sequence[str] = ()) -> None:
+    """Print the size of a run. batches: its data and batch size; notes: warnings about the data."""
+    if dist.get_rank() == 0:
+        for note in notes:
+            print(note)
+        resuming = f"; resuming at step {first_step}" if first_step else ""
+        print(f"{batches}, {count_weights(engine):,} weights on {dist.get_world_size()} x "
+              f"{engine.device}{resuming}")
+
+
+def finish_run(engine, log: Log, out: str, message: str, panels: Sequence[tuple] = ()) -> None:
+    """Close the log, save the policy, draw curves.png of these panels, and wait for rank 0."""
+    log.close()
+    weights = consolidated(engine)
+    if dist.get_rank() == 0:
+        save_policy(engine.module, out, weights)
+        if panels:
+            draw_curves(out, panels)
+        print(f"wrote {out} ({message})")
+    final_barrier()
+
+
+# ---------------------------------------------------------------- log
+
+
+# Keys of the log that measure time and hardware. They differ from run to run.
+TIMING_KEYS = {"seconds", "wait_s", "tokens_per_second", "tflops", "peak_share", "memory_gb",
+               "eta_minutes"}
+
+
+# DeepSpeed skips a bf16 update with gradients that are not finite. A single one is harmless; so
+# many in a row mean that the weights are lost.
 MAX_SKIPPED_STEPS = 20
 
 
-def finite(value):
-    """A number as JSON knows it: None for one that is not finite."""
+def finite_or_none(value):
+    """A value as JSON can hold it: None for a number that is not finite."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Log:
-    """One JSON line a step (log.jsonl), the same to TensorBoard, and a progress bar, on rank 0.
-    Ends the run, on every rank, at a number that is not finite."""
+def cut_jsonl(path: str, last_step: int) -> list[dict]:
+    """On resume, remove the rows after the state's step, and a half-written one -> the rest."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        rows = [(line, json.loads(line)) for line in f if line.endswith("\n")]
+    kept = [(line, row) for line, row in rows if row["step"] <= last_step]
+    write_text(path, "".join(line for line, _ in kept))
+    return [row for _, row in kept]
 
-    def __init__(self, engine, out, step, steps, show):
-        self.path, self.show = os.path.join(out, "log.jsonl"), show
-        self.out, self.first, self.steps, self.on = out, step, steps, dist.get_rank() == 0
-        self.may_skip = MAX_SKIPPED_STEPS if engine.bfloat16_enabled() else 0
+
+class Log:
+    """One JSON line per step (log.jsonl), the same for TensorBoard, and a progress bar, on rank 0.
+    It ends the run, on every rank, at a number that is not finite."""
+
+    def __init__(self, engine, out: str, step: int, steps: int, progress_keys: Sequence[str]):
+        self.out, self.progress_keys = out, progress_keys
+        self.first_step, self.steps, self.is_writer = step, steps, dist.get_rank() == 0
+        self.max_skipped = MAX_SKIPPED_STEPS if engine.bfloat16_enabled() else 0
         self.skipped, self.skipped_in_a_row = engine.skipped_steps, 0
-        if not self.on:
+        if not self.is_writer:
             return
         from torch.utils.tensorboard import SummaryWriter
-        kept = []
-        if step and os.path.exists(self.path):            # cut back to the state we resume from
-            with open(self.path) as f:
-                kept = [line for line in f
-                        if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(self.path, "".join(kept))
-        self.file = open(self.path, "a", buffering=1)
+        path = os.path.join(out, "log.jsonl")
+        if step:
+            cut_jsonl(path, step)
+        self.file = open(path, "a" if step else "w", buffering=1)
         self.board = SummaryWriter(os.path.join(out, "tb"), purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, desc=os.path.basename(out), dynamic_ncols=True,
                         mininterval=1 if sys.stderr.isatty() else 30)
-        self.shown = {}
-        self.last = self.begun = time.monotonic()
+        self.postfix = {}
+        self.last = self.started = time.monotonic()
 
-    def __call__(self, step, work=None, **values):
-        """values: what every rank knows alike; work: what work() says of this step. UserError if a
-        value is not finite."""
-        if self.on:
-            self.write(step, work, dict(values))
-        self.check(step, values, work is not None and work[2] > 0)
+    def __call__(self, step: int, counters: Counters | None = None, **values: float) -> None:
+        """values: metrics, the same on every rank. UserError if one is not finite."""
+        if self.is_writer:
+            self.write(step, counters, dict(values))
+        self.check(step, values, nan_logits=counters is not None and counters.nan_ranks > 0)
 
-    def write(self, step, work, values):
+    def write(self, step: int, counters: Counters | None, values: dict) -> None:
         now = time.monotonic()
         values["seconds"], self.last = now - self.last, now
-        if work:
-            flops, tokens = (count / values["seconds"] for count in work[:2])
+        if counters:
+            seconds = values["seconds"]
             card = torch.cuda.get_device_name() if torch.cuda.is_initialized() else "cpu"
-            values |= {"tokens_per_second": tokens, "memory_gb": memory_gb(),
-                       "tflops": flops / dist.get_world_size() / 1e12,
-                       "eta_minutes": (now - self.begun) / (step - self.first)
+            values |= {"tokens_per_second": counters.tokens / seconds, "memory_gb": memory_gb(),
+                       "tflops": counters.flops / seconds / dist.get_world_size() / 1e12,
+                       "eta_minutes": (now - self.started) / (step - self.first_step)
                        * (self.steps - step) / 60}
             if peak_tflops(card):
                 values["peak_share"] = values["tflops"] / peak_tflops(card)
-        row = {"step": step, **{key: finite(value) for key, value in values.items()}}
+        row = {"step": step, **{key: finite_or_none(value) for key, value in values.items()}}
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
-        self.shown.update({k: f"{values[k]:.3g}" for k in self.show if k in values})
-        self.bar.set_postfix(self.shown, refresh=False)
+        self.postfix.update({k: f"{values[k]:.3g}" for k in self.progress_keys if k in values})
+        self.bar.set_postfix(self.postfix, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def check(self, step, values, nan_logits=False):
-        """End the run at a value that is not finite, unless bf16's skipping may still mend it."""
+    def check(self, step: int, values: dict, nan_logits: bool = False) -> None:
+        """End the run at a value that is not finite. With bf16 a few skipped updates are allowed:
+        DeepSpeed leaves the weights as they were."""
         before, self.skipped = self.skipped, values.get("skipped_steps", self.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped > before else 0
-        bad = [f"{key} is {value}" for key, value in values.items() if finite(value) is None]
+        bad = [f"{key} is {value}" for key, value in values.items()
+               if finite_or_none(value) is None]
         if nan_logits:
             bad.insert(0, "a log-probability of a sampled token is not finite")
-        elif not bad or 0 < self.skipped_in_a_row < self.may_skip:
+        elif not bad or 0 < self.skipped_in_a_row < self.max_skipped:
             return
-        what = ", ".join(bad[:3])
+        reason = ", ".join(bad[:3])
         if self.skipped_in_a_row > 1:
-            what += f"; DeepSpeed has skipped the last {self.skipped_in_a_row} updates"
-        raise diverged(self.out, step, what, values.get("lr", 0.0))
+            reason += f"; DeepSpeed has skipped the last {self.skipped_in_a_row} updates"
+        raise diverged(self.out, step, reason, values.get("lr", 0.0))
 
-    def close(self):
-        if self.on:
+    def close(self) -> None:
+        if self.is_writer:
             self.bar.close()
             self.board.close()
             self.file.close()
+
+
+def draw_curves(out: str, panels: Sequence[tuple]) -> None:
+    """log.jsonl -> curves.png with one panel for each tuple of keys; val/ keys are greedy."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    with open(os.path.join(out, "log.jsonl")) as f:
+        rows = [json.loads(line) for line in f]
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, keys in zip(axes, panels):
+        for key in keys:
+            points = np.array([(r["step"], r[key]) for r in rows if r.get(key) is not None]
+                              ).reshape(-1, 2)
+            if key.startswith("val/"):
+                axis.plot(*points.T, "o-", color="tab:orange", label=f"{key} (greedy)")
+                continue
+            width = max(1, len(points) // 20)                  # a moving mean, to guide the eye
+            smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
+            axis.plot(*points.T, color="tab:blue", alpha=0.25)
+            axis.plot(points[width - 1:, 0], smooth, color="tab:blue", label=key)
+        axis.set_xlabel("step")
+        axis.legend(fontsize=8)
+    temporary = os.path.join(out, "curves.png.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    os.replace(temporary, os.path.join(out, "curves.png"))
+    plt.close(figure)

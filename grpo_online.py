@@ -70,8 +70,29 @@ from collections import Counter
 import numpy as np
 import torch
 
-import engine as E
 from cli import Help, UserError, count, run
+from engine import (
+    Log,
+    add_machine_args,
+    add_optimizer_args,
+    all_reduce_sum,
+    cut_jsonl,
+    default_dtype,
+    finish_run,
+    gathered,
+    init_distributed,
+    is_due,
+    load_state,
+    make_engine,
+    micro_batches,
+    open_run,
+    pop_flop_counters,
+    print_memory_estimate,
+    print_start,
+    save_state,
+    set_learning_rate,
+    update_metrics,
+)
 from evaluate import (
     EPISODES,
     EpisodeState,
@@ -86,9 +107,18 @@ from evaluate import (
     path_length,
     run_episodes,
 )
-from grpo import batch_of, draw_curves, group_advantages, grpo_loss, load_reference, masked_mean
+from grpo import (
+    PlanBatch,
+    UpdateStats,
+    add_objective_args,
+    batch_of,
+    group_advantages,
+    load_reference,
+    policy_update,
+    reference_logps,
+)
 from make_data import Dialog, run_jobs
-from model import is_dialog, load_policy, save_policy
+from model import is_dialog, load_policy
 from reward import STOP
 from world import SimDied, SimError
 from world.episodes import (
@@ -107,6 +137,11 @@ from world.robots import (
     visible_gpus,
     yaw_deg,
 )
+
+# Flags that may change on resume, besides engine.RESUMABLE_FLAGS.
+RESUMABLE = {"sims", "sim_python", "sim_command", "sim_timeout", "sim_gpus", "retries",
+             "rollouts_every", "val_episodes"}
+PANELS = (("success", "val/success"), ("reward",), ("frac_reward_zero_std",), ("entropy",))
 
 
 def parse_args(argv=None):
@@ -142,15 +177,10 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a whole walk: a sum such as "
         "success+0.5*progress, of " + ", ".join(MARKS))
-    add("--clip-low", type=float, default=0.2, help="c, for more than one update per batch")
-    add("--clip-high", type=float, default=0.28, help="c'")
-    add("--kl-coef", type=float, default=0.0, help="beta, towards --init; 0 never loads it")
-    add("--divide-by-spread", action=argparse.BooleanOptionalAction, default=True,
-        help="advantages in standard deviations of their group")
+    add_objective_args(add, clip_high=0.28, kl_coef=0.0)
     add("--batch-size", type=count, default=8, help="episodes per batch, over all processes")
-    add("--updates-per-batch", type=count, default=1, help="1 is strictly on-policy")
     add("--freeze-vision", action="store_true", help="train the language model only")
-    E.add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
+    add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
     add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
@@ -159,7 +189,7 @@ def parse_args(argv=None):
     add("--val-every", type=count, default=50)
     add("--val-split", default="val_seen", help="walked greedily, if it is there")
     add("--val-episodes", type=int, default=100)
-    E.add_machine_args(p)
+    add_machine_args(p)
     add = p.add_argument_group("logging").add_argument
     add("--rollouts-every", type=count, default=10, help="steps between those in rollouts.jsonl")
     return p.parse_args(argv)
@@ -394,7 +424,7 @@ def beyond_form(walks, rewards, policy):
                for decision, some in zip(walk.decisions, per_turn)]
               for walk, per_turn in zip(walks, rewards)]
     M, v = normal_equations([(np.zeros((1, 3)), np.zeros(1)), *sum(groups, [])])
-    sums = np.reshape(E.total([*M.flat, *v], policy.device), (4, 3))
+    sums = np.reshape(all_reduce_sum([*M.flat, *v], policy.device), (4, 3))
     price = np.linalg.lstsq(sums[:3], sums[3], rcond=None)[0]
     return [[(some - forms @ price).round(9).tolist() for forms, some in mine] for mine in groups]
 
@@ -435,7 +465,7 @@ def compare_walks(walks, rewards, args):
         if spoilt or some.max() - some.min() < 1e-6:
             flat += 1
             continue
-        advantages = group_advantages(some, args.group_size, spread=args.divide_by_spread)
+        advantages = group_advantages(some, args.group_size, scale_rewards=args.scale_rewards)
         lessons += [Lesson(walk, [a]) for walk, a in zip(group, advantages.tolist())]
     return lessons, flat
 
@@ -452,7 +482,7 @@ def compare_plans(walks, rewards, args):
                 continue
             branches += [(turn, ids) for ids in walk.decisions[turn].answers]
             advantages += group_advantages(some, args.group_size,
-                                           spread=args.divide_by_spread).tolist()
+                                           scale_rewards=args.scale_rewards).tolist()
         lessons += [Lesson(walk, advantages, branches)] if branches else []
     return lessons, flat
 
@@ -491,19 +521,6 @@ def tell(walk, episode, marks, reward, advantage, step):
                       for one in walk.decisions]}
 
 
-def cut_lines(path, step):
-    """On resume, drop the lines that are younger than the state. -> the rows that stay"""
-    rows = []
-    if os.path.exists(path):
-        with open(path) as f:
-            rows = [json.loads(line) for line in f if line.endswith("\n")]
-        rows = [row for row in rows if row["step"] <= step]
-        with open(path + ".tmp", "w") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(path + ".tmp", path)
-    return rows
-
-
 def summary(walks, marks, rewards):
     """Sums over a rank's walks, the keys of log.jsonl, for means()."""
     return {**{key: sum(m[key] for m in marks) for key in MARKS}, "reward": sum(rewards),
@@ -517,7 +534,7 @@ def means(shares, others, count, device):
     """summary() of each rank -> means over all `count` walks, and others summed over the ranks. The
     world has spoilt some walks: marks and reward are means over the rest, and missing if none is
     left."""
-    totals = E.total([*shares.values(), *others.values()], device)
+    totals = all_reduce_sum([*shares.values(), *others.values()], device)
     sums = dict(zip(shares, totals))
     scored, judged = sums.pop("scored"), (*MARKS, "reward")
     told = {key: value / (scored if key in judged else count)
@@ -575,7 +592,7 @@ def setup(args, device):
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: at 0 all siblings are the same walk")
     read_reward(args.reward)
-    policy = load_policy(args.init, device=device, dtype=E.default_dtype(args))
+    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
     if not is_dialog(policy.nav):
         raise UserError(f"--init {args.init} speaks {policy.nav['prompt']!r}, one prompt for each "
                         "decision; here a walk is one dialog: sft.py --prompt dialog makes such")
@@ -627,39 +644,18 @@ def validate(val, policy, n, rank, ranks):
                      temperature=0.0)
     good = [walk for walk in walks if walk.end not in SPOILT]
     marks = [marks_of(w, val.radius, val.truth(w.episode)["locations"]) for w in good]
-    sums = E.total([len(good)] + [sum(m[key] for m in marks) for key in MARKS], policy.device)
+    sums = all_reduce_sum([len(good), *(sum(m[key] for m in marks) for key in MARKS)],
+                          policy.device)
     means = {f"val/{key}": value / sums[0] for key, value in zip(MARKS, sums[1:]) if sums[0]}
     return means | {"val/scored": sums[0]}
-
-
-def learn(engine, reference, parts, tokens, ranks, args):
-    """The updates of one batch -> loss, kl, clip_frac, entropy: this rank's parts of the means over
-    all `tokens`. parts: [(collate(), do they count?), ..]"""
-    with torch.no_grad():
-        ref_logps = [reference(*asked, args.temperature) if reference else None
-                     for (asked, _, _), _ in parts]
-    old_logps, sums = [], np.zeros(4)
-    for update in range(args.updates_per_batch if tokens else 0):
-        for i, ((asked, advantages, mask), counts) in enumerate(E.accumulate(engine, parts)):
-            logps = engine(*asked, args.temperature)
-            if update == 0:                      # no weight has moved since these were sampled
-                old_logps.append(logps.detach())
-            loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], advantages, mask,
-                                    args.clip_low, args.kl_coef, args.clip_high)
-            votes = mask.sum(dim=1) * counts / tokens                         # one token, one vote
-            loss = (loss * votes).sum()
-            E.backward_step(engine, loss * ranks)                  # DeepSpeed averages over ranks
-            sums += [loss.item(), *((x * votes).sum().item() for x in (
-                stats["kl"], stats["clip_frac"], -masked_mean(logps, mask)))]
-    return sums / args.updates_per_batch
 
 
 def main(args):
     if args.draw:
         return draw_runs(args.draw, args.out)
-    rank, ranks, device = E.start(args)
+    rank, ranks, device = init_distributed(args)
     policy, world, val = setup(args, device)
-    E.open_run(args)
+    open_run(args, RESUMABLE)
 
     if args.batch_size % ranks:
         raise UserError(f"--batch-size {args.batch_size} does not split into {ranks} processes")
@@ -674,18 +670,16 @@ def main(args):
         return [world.episodes[i] for i in batch_of(range(n), step, args.batch_size, args.seed)
                 ][rank::ranks]
 
-    weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
-    engine = E.make_engine(policy, args)
+    engine = make_engine(policy, args)
     reference = load_reference(args, engine, device)
-    first = E.load_state(engine, args.out)
+    first = load_state(engine, args.out)
+    print_start(engine, f"{n} episodes, {steps} steps of {args.batch_size} x {args.group_size} "
+                f"{'plans at each turn' if state_groups else 'walks'}", first)
     if rank == 0:
-        print(f"{n} episodes, {steps} steps of {args.batch_size} x {args.group_size} "
-              f"{'plans at each turn' if state_groups else 'walks'}, {weights:,} weights on "
-              f"{ranks} x {device}" + (f"; resuming at step {first}" if first else ""))
-        cut_lines(f"{args.out}/rollouts.jsonl", first)
-    spent = [row.get("minutes", 0) for row in cut_lines(f"{args.out}/log.jsonl", first)
+        cut_jsonl(f"{args.out}/rollouts.jsonl", first)
+    spent = [row.get("minutes", 0) for row in cut_jsonl(f"{args.out}/log.jsonl", first)
              ] if rank == 0 and first else []
-    log = E.Log(engine, args.out, first, steps, ("reward", "success", "val/success"))
+    log = Log(engine, args.out, first, steps, ("reward", "success", "val/success"))
 
     last = min(steps, args.stop_after or steps)
     walks_each = 1 if state_groups else args.group_size
@@ -693,17 +687,16 @@ def main(args):
         if val:
             val.pool = pool
         if val and first == 0:                                 # where the SFT policy stands
-            with E.gathered(engine):
+            with gathered(engine):
                 log(0, **validate(val, policy, args.val_episodes, rank, ranks))
         world.preload(batch(first), walks_each)
         world.preloaded()
         for step in range(first, last):
-            lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
-            E.set_learning_rate(engine, lr)
+            lr = set_learning_rate(engine, step, steps, args)
             episodes, tally, began = batch(step), Counter(), time.perf_counter()
 
             # 1. walk, and mark what came of it
-            with E.gathered(engine), torch.no_grad():
+            with gathered(engine), torch.no_grad():
                 walks, marks, rewards = rollout(world, policy, episodes, step, args, tally)
             walking = time.perf_counter() - began
             # while we learn; and each tells what it has used, hence also after the last step
@@ -716,16 +709,21 @@ def main(args):
                 raise UserError(f"no simulator could walk any of {len(walks)} walks; the first "
                                 f"ended with {walks[0].error or walks[0].end}")
             spare = mute(min(there, key=lambda walk: len(walk.decisions)), state_groups)
-            parts = [(collate(some or [spare], device), bool(some)) for some in E.forwards(
+            parts = [(collate(some or [spare], device), bool(some)) for some in micro_batches(
                 lessons, lambda lesson: lesson.size(policy), args.micro_tokens, device)]
-            tokens, = E.total([sum(sum(lesson.lengths) for lesson in lessons)], device)
+            tokens, = all_reduce_sum([sum(sum(lesson.lengths) for lesson in lessons)], device)
 
             # 3. learn
             if step == first:
-                E.tell_memory(engine, reference, max(policy.activations(
+                print_memory_estimate(engine, reference, max(policy.activations(
                     dialogs, frames, branches=branches)
-                    for ((dialogs, frames, branches), *_), _ in parts), rank)
-            sums = learn(engine, reference, parts, tokens, ranks, args)
+                    for ((dialogs, frames, branches), *_), _ in parts))
+            batches = [PlanBatch((*inputs, args.temperature), mask, advantages,
+                                 mask.sum(dim=1) * counts / max(tokens, 1))   # a token, a vote
+                       for (inputs, advantages, mask), counts in parts]
+            update = UpdateStats()
+            if tokens:
+                update = policy_update(engine, batches, reference_logps(reference, batches), args)
             world.preloaded()
 
             # 4. tell, check, keep
@@ -733,19 +731,19 @@ def main(args):
             worth = [float(np.mean(sum(r, []) or 0)) for r in rewards] if state_groups else rewards
             groups = sum(map(len, rewards)) if state_groups else len(episodes)
             clock = time.process_time() + world.cpu_s
-            others = dict(zip(("loss", "kl", "clip_frac", "entropy"), sums)) | {
+            others = update._asdict() | {
                 "frac_reward_zero_std": flat, "groups": groups, "rerolled": tally["rerolled"],
                 "deaths": tally["deaths"], "untried": tally["untried"], "minutes": clock / 60,
                 "walking_s": walking / ranks}
             told = means(summary(walks, marks, worth), others, per_rank * ranks, device)
-            told |= {"tokens": tokens, "lr": lr} | (E.update_metrics(engine) if tokens else {})
+            told |= {"tokens": tokens, "lr": lr} | (update_metrics(engine) if tokens else {})
             told["frac_reward_zero_std"] /= max(told["groups"], 1)
             told["minutes"] += max(spent, default=0)
-            if val and (done % args.val_every == 0 or done == steps):
-                with E.gathered(engine):
+            if val and is_due(done, args.val_every, steps):
+                with gathered(engine):
                     told.update(validate(val, policy, args.val_episodes, rank, ranks))
-            log(done, E.work(device, policy, reference), **told)
-            if rank == 0 and (done == 1 or done % args.rollouts_every == 0 or done == steps):
+            log(done, pop_flop_counters(device, policy, reference), **told)
+            if rank == 0 and (done == 1 or is_due(done, args.rollouts_every, steps)):
                 own = args.group_size if state_groups else 1       # answers that were walked by
                 shown = {lesson.dialog.frames[0][0]: float(np.mean(lesson.advantages[::own]))
                          for lesson in lessons}
@@ -753,16 +751,10 @@ def main(args):
                     f.writelines(json.dumps(tell(
                         walk, walk.episode, m, r, shown.get(walk.name, 0.0), done)) + "\n"
                         for walk, m, r in zip(walks, marks, worth))
-            if done % args.save_every == 0 or done == last:
-                E.save_state(engine, args.out, done)
-    log.close()
-    weights = E.consolidated(engine)
-    if rank == 0:
-        save_policy(policy, args.out, weights)
-        draw_curves(args.out, (("success", "val/success"), ("reward",), ("frac_reward_zero_std",),
-                               ("entropy",)))
-        print(f"wrote {args.out} (the policy for evaluate.py; see curves.png, rollouts.jsonl, tb/)")
-    E.leave_together()
+            if is_due(done, args.save_every, last):
+                save_state(engine, args.out, done)
+    finish_run(engine, log, args.out, "the policy for evaluate.py; see curves.png, "
+               "rollouts.jsonl, tb/", PANELS)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
-Long-Short Memory: which past frames does the policy see at step t? (VLN-R1, section 3 of [1])
+Long-Short Memory: which past frames the policy sees at step t (VLN-R1, section 3 of [1]).
 
-A walk has tens to hundreds of frames and a prompt has room for about sixteen. What just happened is
-needed in detail (am I in the middle of a turn? did I get past that door?), what happened long ago
-only in outline (where did I come from?). So the recent past is sampled densely, the rest thinly:
+A walk has tens to hundreds of frames and a prompt has room for about sixteen. The recent past is
+needed in detail (am I in the middle of a turn?), the distant past only in outline (where did I come
+from?). So the recent past is sampled densely and the rest sparsely:
 
     H_t = {v_{t-d1}, v_{t-2 d1}, .., v_{t-M}}              short part: the last M steps, every d1
         U {v_{t-M-d2}, v_{t-M-2 d2}, .., v_0}              long part: all before that, every d2 > d1
@@ -15,25 +15,22 @@ only in outline (where did I come from?). So the recent past is sampled densely,
     shown   #.#...#...#...#...#...########@          @ the current frame, v_t: always shown, and
             '-------- long --------'short-'            not part of the memory
 
-The formula leaves three things open. Our answers:
-  * Small t: nothing before frame 0 exists, so the parts are shorter, and at t = 0 empty.
-  * The end of the long part: v_0 stands in the formula, so frame 0 is always shown, although the
-    steps of d2 seldom land on it. It is where "turn around" and "leave the room" were said.
-  * Too long a walk: as written the long part has (t-M)/d2 frames, without bound. Here the long
-    stride grows to the smallest whole number at which the long part fits into what the short part
-    leaves of the budget: detail fades, but the walk stays covered back to its start.
+Where the formula leaves a choice:
+  * Small t: no frame exists before frame 0, so the parts are shorter, and empty at t = 0.
+  * v_0 is always shown, as in the formula, although steps of d2 seldom end on it.
+  * The formula's long part has (t-M)/d2 frames, without bound. Here the long stride grows to the
+    smallest whole number with which the long part fits into the rest of the budget.
 
-M, d1 and d2 are not public. M = 8, d1 = 1: half of the paper's budget of 16 for the short part,
-every frame of it; at 30 degrees a turn (RxR) that remembers two thirds of a full turn on the spot.
-d2 = 4: a metre walked between long frames; it starts to grow at t = 41, two thirds of an R2R walk
-(mean 58 actions). Beside it, for the paper's comparison: `even` (what its released converter does)
-and `exponential` (no formula was published; ours).
+M, d1 and d2 are not public. M = 8, d1 = 1: half of the paper's budget of 16, every frame; at 30
+degrees a turn (RxR) that covers two thirds of a full turn. d2 = 4: a metre between long frames; it
+grows from t = 41 on (mean R2R walk: 58 actions). To compare: `even` (the paper's released
+converter) and `exponential` (no formula was published; ours).
 
 Run it   python -m doctest lsm.py -v
-Expect   past frames only (< t), chronological, no doubles, never more than the budget
-
 [1] VLN-R1, https://arxiv.org/abs/2506.17221
 """
+from __future__ import annotations
+
 import math
 
 from cli import UserError
@@ -41,12 +38,13 @@ from cli import UserError
 MEMORIES = ("lsm", "even", "exponential")
 
 
-def pick_frames(t, name="lsm", budget=16, recent=8, short_stride=1, long_stride=4):
-    """Indices of the past frames to show at step t, oldest first; the current frame t not included.
+def pick_frames(t: int, name: str = "lsm", budget: int = 16, recent: int = 8,
+                short_stride: int = 1, long_stride: int = 4) -> list[int]:
+    """Indices of the past frames to show at step t, oldest first, without the current frame t:
+    at most `budget`, no index twice.
 
-    name is one of MEMORIES, budget the most frames to return, recent is M (in steps), the strides
-    are d1 and d2 (in steps); the last three concern "lsm" alone. The keywords are the keys of
-    nav["memory"], so that a checkpoint's settings go in as pick_frames(t, **nav["memory"]).
+    name: one of MEMORIES; recent: M; strides: d1 and d2, all in steps and for "lsm" only. The
+    keywords are the keys of nav["memory"] in a checkpoint: pick_frames(t, **nav["memory"]).
 
     >>> pick_frames(30)
     [0, 2, 6, 10, 14, 18, 22, 23, 24, 25, 26, 27, 28, 29]
@@ -59,7 +57,7 @@ def pick_frames(t, name="lsm", budget=16, recent=8, short_stride=1, long_stride=
     >>> pick_frames(60, "exponential")
     [0, 14, 25, 34, 40, 45, 48, 51, 52, 53, 54, 55, 56, 57, 58, 59]
     """
-    assert name in MEMORIES, f"no memory is called {name!r}; there are {', '.join(MEMORIES)}"
+    assert name in MEMORIES, f"unknown memory {name!r}; known: {', '.join(MEMORIES)}"
     assert t >= 0, "steps are counted from 0"
     if budget == 0:
         return []
@@ -70,8 +68,8 @@ def pick_frames(t, name="lsm", budget=16, recent=8, short_stride=1, long_stride=
     return long_short(t, budget, recent, short_stride, long_stride)
 
 
-def long_short(t, budget, recent, short_stride, long_stride):
-    """The formula above. If the budget cannot hold the short part, its nearest frames are kept.
+def long_short(t: int, budget: int, recent: int, short_stride: int, long_stride: int) -> list[int]:
+    """The formula above. If the budget cannot hold the short part, its latest frames are kept.
 
     >>> long_short(12, budget=16, recent=6, short_stride=2, long_stride=3)   # 10, 8, 6 and 3, 0
     [0, 3, 6, 8, 10]
@@ -88,11 +86,11 @@ def long_short(t, budget, recent, short_stride, long_stride):
     return long[::-1] + short[::-1]
 
 
-def even(t, budget):
-    """np.linspace(0, t - 1, min(t, budget), dtype=int), as the released converter writes it.
+def even(t: int, budget: int) -> list[int]:
+    """np.linspace(0, t - 1, min(t, budget), dtype=int), as in the released converter.
 
-    In numpy's own arithmetic (one step, multiplied, floored, the end set exactly), because released
-    files hold its roundings: 3 * (7 / 3) may or may not be 7, and it must be the same here.
+    The arithmetic is numpy's (one step, multiplied, floored, the end set exactly), because the
+    released files hold its rounding: 3 * (7 / 3) may be 7 or less.
 
     >>> even(5, 3), even(1, 16), even(0, 16)
     ([0, 2, 4], [0], [])
@@ -104,8 +102,8 @@ def even(t, budget):
     return [math.floor(k * step) for k in range(n - 1)] + [t - 1]
 
 
-def exponential(t, budget):
-    """Ages 1 .. t in a geometric row, t^(k/(n-1)), each at least one step older than the last.
+def exponential(t: int, budget: int) -> list[int]:
+    """Ages 1 .. t in geometric progression, t^(k/(n-1)), each at least one step more than the last.
 
     >>> exponential(100, 5)                                   # ages 1, 3, 10, 32, 100
     [0, 68, 90, 97, 99]
@@ -120,10 +118,10 @@ def exponential(t, budget):
     return [t - age for age in reversed(ages)]
 
 
-# ---------------------------------------------------------------- the flags of whoever trains
+# ---------------------------------------------------------------- flags
 
 
-def add_memory_args(add):
+def add_memory_args(add) -> None:
     """The memory's flags, for `add = parser.add_argument_group(..).add_argument`."""
     add("--memory", choices=MEMORIES, default="lsm", help="how past frames are chosen (lsm.py)")
     add("--memory-budget", type=int, default=16, help="the most past frames shown; the paper's 16")
@@ -132,8 +130,8 @@ def add_memory_args(add):
     add("--long-stride", type=int, default=4, help="d2, before it; grows to fit (not public)")
 
 
-def memory_from_args(args):
-    """Parsed flags -> nav["memory"], the dictionary that travels with a checkpoint."""
+def memory_from_args(args) -> dict:
+    """Parsed flags -> nav["memory"], which is saved with a checkpoint."""
     if args.memory_budget < 0 or args.memory_recent < 0:
         raise UserError("--memory-budget and --memory-recent count frames: give 0 or more")
     if args.short_stride < 1 or args.long_stride < 1:

@@ -1,44 +1,47 @@
 """
-From text to a plan, and from a plan to a reward (VLN-R1, stage two).
+From text to a plan, and from a plan to a reward (VLN-R1 [1], stage two).
 
 The policy answers in words: "A. Move forward 25 cm, C. Turn right 30 degrees, ...", one phrase for
-each of its next n = 6 actions. This file is the only place that writes and reads that language, so
-that training, the reward and the robot cannot disagree about what an answer means. It reads it in
-two ways, on purpose:
+each of its next n = 6 actions. Only this file writes and parses that language, so training, the
+reward and the robot cannot disagree about what an answer means. It has two parsers, on purpose:
 
-    strict  (parse_plan)     for the reward: a slot is a phrase to the letter, or it is worth 0.
-                             Generosity here would pay the policy for leaving the grammar.
-    lenient (parse_control)  for the robot: it has to do something now, so a clear letter is enough,
-                             and what cannot be understood ends the plan. Never a random action.
+    strict  (parse_plan)     for the reward: a position holds an exact phrase, or it is worth 0.
+                             Anything more generous would reward leaving the grammar.
+    lenient (parse_control)  for the robot, which must act now: a clear letter is enough, and what
+                             cannot be understood ends the plan. It never picks a random action.
 
 The time-decayed reward (TDR) compares a plan a with what the expert did next, a*:
 
     R = sum_{k=0}^{n-1} gamma^k [a_k = a*_k]  /  sum_{k=0}^{n-1} gamma^k            in [0, 1]
 
-The next action matters most; the sixth will probably be planned anew before it is due. A slot
-counts by itself: a wrong first action does not take away the second one's worth (as in the paper's
-formula). The paper gives no gamma; 0.8 is ours: the sixth slot weighs a third of the first.
-Dividing by the maximum is ours too: it changes no advantage (GRPO divides by the group's spread),
-and 1 means "the expert's plan". Beside it, as in the paper's ablation: uniform (gamma = 1), linear
-(weights n, n-1, .. 1) and hard (all or nothing). A yardstick for reading curves: on R2R a plan of
-six times "forward" already earns 0.64; only what rises above that has been learned.
+The next action matters most; the sixth will probably be planned again before it is due. Each
+position counts by itself: a wrong first action takes nothing from the second one (as in the paper).
+The paper gives no gamma; 0.8 is ours: the sixth position weighs a third of the first. Dividing by
+the maximum is ours too: it changes no advantage (GRPO divides by the group's standard deviation),
+and 1 means "the expert's plan". To compare, as in the paper's ablation: uniform (gamma = 1), linear
+(weights n, n-1, .. 1) and hard (all or nothing). On R2R a plan of six times "forward" already earns
+0.64; only what rises above that has been learned.
 
 Run it   python -m doctest reward.py -v          # the worked examples below
 Imports  the standard library only, in Python 3.9 syntax: a simulator's interpreter loads this file
 
 [1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3 of the method: TDR, eq. for R_nav)
 """
+from __future__ import annotations
+
 import re
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 STOP, FORWARD, LEFT, RIGHT = 0, 1, 2, 3  # habitat's ids; ground-truth files use the same
-RESERVED_MARKS = ("<image>", "<|")  # in an instruction they would be read as a picture or a turn
+RESERVED_MARKS = ("<image>", "<|")  # an instruction must not hold the markup of frames and turns
 
 
 # ---------------------------------------------------------------- the language of plans
 
 
-def action_phrases(turn_deg, forward_m):
-    """Action id -> what the policy writes for it. The words tell the angle that is really turned.
+def action_phrases(turn_deg: float, forward_m: float) -> dict[int, str]:
+    """Action id -> its phrase. The phrase states the angle that the simulator turns.
 
     >>> list(action_phrases(30, 0.25).values())
     ['A. Move forward 25 cm', 'B. Turn left 30 degrees', 'C. Turn right 30 degrees', 'D. Stop']
@@ -53,7 +56,7 @@ def action_phrases(turn_deg, forward_m):
     }
 
 
-def write_plan(actions, phrases):
+def write_plan(actions: Sequence[int], phrases: dict[int, str]) -> str:
     """
     >>> write_plan([RIGHT, FORWARD, STOP], action_phrases(30, 0.25))
     'C. Turn right 30 degrees, A. Move forward 25 cm, D. Stop'
@@ -61,11 +64,11 @@ def write_plan(actions, phrases):
     return ", ".join(phrases[a] for a in actions)
 
 
-def parse_plan(text, phrases, horizon):
-    """STRICT: `horizon` slots, an action id where the phrase is written exactly, None elsewhere.
+def parse_plan(text: str, phrases: dict[int, str], horizon: int) -> list[int | None]:
+    """STRICT: `horizon` positions, an action id where the phrase is exact, None elsewhere.
 
-    Slots are what stands between commas; blanks around a slot are forgiven and nothing else.
-    Missing slots are None; slots beyond the horizon are dropped here and counted by `score`.
+    Commas separate positions; blanks around one are ignored and nothing else is.
+    Missing positions are None; those beyond the horizon are dropped here and counted by `score`.
 
     >>> phrases = action_phrases(30, 0.25)
     >>> parse_plan("C. Turn right 30 degrees, A. Move forward 25 cm, D. Stop", phrases, 4)
@@ -74,17 +77,17 @@ def parse_plan(text, phrases, horizon):
     [None, None, None]
     """
     actions = {phrase: action for action, phrase in phrases.items()}
-    plan = [actions.get(slot.strip(" ")) for slot in text.split(",")[:horizon]]
+    plan = [actions.get(part.strip(" ")) for part in text.split(",")[:horizon]]
     return plan + [None] * (horizon - len(plan))
 
 
-def parse_control(text, phrases):
+def parse_control(text: str, phrases: dict[int, str]) -> list[int]:
     """LENIENT: the leading actions that can be understood, up to and including the first stop.
 
-    A slot is understood if it is a letter alone, a letter and one of . ) : and then anything (the
-    letter decides), or the phrase's words without the letter; case and spacing do not matter. The
-    first slot that is none of these ends the plan. [] means that nothing was understood: what to do
-    then is the caller's flag, never a guess made here.
+    A position is understood if it holds a letter alone, a letter and one of . ) : and then anything
+    (the letter decides), or the phrase's words without the letter; case and spacing do not matter.
+    The first position with none of these ends the plan. [] means that nothing was understood; the
+    caller's flag decides what happens then.
 
     >>> phrases = action_phrases(30, 0.25)
     >>> parse_control("b. turn  LEFT 30 degrees,A, D. Stop, A", phrases)
@@ -97,14 +100,14 @@ def parse_control(text, phrases):
     letters = {phrase[0].lower(): action for action, phrase in phrases.items()}
     words = {phrase[3:].lower(): action for action, phrase in phrases.items()}
     actions = []
-    for slot in text.split(","):
-        slot = " ".join(slot.lower().split())
-        lettered = re.match(r"([a-z]) ?(?:$|[.):])", slot)
-        action = letters.get(lettered.group(1)) if lettered else words.get(slot)
+    for part in text.split(","):
+        part = " ".join(part.lower().split())
+        lettered = re.match(r"([a-z]) ?(?:$|[.):])", part)
+        action = letters.get(lettered.group(1)) if lettered else words.get(part)
         if action is None:
             break
         actions.append(action)
-        if action == STOP:  # whatever follows a stop will never be walked
+        if action == STOP:  # actions after a stop are never executed
             break
     return actions
 
@@ -148,12 +151,14 @@ def parse_answer(text, merged, horizon):
 # ---------------------------------------------------------------- plan x expert -> reward
 
 
-def agreement(plan, expert, weights):
-    """sum_k w_k [a_k = a*_k] / sum_k w_k over the slots whose expert action is known.
+Plan = Sequence[Optional[int]]            # action ids; None is a malformed or an unknown action
 
-    plan and expert are action ids or None: a None in the plan is malformed and earns 0; a None in
-    the expert is unknown (recordings after a stumble) and the slot is left out above and below the
-    line. With no known slot at all nothing can be judged and the reward is 0.0 for every plan.
+
+def weighted_accuracy(plan: Plan, expert: Plan, weights: Sequence[float]) -> float:
+    """sum_k w_k [a_k = a*_k] / sum_k w_k over the positions whose expert action is known.
+
+    A None in the plan is malformed and earns 0. A None in the expert is unknown (recordings after a
+    perturbation): both sums leave that position out. If no position is known, the result is 0.
     """
     plan = list(plan) + [None] * (len(expert) - len(plan))
     known = [(w, a == best) for w, a, best in zip(weights, plan, expert) if best is not None]
@@ -161,17 +166,17 @@ def agreement(plan, expert, weights):
     return sum(w for w, right in known if right) / total if total else 0.0
 
 
-def time_decayed_reward(plan, expert, gamma=0.8):
+def time_decayed_reward(plan: Plan, expert: Plan, gamma: float = 0.8) -> float:
     """TDR [1], divided by its maximum: in [0, 1].
 
-    Three slots, the second one wrong, gamma = 1/2: (1 + 0 + 1/4) / (1 + 1/2 + 1/4) = 5/7.
+    Three positions, the second one wrong, gamma = 1/2: (1 + 0 + 1/4) / (1 + 1/2 + 1/4) = 5/7.
 
     >>> time_decayed_reward([FORWARD, LEFT, STOP], [FORWARD, RIGHT, STOP], gamma=0.5) == 5 / 7
     True
     >>> forward, left = [FORWARD] * 6, [LEFT] * 6
-    >>> round(time_decayed_reward([LEFT] + forward[1:], forward), 3)      # the first slot wrong
+    >>> round(time_decayed_reward([LEFT] + forward[1:], forward), 3)      # the first one wrong
     0.729
-    >>> round(time_decayed_reward(forward[:5] + [LEFT], forward), 3)      # the last slot wrong
+    >>> round(time_decayed_reward(forward[:5] + [LEFT], forward), 3)      # the last one wrong
     0.911
     >>> time_decayed_reward(left, forward), time_decayed_reward(forward, forward)
     (0.0, 1.0)
@@ -179,29 +184,29 @@ def time_decayed_reward(plan, expert, gamma=0.8):
     1.0
     """
     assert 0 <= gamma <= 1, "gamma is a discount: between 0 (only the next action) and 1 (uniform)"
-    return agreement(plan, expert, [gamma**k for k in range(len(expert))])
+    return weighted_accuracy(plan, expert, [gamma**k for k in range(len(expert))])
 
 
-def uniform_reward(plan, expert):
-    """Every slot weighs the same.
+def uniform_reward(plan: Plan, expert: Plan) -> float:
+    """Every position weighs the same.
 
     >>> uniform_reward([FORWARD, LEFT, STOP, STOP], [FORWARD, RIGHT, STOP, STOP])
     0.75
     """
-    return agreement(plan, expert, [1] * len(expert))
+    return weighted_accuracy(plan, expert, [1] * len(expert))
 
 
-def linear_reward(plan, expert):
-    """Weights n, n-1, .. 1. Four slots, the second one wrong: (4 + 2 + 1) / 10.
+def linear_reward(plan: Plan, expert: Plan) -> float:
+    """Weights n, n-1, .. 1. Four positions, the second one wrong: (4 + 2 + 1) / 10.
 
     >>> linear_reward([FORWARD, LEFT, STOP, STOP], [FORWARD, RIGHT, STOP, STOP])
     0.7
     """
-    return agreement(plan, expert, range(len(expert), 0, -1))
+    return weighted_accuracy(plan, expert, range(len(expert), 0, -1))
 
 
-def hard_reward(plan, expert):
-    """1 if every known slot is right, else 0. (The paper names "hard" without defining it: ours.)
+def hard_reward(plan: Plan, expert: Plan) -> float:
+    """1 if every known position is right, else 0. (The paper names "hard" and does not define it.)
 
     >>> hard_reward([FORWARD, STOP], [FORWARD, STOP]), hard_reward([FORWARD, LEFT], [FORWARD, STOP])
     (1.0, 0.0)
@@ -217,22 +222,25 @@ REWARDS = {
 }
 
 
-def score(text, expert, phrases, reward="tdr", gamma=0.8):
-    """Mark one answer against the expert's next actions; any text at all is marked, none raises.
+class Score(NamedTuple):
+    reward: float
+    plan: list
+    expert: list
+    first_correct: bool          # is the next action the expert's?
+    malformed: int               # positions that are missing, not a phrase, or beyond the horizon
 
-    -> {"reward": in [0, 1], "plan": parsed slots, "first": first action right?, "malformed": n}
-    where malformed counts slots that are missing, not a phrase, or beyond the horizon.
+
+def score(text: str, expert: Plan, phrases: dict[int, str], reward: str = "tdr",
+          gamma: float = 0.8) -> Score:
+    """Score one answer against the expert's next actions. No text raises an error.
 
     >>> phrases = action_phrases(30, 0.25)
     >>> score("A. Move forward 25 cm, D. Halt", [FORWARD, STOP], phrases, reward="uniform")
-    {'reward': 0.5, 'plan': [1, None], 'first': True, 'malformed': 1}
+    Score(reward=0.5, plan=[1, None], expert=[1, 0], first_correct=True, malformed=1)
     """
     plan = parse_plan(text, phrases, len(expert))
     extra = max(0, len(text.split(",")) - len(expert))
-    knobs = {"gamma": gamma} if reward == "tdr" else {}
-    return {
-        "reward": REWARDS[reward](plan, expert, **knobs),
-        "plan": plan,
-        "first": plan[0] is not None and plan[0] == expert[0],
-        "malformed": plan.count(None) + extra,
-    }
+    kwargs = {"gamma": gamma} if reward == "tdr" else {}
+    return Score(REWARDS[reward](plan, expert, **kwargs), plan, list(expert),
+                 first_correct=plan[0] is not None and plan[0] == expert[0],
+                 malformed=plan.count(None) + extra)

@@ -1,9 +1,9 @@
-# What demo.sh and test.sh need, on a bare Debian or Ubuntu with Python 3.10 or newer. Sourced in
-# this folder: `. ./setup.sh`. It makes .venv once, and again if that is broken, was made in another
-# folder or for another Python. PYTHON=python3.12 picks an interpreter, VENV another folder. On a
+# Installs what demo.sh and test.sh need, on Debian or Ubuntu with Python 3.10 or newer. Source it
+# in this folder: `. ./setup.sh`. It makes .venv once, and again if that is broken, was made in
+# another folder or for another Python. PYTHON=python3.12 picks an interpreter, VENV another folder. On a
 # machine with a GPU, install the torch that suits its driver into .venv first.
 VENV="${VENV:-.venv}"
-(   # A subshell: what fails ends it, and not the shell that sources this. `set -e` is off in it.
+(   # A subshell, so that a failure does not end the shell that sources this. `set -e` is off in it.
   unset CDPATH
   base="${PYTHON:-python3}"
   fail() { echo "setup.sh: $*" >&2; exit 1; }
@@ -15,7 +15,7 @@ VENV="${VENV:-.venv}"
   }
   [ -f requirements.txt ] || fail "no requirements.txt in $PWD: cd to the repository first"
 
-  # 1. Does the environment that is there fit?
+  # 1. Does the existing environment fit?
   fault=
   if ! "$VENV/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
   then fault="is incomplete or older than Python 3.10"
@@ -27,7 +27,7 @@ VENV="${VENV:-.venv}"
   then exit 0
   fi
 
-  # 2. If not, make it.
+  # 2. If not, make one.
   if [ -n "$fault" ]; then
     found="$(release "$base")"
     case "$found" in "Python 3."[1-9][0-9]*) ;; *)
@@ -37,7 +37,7 @@ VENV="${VENV:-.venv}"
     if [ -e "$VENV" ]; then
       [ "$VENV" = .venv ] || [ -f "$VENV/pyvenv.cfg" ] || [ -z "$(ls -A "$VENV")" ] \
         || fail "VENV=$VENV is no virtual environment: name an empty or a new folder"
-      echo "setup.sh: $VENV $fault; making it anew" >&2
+      echo "setup.sh: $VENV $fault; making a new one" >&2
     fi
     if ! "$base" -c 'import ensurepip' 2>/dev/null; then
       package="python${found#Python }-venv"
@@ -49,7 +49,7 @@ VENV="${VENV:-.venv}"
     "$base" -m venv --clear "$VENV" || fail "'$base -m venv $VENV' failed (the reason is above)"
   fi
 
-  # 3. The packages. `ready` is written only after all of them are there.
+  # 3. The packages. `ready` is written after all of them are installed.
   rm -f "$VENV/ready" && place > "$VENV/place" || fail "cannot write in $VENV"
   # A CPU build of torch where pip's index has one (README: how to name PyTorch's own).
   "$VENV/bin/python" -c 'import torch' 2>/dev/null || install torch==2.13.0

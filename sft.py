@@ -36,16 +36,42 @@ Expect   loss near ln(4) per action at once, then a plateau: the words' first tu
 from __future__ import annotations
 
 import argparse
-import os
 
 import numpy as np
 import torch
 
-import engine as E
 import lsm
 from cli import Help, UserError, count, run
-from make_data import VlnEgo, open_data
-from model import CONTRACTS, NAV, is_dialog, load_policy, resize, save_policy
+from engine import (
+    Log,
+    accumulate,
+    add_machine_args,
+    add_optimizer_args,
+    all_reduce_sum,
+    backward_step,
+    check_lengths,
+    default_dtype,
+    finish_run,
+    gathered,
+    held_out_data,
+    init_distributed,
+    is_due,
+    load_state,
+    make_engine,
+    merge_batches,
+    micro_batches,
+    open_run,
+    pop_flop_counters,
+    prefetch,
+    print_memory_estimate,
+    print_start,
+    save_state,
+    set_learning_rate,
+    update_metrics,
+    walk_lengths,
+)
+from make_data import open_data
+from model import CONTRACTS, NAV, is_dialog, load_policy, resize
 from reward import parse_plan, write_plan
 from world.robots import ROBOTS
 
@@ -71,7 +97,7 @@ def parse_args(argv=None):
     add("--batch-size", type=count, default=64, help="decisions (of dialogs: walks) per update, "
         "over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
-    E.add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
+    add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
     add("--max-steps", type=count, help="overrides --epochs")
@@ -79,7 +105,7 @@ def parse_args(argv=None):
     add("--save-every", type=count, default=500)
     add("--val-every", type=count, default=500)
     add("--val-decisions", type=int, default=256)
-    E.add_machine_args(p)
+    add_machine_args(p)
     return p.parse_args(argv)
 
 
@@ -166,7 +192,7 @@ def validate(policy, data, units, rank, world):
         right = [[a == b for a, b in zip(plan, d.plan)] for plan, d in zip(plans, decisions)]
         sums += (loss, mask.sum().item(), len(right), sum(r[0] for r in right if r),
                  sum(all(r) for r in right))
-    loss, tokens, n, first, plan = E.total(sums.tolist(), policy.device)
+    loss, tokens, n, first, plan = all_reduce_sum(sums.tolist(), policy.device)
     return {"val/loss": loss / tokens, "val/first": first / n, "val/plan": plan / n}
 
 
@@ -178,7 +204,7 @@ def validate_dialogs(policy, data, units, rank, world):
         asked, mask = question(policy, policy.spell(dialogs), frames)
         logps, likeliest = policy(*asked, with_greedy=True)
         sums += (-(logps * mask).sum().item(), mask.sum().item(), (likeliest & mask).sum().item())
-    loss, tokens, right = E.total(sums.tolist(), policy.device)
+    loss, tokens, right = all_reduce_sum(sums.tolist(), policy.device)
     return {"val/loss": loss / tokens, "val/right": right / tokens}
 
 
@@ -202,10 +228,10 @@ def setup(args, world, device):
         nav["memory"] = lsm.memory_from_args(args)
     nav.update({k: robot.get(k) for k in ROBOTS["r2r"]          # a JSON does not tell its camera
                 if k in robot or k not in ("turn_deg", "forward_m")})
-    policy = load_policy(args.model, nav, device, E.default_dtype(args), seed=args.seed,
+    policy = load_policy(args.model, nav, device, default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes])
     policy.promise(nav)                    # an older contract is replaced by what is taught now
-    E.check_lengths(policy, E.walk_lengths(policy, data, args.vary_turns) if data.whole_walks
+    check_lengths(policy, walk_lengths(policy, data, args.vary_turns) if data.whole_walks
                     else data.lengths(policy), args.data)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
@@ -213,9 +239,9 @@ def setup(args, world, device):
 
 
 def main(args):
-    rank, world, device = E.start(args)
+    rank, world, device = init_distributed(args)
     data, policy = setup(args, world, device)
-    E.open_run(args)
+    open_run(args)
 
     dialogs = is_dialog(policy.nav)
     per_walk = 1 if dialogs or not data.whole_walks else args.steps_per_walk
@@ -225,20 +251,13 @@ def main(args):
     order = Order(data, args.seed, None if dialogs else per_walk, args.batch_size // per_walk)
     steps = args.max_steps or max(1, round(args.epochs * order.per_epoch))
 
-    weights = sum(p.numel() for p in policy.parameters())          # ZeRO-3 will shard them away
-    engine = E.make_engine(policy, args)
-    first = E.load_state(engine, args.out)
-    val_path = args.val_data or os.path.join(os.path.dirname(args.data.rstrip("/")), "val_seen")
-    val = (VlnEgo(val_path) if args.val_data or os.path.exists(os.path.join(val_path, "meta.json"))
-           else None)
+    engine = make_engine(policy, args)
+    first = load_state(engine, args.out)
+    val = held_out_data(args.val_data, args.data)
     val_units = batch_units(val, 0, 0, None if dialogs else 8) if val else []
     val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
-    if rank == 0:
-        for note in data.notes:
-            print(note)
-        print(f"{len(data.episodes)} episodes, {order.per_epoch} batches of {args.batch_size} an "
-              f"epoch, {steps} steps, {weights:,} weights on "
-              f"{world} x {device}" + (f"; resuming at step {first}" if first else ""))
+    print_start(engine, f"{len(data.episodes)} episodes, {order.per_epoch} batches of "
+                f"{args.batch_size} an epoch, {steps} steps", first, data.notes)
 
     def load(step):
         return [load_batch(data, policy.nav, [unit], args.vary_turns)
@@ -247,43 +266,38 @@ def main(args):
         """Units -> what each forward is given, [(decisions, frames), ..]"""
         if dialogs:
             units = [(policy.spell(some), frames) for some, frames in units]
-        return [E.together(some) for some in E.forwards(
+        return [merge_batches(some) for some in micro_batches(
             units, lambda unit: sum(policy.sizes(*unit)), args.micro_tokens, device)]
-    E.tell_memory(engine, None, max(policy.activations(*part) for part in forwards(load(first))),
-                  rank)
-    log = E.Log(engine, args.out, first, steps, ("loss", "val/first", "val/plan", "val/right"))
+    print_memory_estimate(engine, None, max(
+        policy.activations(*part) for part in forwards(load(first))))
+    log = Log(engine, args.out, first, steps, ("loss", "val/first", "val/plan", "val/right"))
     last = min(steps, args.stop_after or steps)
-    for step, batch, wait in E.ahead(load, range(first, last)):
-        lr = E.learning_rate(step, steps, args.lr, args.warmup, args.schedule)
-        E.set_learning_rate(engine, lr)
+    for step, batch, wait_s in prefetch(load, range(first, last)):
+        lr = set_learning_rate(engine, step, steps, args)
 
         # 1. one token is one vote, on whichever rank it stands
         questions = [question(policy, *part) for part in forwards(batch)]
-        tokens, = E.total([sum(mask.sum().item() for _, mask in questions)], device)
+        tokens, = all_reduce_sum([sum(mask.sum().item() for _, mask in questions)], device)
 
         # 2. imitate
         losses = 0.0
-        for asked, mask in E.accumulate(engine, questions):
+        for asked, mask in accumulate(engine, questions):
             loss = -(engine(*asked) * mask).sum() / tokens
-            E.backward_step(engine, loss * world)               # DeepSpeed averages over ranks
+            backward_step(engine, loss)
             losses += loss.item()
 
         # 3. tell, check, keep
         done = step + 1
-        told = {"loss": E.total([losses], device)[0], "lr": lr, "tokens": tokens, "wait": wait}
-        told |= E.update_metrics(engine)
-        if val_units and (done % args.val_every == 0 or done == steps):
-            with E.gathered(engine):
+        told = {"loss": all_reduce_sum([losses], device)[0], "lr": lr, "tokens": tokens,
+                "wait_s": wait_s}
+        told |= update_metrics(engine)
+        if val_units and is_due(done, args.val_every, steps):
+            with gathered(engine):
                 told.update(validate(policy, val, val_units, rank, world))
-        log(done, E.work(device, policy), **told)
-        if done % args.save_every == 0 or done == last:
-            E.save_state(engine, args.out, done)
-    log.close()
-    weights = E.consolidated(engine)
-    if rank == 0:
-        save_policy(policy, args.out, weights)
-        print(f"wrote {args.out} (log.jsonl, tb/, and the policy for grpo.py and evaluate.py)")
-    E.leave_together()
+        log(done, pop_flop_counters(device, policy), **told)
+        if is_due(done, args.save_every, last):
+            save_state(engine, args.out, done)
+    finish_run(engine, log, args.out, "log.jsonl, tb/, and the policy for grpo.py and evaluate.py")
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def trl_trainer(folder, late, args, steps, callbacks=()):
              "expert": list(d.plan), "number": i} for i, d in enumerate(decisions)]
 
     def reward(prompts, completions, expert, **_):
-        return [score(answer[0]["content"], right, policy.phrases, "tdr", 0.8)["reward"]
+        return [score(answer[0]["content"], right, policy.phrases, "tdr", 0.8).reward
                 for answer, right in zip(completions, expert)]
 
     def generator():
@@ -144,7 +144,7 @@ def check(folder, late, args):
     ours = policy.logps(prompts, held["completion_ids"], mask, 8)
     theirs = held["logps"]
     loss, _ = grpo.grpo_loss(ours, ours.detach(), held["ref_per_token_logps"], advantages, mask,
-                             0.2, 0.04)
+                             0.2, 0.2, 0.04)
     loss.mean().backward()
     grads = {name: p.grad for name, p in policy.model.named_parameters()}
     gap = sum(((grads[k] - g) ** 2).sum() for k, g in held["grads"].items())

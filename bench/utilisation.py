@@ -54,7 +54,7 @@ def main(args):
         with open(os.path.join(out, "log.jsonl")) as f:
             rows = [row for row in map(json.loads, f) if row["step"] > 2]
         memory = max(row["memory_gb"] for row in rows)
-        waits = statistics.median(row["wait"] / row["seconds"] for row in rows)
+        waits = statistics.median(row["wait_s"] / row["seconds"] for row in rows)
         tell(args, f"utilisation, {name}", [row["tflops"] for row in rows],
              [matmul_tflops(args.device)], "a matrix product", "TFLOP/s", None,
              f"nothing to compare; {memory:.1f} GB, {waits:.0%} of the time waiting for data",

@@ -82,7 +82,7 @@ def test_first_step_loss_is_zero_and_its_gradient_is_reinforce():
     logits, logps, mask = toy(n=8)
     adv = group_advantages(torch.rand(8, dtype=torch.float64), 4)
     now = logps()
-    loss, stats = grpo_loss(now, now.detach(), now.detach(), adv, mask, 0.2, 0.04)
+    loss, stats = grpo_loss(now, now.detach(), now.detach(), adv, mask, 0.2, 0.2, 0.04)
     assert abs(loss.mean().item()) < 1e-12  # advantages cancel within a group
     assert stats["kl"].abs().max() == 0 and stats["clip_frac"].max() == 0
     (grad,) = torch.autograd.grad(loss.mean(), logits)
@@ -92,10 +92,10 @@ def test_first_step_loss_is_zero_and_its_gradient_is_reinforce():
     assert grad.abs().max() > 0 and torch.allclose(grad, expected, atol=1e-14)
 
 
-def test_equal_rewards_teach_nothing_without_kl():
+def test_equal_rewards_have_no_gradient_without_kl():
     logits, logps, mask = toy()
     adv = group_advantages(torch.full((6,), 0.7, dtype=torch.float64), 3)
-    loss, _ = grpo_loss(logps(), logps().detach(), None, adv, mask, 0.2, 0.0)
+    loss, _ = grpo_loss(logps(), logps().detach(), None, adv, mask, 0.2, 0.2, 0.0)
     (grad,) = torch.autograd.grad(loss.mean(), logits)
     assert grad.abs().max() == 0
 
@@ -104,7 +104,7 @@ def test_kl_is_never_negative_and_unbiased_by_enumeration():
     g = torch.Generator().manual_seed(2)
     p, q = (torch.randn(9, generator=g, dtype=torch.float64).log_softmax(0) for _ in range(2))
     one = torch.ones(9, 1)
-    _, stats = grpo_loss(p[:, None], p[:, None], q[:, None], torch.zeros(9), one, 0.2, 0.04)
+    _, stats = grpo_loss(p[:, None], p[:, None], q[:, None], torch.zeros(9), one, 0.2, 0.2, 0.04)
     assert (stats["kl"] >= 0).all()
     exact = (p.exp() * (p - q)).sum()
     assert torch.allclose((p.exp() * stats["kl"]).sum(), exact)  # E over p of k3 = KL(p || q)
@@ -115,11 +115,11 @@ def test_kl_pulls_towards_the_reference():
     with torch.no_grad():
         ref = logps(logits + torch.randn(logits.shape, dtype=torch.float64))
     zero = torch.zeros(6, dtype=torch.float64)
-    loss, before = grpo_loss(logps(), logps().detach(), ref, zero, mask, 0.2, 1.0)
+    loss, before = grpo_loss(logps(), logps().detach(), ref, zero, mask, 0.2, 0.2, 1.0)
     assert torch.allclose(loss, before["kl"])  # advantages 0, beta 1: nothing but KL is left
     (grad,) = torch.autograd.grad(loss.mean(), logits)
     closer = logps(logits - 0.1 * grad)
-    _, after = grpo_loss(closer, closer.detach(), ref, zero, mask, 0.2, 1.0)
+    _, after = grpo_loss(closer, closer.detach(), ref, zero, mask, 0.2, 0.2, 1.0)
     assert after["kl"].mean() < before["kl"].mean()
 
 
@@ -131,7 +131,7 @@ def test_clip(adv, ratio, moves):
     old = torch.zeros(1, 1, dtype=torch.float64)
     logps = torch.full((1, 1), math.log(ratio), dtype=torch.float64).requires_grad_()
     advantages, mask = torch.tensor([adv], dtype=torch.float64), torch.ones(1, 1)
-    loss, stats = grpo_loss(logps, old, None, advantages, mask, 0.2, 0.0)
+    loss, stats = grpo_loss(logps, old, None, advantages, mask, 0.2, 0.2, 0.0)
     (grad,) = torch.autograd.grad(loss.sum(), logps)
     assert (grad.abs().item() > 0) == moves
     assert stats["clip_frac"].item() == (not moves)  # clip_frac counts tokens that cannot learn
@@ -143,21 +143,21 @@ def test_every_plan_weighs_the_same_however_long_and_padding_is_not_seen():
     logits, logps, mask = toy(n=4, c=5)
     adv = torch.tensor([1.0, -1.0, 0.5, 2.0], dtype=torch.float64)
     old, ref = logps(logits + 0.3).detach(), logps(logits * 0.9).detach()
-    together, stats = grpo_loss(logps(), old, ref, adv, mask, 0.2, 0.04)
+    together, stats = grpo_loss(logps(), old, ref, adv, mask, 0.2, 0.2, 0.04)
     for i in range(4):
         n = int(mask[i].sum())
         rows = [x[i : i + 1, :n] for x in (logps(), old, ref, mask)]
-        alone, its = grpo_loss(*rows[:3], adv[i : i + 1], rows[3], 0.2, 0.04)
+        alone, its = grpo_loss(*rows[:3], adv[i : i + 1], rows[3], 0.2, 0.2, 0.04)
         assert torch.allclose(alone[0], together[i])
         assert torch.allclose(its["kl"][0], stats["kl"][i])
     wild = torch.where(mask, 0.0, 1e4)  # whatever stands in the padding, it must not matter
-    padded, _ = grpo_loss(logps() + wild, old, ref, adv, mask, 0.2, 0.04)
+    padded, _ = grpo_loss(logps() + wild, old, ref, adv, mask, 0.2, 0.2, 0.04)
     assert torch.allclose(padded, together)
 
 
 def test_a_plan_without_tokens_is_zero_not_nan():
     empty = torch.zeros(1, 3)
-    loss, stats = grpo_loss(empty, empty, empty, torch.ones(1), empty.bool(), 0.2, 0.04)
+    loss, stats = grpo_loss(empty, empty, empty, torch.ones(1), empty.bool(), 0.2, 0.2, 0.04)
     assert loss.item() == 0 and stats["kl"].item() == 0
 
 
@@ -179,7 +179,7 @@ def test_a_bandit_learns():
         old = table.log_softmax(-1)[pick].detach()
         for _ in range(2):
             now = table.log_softmax(-1)[pick]
-            loss, _ = grpo_loss(now, old, ref, adv, mask, 0.2, 0.001)
+            loss, _ = grpo_loss(now, old, ref, adv, mask, 0.2, 0.2, 0.001)
             optimizer.zero_grad()
             loss.mean().backward()
             optimizer.step()
@@ -267,7 +267,8 @@ def farthest(a, b):
 def log_of(folder):
     """log.jsonl without the clock."""
     with open(os.path.join(folder, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in engine.CLOCK} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in engine.TIMING_KEYS}
+                for line in f]
 
 
 def group_of_four(policy, world, n=2, seed=5):
@@ -294,14 +295,14 @@ def relative(a, b):
 
 
 def test_shared_prompt_equals_separate_rows(policy, world):
-    """One prefix and G suffixes, against G rows that each spell the prompt out: loss, gradients."""
+    """One prefix and G suffixes, against G rows that each hold the prompt: loss, gradients."""
     decisions, frames, roll = group_of_four(policy, world)
     adv = group_advantages(torch.rand(8, generator=torch.Generator().manual_seed(0)), 4)
     ref = torch.randn(roll.completion_mask.shape, generator=torch.Generator().manual_seed(1)) - 3
 
     def loss_of(logps):
         old = logps.detach() + 0.1 * ref.sin()               # off-policy: ratios either side of 1
-        return grpo_loss(logps, old, ref, adv, roll.completion_mask, 0.2, 0.04)[0].mean()
+        return grpo_loss(logps, old, ref, adv, roll.completion_mask, 0.2, 0.2, 0.04)[0].mean()
 
     ids, mask = roll.completion_ids, roll.completion_mask
     shared = policy(decisions, frames, ids, mask, 4, 0.7)
@@ -317,10 +318,10 @@ def test_shared_prompt_equals_separate_rows(policy, world):
 def test_first_gradient_of_the_policy_is_reinforce(policy, world):
     decisions, frames, roll = group_of_four(policy, world)
     mask, args = roll.completion_mask, grpo.parse_args([])
-    marks = grpo.judge(roll.texts, decisions, policy, args)
-    adv = group_advantages(torch.tensor([m["reward"] for m in marks]), 4)
+    scores = grpo.compute_rewards(roll.texts, decisions, policy, args)
+    adv = group_advantages(torch.tensor([s.reward for s in scores]), 4)
     logps = policy(decisions, frames, roll.completion_ids, mask, 4)
-    loss, stats = grpo_loss(logps, logps.detach(), logps.detach(), adv, mask, 0.2, 0.04)
+    loss, stats = grpo_loss(logps, logps.detach(), logps.detach(), adv, mask, 0.2, 0.2, 0.04)
     assert abs(loss.mean().item()) < 1e-6 and stats["kl"].max() == 0
     ours = gradients(policy, loss.mean())
     logps = policy(decisions, frames, roll.completion_ids, mask, 4)
@@ -329,20 +330,21 @@ def test_first_gradient_of_the_policy_is_reinforce(policy, world):
     assert max(g.abs().max() for g in theirs.values()) > 1e-4 and relative(ours, theirs) < 1e-5
 
 
-def test_judging_and_showing(policy, world):
+def test_scores_of_a_group_and_their_text(policy, world):
     decisions, _, _ = group_of_four(policy, world, n=1)
     phrases, expert = policy.phrases, list(decisions[0].plan)
     texts = [write_plan(expert, phrases), "A. Move, forward", "", write_plan([1] * 6, phrases)]
-    marks = grpo.judge(texts, decisions, policy, grpo.parse_args([]))
-    told = grpo.summary(marks)
-    assert marks[0]["reward"] == 1.0 and told["plan"] == 1 and told["malformed"] == 12
-    assert told["expert_stops"] == 4 * expert.count(0) and told["stops"] == expert.count(0)
-    shown = grpo.show_group(decisions[0], texts, marks, [1.5, -0.5, -0.5, -0.5], policy)
+    scores = grpo.compute_rewards(texts, decisions, policy, grpo.parse_args([]))
+    sums = grpo.score_sums(scores)
+    assert scores[0].reward == 1.0 and sums["exact_match"] == 1 and sums["malformed"] == 12
+    assert sums["expert_stops"] == 4 * expert.count(0) and sums["stops"] == expert.count(0)
+    shown = grpo.format_group(decisions[0], texts, scores, [1.5, -0.5, -0.5, -0.5], policy)
     assert decisions[0].instruction in shown and "'A. Move, forward'" in shown
     assert " 1.000      +1.50  " + " ".join("DABC"[a] for a in expert) in shown
     unread = decisions[0]._replace(plan=())                    # a ShareGPT answer of garbage
-    marks = grpo.judge(texts, [unread], policy, grpo.parse_args([]))
-    assert grpo.summary(marks)["plan"] == 0 and all(m["reward"] == 0 for m in marks)
+    scores = grpo.compute_rewards(texts, [unread], policy, grpo.parse_args([]))
+    assert grpo.score_sums(scores)["exact_match"] == 0
+    assert [s.reward for s in scores] == [0, 0, 0, 0]
 
 
 def test_prompts_and_seeds_are_functions_of_the_seed_and_the_step(world):
@@ -353,7 +355,7 @@ def test_prompts_and_seeds_are_functions_of_the_seed_and_the_step(world):
     epoch = [u for step in range(5) for u in grpo.batch_of(prompts, step, 4, seed=0)]
     assert len(set(epoch)) == 20                               # each at most once an epoch
     assert grpo.batch_of(prompts, 7, 4, 0) == grpo.batch_of(prompts, 7, 4, 0)
-    assert grpo.batch_of(prompts, 5, 4, 0) != grpo.batch_of(prompts, 0, 4, 0)   # shuffled anew
+    assert grpo.batch_of(prompts, 5, 4, 0) != grpo.batch_of(prompts, 0, 4, 0)   # another order
     seeds = [s for step in range(50) for s in grpo.sampling_seeds(0, step, 8)]
     assert len(set(seeds)) == 400 and all(0 <= s < 2 ** 63 for s in seeds)
 
@@ -366,7 +368,7 @@ def plain(world):
     return out
 
 
-def test_a_run_learns_and_leaves_what_it_promises(world, plain, capsys):
+def test_a_run_learns_and_writes_its_files(world, plain):
     log = log_of(plain)
     assert [row["step"] for row in log] == [0, 1, 2, 3]
     assert "val/reward" in log[0] and "val/reward" in log[3]
@@ -392,7 +394,7 @@ def test_kill_9_and_resume_is_the_undisturbed_run(world, plain):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert not (out / "model.safetensors").exists()
-    with open(out / "log.jsonl", "a") as f:                    # told, but not kept: cut on resume
+    with open(out / "log.jsonl", "a") as f:                    # after the state: cut on resume
         f.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')
     with open(out / "samples.txt", "a") as f:
         f.write("# step 3\nhalf a bl")
@@ -427,11 +429,11 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     root = os.path.dirname(grpo.__file__)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with open(world / "ranks.txt", "w") as told:
+    with open(world / "ranks.txt", "w") as output:
         subprocess.run([*launch, str(world / "driver.py"), str(world), "0,2,3",
                         *flags(world, world / "unused", *more)], check=True, timeout=150,
                        env=dict(env, PYTHONPATH=root, OMP_NUM_THREADS="1"),
-                       stdout=told, stderr=told)
+                       stdout=output, stderr=output)
     for two, one in (("zero0", "alone"), ("zero2", "alone"), ("zero3", "alone"),
                      ("once2", "alone_once")):
         theirs, start = weights_of(world / one), weights_of(world / "sft")
@@ -447,7 +449,7 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
 def test_a_diverging_run_ends_with_a_sentence(world, tmp_path):
     """Its first update leaves weights from which no plan can be drawn; none of them is saved."""
     out = tmp_path / "out"
-    more = ["--lr=1e22", "--drop-flat-groups", "--kl-coef=0"]
+    more = ["--lr=1e22", "--drop-zero-std-groups", "--kl-coef=0"]
     with pytest.raises(UserError, match="step 2: a log-probability of a sampled token is not finite"
                        ".*No state was saved"):
         grpo.main(grpo.parse_args(flags(world, out, *more)))
@@ -459,7 +461,7 @@ def test_a_diverging_run_ends_with_a_sentence(world, tmp_path):
 def test_a_skipped_step_leaves_a_gap_in_the_curves(tmp_path):
     rows = [{"step": s, "reward": None if s == 2 else 0.5, "kl": 0.0} for s in range(1, 5)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grpo.draw_curves(str(tmp_path), (("reward",), ("kl",)))
+    engine.draw_curves(str(tmp_path), (("reward",), ("kl",)))
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
@@ -469,7 +471,7 @@ def test_a_skipped_step_leaves_a_gap_in_the_curves(tmp_path):
     (["--prompts=2"], "--batch-size"), (["--out=/dev/null/x"], "--out"),
     (["--data=nowhere"], "nowhere"),
 ])  # fmt: skip
-def test_mistakes_are_told_in_a_sentence(world, tmp_path, wrong, says):
+def test_mistakes_are_sentences(world, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says):
         grpo.main(grpo.parse_args([*flags(world, tmp_path / "out"), *wrong]))
 
@@ -484,23 +486,23 @@ def test_another_turn_angle_is_refused(world, tmp_path):
         grpo.main(grpo.parse_args([*flags(world, tmp_path / "out"), f"--data={other}"]))
 
 
-def test_no_kl_never_loads_the_reference_and_flat_groups_can_be_dropped(world, monkeypatch):
+def test_no_kl_never_loads_the_reference_and_zero_std_groups_can_be_dropped(world, monkeypatch):
     calls = []
     load = grpo.load_policy
     monkeypatch.setattr(grpo, "load_policy", lambda *a, **k: calls.append(a) or load(*a, **k))
     out = world / "dropped"
-    grpo.main(grpo.parse_args(flags(world, out, "--kl-coef=0", "--drop-flat-groups",
+    grpo.main(grpo.parse_args(flags(world, out, "--kl-coef=0", "--drop-zero-std-groups",
                                     "--max-steps=1", "--freeze-vision", "--reward=hard")))
     assert len(calls) == 1
     before, after = weights_of(world / "sft"), weights_of(out)
     assert all(torch.equal(before[k], after[k]) for k in before if "visual" in k)
 
-    def only_the_flat(rewards, group_size, **_):                # advantage 1 there, 0 elsewhere
+    def only_zero_std(rewards, group_size, **_):                # advantage 1 there, 0 elsewhere
         groups = rewards.view(-1, group_size)
         return (groups.amax(1) == groups.amin(1)).float().repeat_interleave(group_size)
-    monkeypatch.setattr(grpo, "group_advantages", only_the_flat)
-    for drop in ([], ["--drop-flat-groups"]):
-        out = world / f"flat{len(drop)}"
+    monkeypatch.setattr(grpo, "group_advantages", only_zero_std)
+    for drop in ([], ["--drop-zero-std-groups"]):
+        out = world / f"zero_std{len(drop)}"
         grpo.main(grpo.parse_args(flags(world, out, "--kl-coef=0", "--max-steps=1",
                                         "--reward=hard", *drop)))
         row = log_of(out)[-1]

@@ -388,13 +388,13 @@ def test_advantages_of_a_hand_made_group_and_dead_groups_are_gone(walks):
     walks[0].end, kept = "error", walks[0].end                 # the world's fault: not a lesson
     assert grpo_online.compare_walks(walks, rewards, args) == ([], 2)
     walks[0].end = kept
-    bare = grpo_online.parse_args(["--group-size=3", "--no-divide-by-spread"])
+    bare = grpo_online.parse_args(["--group-size=3", "--scale-rewards=none"])
     lessons, _ = grpo_online.compare_walks(walks, rewards, bare)
     assert [lesson.advantages[0] for lesson in lessons] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
 
 
 def test_walks_that_the_world_has_spoilt_are_in_no_mean(walks, monkeypatch):
-    monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
+    monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
     marks = [dict.fromkeys(grpo_online.MARKS, 0.0)] * 3 + [
         dict.fromkeys(grpo_online.MARKS, 1.0)] * 3
     ends = [walk.end for walk in walks]
@@ -440,7 +440,7 @@ def test_plans_are_played_from_every_state_of_a_walk(world, policy):
 
 
 def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
-    monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
+    monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
     args = grpo_online.parse_args(["--group-size=4"])
     names = "kept", "no way", "failed", "died"
     walks = world.walk(policy, [(name, world.episodes[0]) for name in names], 4)
@@ -478,7 +478,7 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
 
 
 def test_the_form_of_a_plan_earns_nothing_by_itself(world, policy, monkeypatch):
-    monkeypatch.setattr(grpo_online.E, "total", lambda values, device: values)
+    monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
     rng, some = np.random.default_rng(0), world.walk(
         policy, [("f0", world.episodes[0]), ("f1", world.episodes[1])], 8)
     for walk in some:                                          # and one is always malformed

@@ -35,9 +35,9 @@ def test_no_text_raises_and_every_reward_stays_in_bounds():
         text = garbage(rng)
         expert = [rng.choice([None, 0, 1, 2, 3]) for _ in range(6)]
         for name in reward.REWARDS:
-            marks = score(text, expert, PHRASES, reward=name)
-            assert 0.0 <= marks["reward"] <= 1.0 and len(marks["plan"]) == 6
-            assert 0 <= marks["malformed"] <= 6 + text.count(",") + 1
+            scored = score(text, expert, PHRASES, reward=name)
+            assert 0.0 <= scored.reward <= 1.0 and len(scored.plan) == 6
+            assert 0 <= scored.malformed <= 6 + text.count(",") + 1
         control = parse_control(text, PHRASES)
         assert STOP not in control[:-1] and all(a in PHRASES for a in control)
 
@@ -50,30 +50,30 @@ def test_what_is_written_is_read():
         assert parse_plan(text, PHRASES, 6) == plan
         cut = plan.index(STOP) + 1 if STOP in plan else 6
         assert parse_control(text, PHRASES) == plan[:cut]
-        marks = score(text, plan, PHRASES)
-        assert marks["reward"] == 1.0 and marks["malformed"] == 0 and marks["first"]
+        scored = score(text, plan, PHRASES)
+        assert scored == (1.0, plan, plan, True, 0)
 
 
-def test_strict_slots():
+def test_strict_positions():
     good = PHRASES[FORWARD]
     near_misses = [good[:-1], good + ".", good.lower(), good + "\n", good + " please", good[3:]]
     for bad in [*near_misses, "A", "", good + " " + good, "B. Turn left 15 degrees"]:
         assert parse_plan(bad, PHRASES, 1) == [None], bad
-        assert score(bad, [FORWARD], PHRASES)["reward"] == 0.0
+        assert score(bad, [FORWARD], PHRASES).reward == 0.0
     assert parse_plan(f" {good} ,{good}", PHRASES, 2) == [FORWARD, FORWARD]
 
 
-def test_missing_and_extra_slots_are_counted():
+def test_missing_and_extra_positions_are_counted():
     text = reward.write_plan(EXPERT, PHRASES)
     empty = score("", EXPERT, PHRASES)
-    assert empty == {"reward": 0.0, "plan": [None] * 6, "first": False, "malformed": 6}
-    assert score(reward.write_plan(EXPERT[:4], PHRASES), EXPERT, PHRASES)["malformed"] == 2
+    assert empty == (0.0, [None] * 6, EXPERT, False, 6)
+    assert score(reward.write_plan(EXPERT[:4], PHRASES), EXPERT, PHRASES).malformed == 2
     long = score(text + ", D. Stop, nonsense", EXPERT, PHRASES)
-    assert long["malformed"] == 2 and long["reward"] == 1.0 and long["plan"] == EXPERT
+    assert long == (1.0, EXPERT, EXPERT, True, 2)
 
 
 def test_rewards_by_hand():
-    plan = [LEFT, FORWARD, LEFT, RIGHT, None, STOP]  # slots 2 and 4 wrong
+    plan = [LEFT, FORWARD, LEFT, RIGHT, None, STOP]  # positions 2 and 4 wrong
     weights = [0.8**k for k in range(6)]
     tdr = (weights[0] + weights[1] + weights[3] + weights[5]) / sum(weights)
     assert abs(reward.time_decayed_reward(plan, EXPERT) - tdr) < 1e-12
@@ -82,9 +82,9 @@ def test_rewards_by_hand():
     assert reward.hard_reward(plan, EXPERT) == 0.0
     assert abs(reward.time_decayed_reward(plan, EXPERT, gamma=1.0) - 4 / 6) < 1e-12
     assert reward.time_decayed_reward(plan, EXPERT, gamma=0.0) == 1.0  # only the next action
-    for name, judge in reward.REWARDS.items():
-        assert judge(EXPERT, EXPERT) == 1.0 and judge([None] * 6, EXPERT) == 0.0, name
-        assert judge(plan, [None] * 6) == 0.0, name  # nothing known: nothing earned
+    for name, reward_of in reward.REWARDS.items():
+        assert reward_of(EXPERT, EXPERT) == 1.0 and reward_of([None] * 6, EXPERT) == 0.0, name
+        assert reward_of(plan, [None] * 6) == 0.0, name  # nothing known: nothing earned
 
 
 def test_an_unknown_label_is_neither_right_nor_wrong():
@@ -92,17 +92,17 @@ def test_an_unknown_label_is_neither_right_nor_wrong():
     assert reward.uniform_reward([LEFT, RIGHT, FORWARD], expert) == 1.0
     assert reward.uniform_reward([LEFT, None, STOP], expert) == 0.5
     assert reward.hard_reward([LEFT, STOP, FORWARD], expert) == 1.0
-    assert not score("nonsense", [None, LEFT], PHRASES)["first"]  # None == None is no agreement
+    assert not score("nonsense", [None, LEFT], PHRASES).first_correct  # None == None does not count
 
 
-def test_an_earlier_slot_never_weighs_less():
+def test_an_earlier_position_never_weighs_less():
     for name in ["tdr", "uniform", "linear"]:
-        plans = [EXPERT[:k] + [None] + EXPERT[k + 1 :] for k in range(6)]  # slot k wrong
+        plans = [EXPERT[:k] + [None] + EXPERT[k + 1 :] for k in range(6)]  # position k wrong
         earned = [reward.REWARDS[name](plan, EXPERT) for plan in plans]
         assert earned == sorted(earned), name
 
 
-def test_control_reads_what_a_person_would():
+def test_control_parses_clear_letters_and_words():
     read = {
         "A": [FORWARD], "a)": [FORWARD], "B: left": [LEFT], " c . turn right": [RIGHT],
         "TURN RIGHT 30 DEGREES, stop": [RIGHT, STOP], "D. Stop, A, A": [STOP], "E. Fly": [],
@@ -113,7 +113,7 @@ def test_control_reads_what_a_person_would():
         assert parse_control(text, PHRASES) == actions, text
 
 
-def test_phrases_tell_the_robots_numbers():
+def test_phrases_state_the_robots_numbers():
     assert action_phrases(22.5, 0.3)[RIGHT] == "C. Turn right 22.5 degrees"
     assert action_phrases(15, 0.29)[FORWARD] == "A. Move forward 29 cm"
 

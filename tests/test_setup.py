@@ -143,7 +143,7 @@ def upgraded_python(venv):
 @pytest.mark.parametrize("ready", [False, True])
 @pytest.mark.parametrize("damage", [without_pip, dangling_python, empty, folders_only, too_old,
                                     upgraded_python])
-def test_a_broken_environment_is_made_anew(checkout, damage, ready):
+def test_a_broken_environment_is_replaced(checkout, damage, ready):
     checkout.good()
     venv = checkout.folder / ".venv"
     damage(venv)

@@ -43,7 +43,8 @@ def weights(folder):
 def told(folder):
     """The log without its clock."""
     with open(os.path.join(folder, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in engine.CLOCK} for line in f]
+        return [{k: v for k, v in json.loads(line).items() if k not in engine.TIMING_KEYS}
+                for line in f]
 
 
 # ---------------------------------------------------------------- order and loss
@@ -152,12 +153,12 @@ def test_an_update_takes_as_many_forwards_as_its_tokens_need(monkeypatch):
     monkeypatch.setattr(engine.dist, "all_reduce", lambda most, op: (
         told.append(int(most)), most.fill_(max(4, int(most)))))
     items = [("a", 5), ("b", 9), ("c", 4), ("d", 3)]
-    parts = engine.forwards(items, lambda item: item[1], 12, "cpu")
+    parts = engine.micro_batches(items, lambda item: item[1], 12, "cpu")
     assert told == [2] and len(parts) == 4 and sorted(sum(parts, [])) == items
     monkeypatch.setattr(engine.dist, "all_reduce", lambda most, op: None)
-    parts = engine.forwards(items, lambda item: item[1], 12, "cpu")
+    parts = engine.micro_batches(items, lambda item: item[1], 12, "cpu")
     assert len(parts) == 2 and max(sum(n for _, n in part) for part in parts) <= 12
-    assert engine.forwards(items, lambda item: item[1], 0, "cpu") == [items]
+    assert engine.micro_batches(items, lambda item: item[1], 0, "cpu") == [items]
 
 
 def test_bfloat16_learns_what_float32_learns(ego, tmp_path):
@@ -222,7 +223,7 @@ def test_a_diverging_run_ends_on_every_rank(ego, tmp_path):
 
 def tiny_engine(tmp_path, *flags):
     args = sft.parse_args([*TINY, "--out", str(tmp_path), *flags])
-    engine.start(args)
+    engine.init_distributed(args)
     policy = load_policy("tiny", dtype=engine.default_dtype(args), texts=["go to the sofa"])
     return policy, engine.make_engine(policy, args)
 
@@ -276,7 +277,7 @@ def test_bfloat16_may_skip_some_updates_in_a_row_and_float32_none(tmp_path, monk
     with pytest.raises(UserError, match="reward is nan"):
         log(True)(1, reward=math.nan, lr=0.1, skipped_steps=7)
     with pytest.raises(UserError, match="a log-probability of a sampled token is not finite"):
-        log(True)(1, (1.0, 1.0, 1.0), reward=0.5, lr=0.1, skipped_steps=8)
+        log(True)(1, engine.Counters(1.0, 1.0, 1.0), reward=0.5, lr=0.1, skipped_steps=8)
 
 
 def test_lengths_are_checked_before_training(ego, tmp_path):
