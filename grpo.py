@@ -500,7 +500,7 @@ def main(args):
     val = held_out_data(args.val_data, args.data[0])
     val_prompts = draw_prompts([val], args.val_decisions, 0) if val else []
     print_start(engine, f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x "
-                f"{args.group_size} plans", first, sum((data.notes for data in sources), []))
+                f"{args.group_size} plans", first, [n for data in sources for n in data.notes])
 
     def load(step):
         drawn = batch_of(prompts, step, args.batch_size, args.seed)
