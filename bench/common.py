@@ -10,9 +10,9 @@ results means nothing. A row is appended to --results (one JSON object a line; r
 
 ours and peer are medians over the repetitions, spread their smallest and largest values.
 
-The policy. Speed depends on how many tokens a plan takes. Qwen2's tokenizer spells a phrase out
+The policy. Speed depends on how many tokens a plan takes. Qwen2's tokenizer splits a phrase
 (8 tokens, 54 a plan); our `tiny` has a token for each (7 a plan). The benches measure the former: a
-tiny Qwen2-VL with a tokenizer that spells as Qwen2's does, taught for a minute to write plans, as
+tiny Qwen2-VL with a tokenizer that splits as Qwen2's does, trained for a minute to write plans, as
 every policy after SFT can. `--shape 2B` and `7B` have Qwen2-VL's own sizes, and weights that know
 no more than the tiny one's.
 """
@@ -44,7 +44,7 @@ if util.find_spec("torchvision") and not torch.version.cuda:
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import model  # noqa: E402
-from cli import Help  # noqa: E402
+from cli import Help, write_json  # noqa: E402
 from engine import learning_rate  # noqa: E402
 from make_data import VlnEgo  # noqa: E402
 from reward import write_plan  # noqa: E402
@@ -140,8 +140,8 @@ def shaped(policy, shape):
     return model.Policy(big, policy.tokenizer, policy.nav)
 
 
-def spelling_policy(args, late, steps=500):
-    """A checkpoint folder: 17 frames, phrases spelled as Qwen2 spells them, able to write plans."""
+def phrase_policy(args, late, steps=500):
+    """A checkpoint folder: 17 frames, phrases split as Qwen2 splits them, able to write plans."""
     folder = os.path.join(args.world, f"policy-{args.shape}")
     if os.path.exists(os.path.join(folder, "nav.json")):
         return folder
@@ -164,7 +164,7 @@ def spelling_policy(args, late, steps=500):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate, 0.1, "cosine")
         drawn = [units[k] for k in rng.integers(len(units), size=17)]
-        decision = data.decision(*drawn[0], nav)      # any plan will do: the language is taught
+        decision = data.decision(*drawn[0], nav)      # any plan will do: only the language matters
         plans = [data.decision(*unit, nav).plan for unit in drawn[1:]]
         ids, mask = policy.answers([write_plan(plan, policy.phrases) for plan in plans])
         logps = policy([decision], {k: data.frame(k) for k in decision.frames}, ids, mask, 16)
@@ -203,8 +203,8 @@ def versions(*names):
 EQUAL = {True: "equal", False: "NOT EQUAL", None: "-"}
 
 
-def tell(args, row, ours, peer, peer_name, unit, equal, check, setting, packages=(),
-         higher_is_better=False):
+def add_row(args, row, ours, peer, peer_name, unit, equal, check, setting, packages=(),
+            higher_is_better=False):
     """Print a row and append it to --results. ours, peer: lists of measurements. equal: did both
     sides compute the same? None where there is nothing to compare."""
     a, b = statistics.median(ours), statistics.median(peer)
@@ -229,9 +229,7 @@ def gather(rows, path):
     """The rows of a run -> path, and a table for people."""
     with open(rows) as f:
         found = [json.loads(line) for line in f]
-    with open(path + ".tmp", "w") as f:
-        json.dump(found, f, indent=1)
-    os.replace(path + ".tmp", path)
+    write_json(path, found, indent=1)
     print(f"\n{'':44}{'ours':>9}{'peer':>9}  {'unit':12}{'ratio':>6}")
     for r in found:
         print(f"{r['row']:44}{r['ours']:9.4g}{r['peer']:9.4g}  {r['unit']:12}{r['ratio']:6.2f}  "

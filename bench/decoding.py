@@ -5,13 +5,13 @@ Passes through the decoder for one plan: drafted by the grammar, against token b
     python bench/decoding.py --ckpt ckpt/sft        # a checkpoint of yours
 
 Greedy, one prompt at a time. A checkpoint of `tiny` has one token for a phrase, nothing to draft:
-the row to look at is that of a policy that spells phrases out, as every Qwen2-VL does.
+the row to look at is that of a policy that splits phrases, as every Qwen2-VL does.
 
 Checked: the same random numbers give the same tokens with and without drafts, at temperature 1,
 eight plans for a prompt. That is one distribution, token for token.
 """
 import torch
-from common import make_world, parser, spelling_policy, tell
+from common import add_row, make_world, parser, phrase_policy
 
 import grpo
 from make_data import VlnEgo
@@ -41,15 +41,15 @@ def count(policy, prompts):
 def main(args):
     torch.set_num_threads(args.threads)
     _, late = make_world(args)
-    policy = load_policy(args.ckpt or spelling_policy(args, late), device=args.device).eval()
+    policy = load_policy(args.ckpt or phrase_policy(args, late), device=args.device).eval()
     data = VlnEgo(late)
     units = grpo.draw_prompts([data], args.prompts, 1)
     prompts = policy.read(*grpo.load_batch([data], policy.nav, units))
     drafted, plain, same = count(policy, prompts)
-    what = args.ckpt or "spelled as Qwen2 spells"
-    tell(args, f"decoding, {what}", drafted, plain, "token by token", "passes", same,
-         f"{args.prompts} greedy plans and {8 * args.prompts} sampled ones are the same, token for "
-         "token", "the prompt's own pass included; median over prompts")
+    what = args.ckpt or "phrases split as by Qwen2"
+    add_row(args, f"decoding, {what}", drafted, plain, "token by token", "passes", same,
+            f"{args.prompts} greedy plans and {8 * args.prompts} sampled ones are the same, token "
+            "for token", "the prompt's own pass included; median over prompts")
 
 
 if __name__ == "__main__":

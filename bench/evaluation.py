@@ -1,6 +1,6 @@
 """
 Decisions a second in closed loop: 16 robots at once, against one robot, Hugging Face's generate and
-every frame encoded anew at every decision.
+every frame encoded again at every decision.
 
     python bench/evaluation.py --ckpt ckpt/sft --episodes data/houses
 
@@ -17,7 +17,7 @@ import time
 
 import numpy as np
 import torch
-from common import ROOT, in_turn, parser, tell
+from common import ROOT, add_row, in_turn, parser
 
 import evaluate
 from lsm import pick_frames
@@ -95,8 +95,8 @@ def walk_all(args, prepared, agent, sims):
     return sum(row["decisions"] for row in rows.values()) / seconds, rows
 
 
-def told(row):
-    """What a walk's row says of the walk: all but how much the policy read for it."""
+def comparable(row):
+    """The part of a row that describes the walk: without the number of tokens read."""
     return {key: value for key, value in row.items() if key != "tokens"}
 
 
@@ -119,14 +119,15 @@ def main(args):
         [lambda: walk_all(args, prepared, evaluate.policy_agent(policy, window_prompt), args.sims),
          lambda: walk_all(args, prepared, hf_agent(policy, theirs), 1)], args.repeats)
     rows = [side[0][1] for side in (ours, peer)]
-    same = sum(told(rows[0][name]) == told(rows[1][name]) for name in rows[1])
+    same = sum(comparable(rows[0][name]) == comparable(rows[1][name]) for name in rows[1])
     frames = policy.nav["memory"]["budget"] + 1
     sr = [np.mean([row["success"] for row in side.values()]) for side in rows]
-    tell(args, f"evaluation, {args.sims} robots", *([r for r, _ in side] for side in (ours, peer)),
-         "one robot, HF generate, frames encoded anew", "decisions/s", same == len(rows[1]),
-         f"{same} of {len(rows[1])} episodes with the same actions and metrics (SR {sr[0]:.3f} and "
-         f"{sr[1]:.3f})", f"{args.ckpt}, up to {frames} frames, 3 of 6 actions executed, "
-         f"{args.threads} thread(s)", higher_is_better=True)
+    ours, peer = ([rate for rate, _ in side] for side in (ours, peer))
+    add_row(args, f"evaluation, {args.sims} robots", ours, peer,
+            "one robot, HF generate, frames encoded again", "decisions/s", same == len(rows[1]),
+            f"{same} of {len(rows[1])} episodes with the same actions and metrics (SR {sr[0]:.3f} "
+            f"and {sr[1]:.3f})", f"{args.ckpt}, up to {frames} frames, 3 of 6 actions executed, "
+            f"{args.threads} thread(s)", higher_is_better=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import os
 import shutil
 
 import torch
-from common import clock, in_turn, make_world, parser, script, spelling_policy, tell
+from common import add_row, clock, in_turn, make_world, parser, phrase_policy, script
 from peers import conversation, load_model, load_processor, quiet
 from PIL import Image
 
@@ -112,22 +112,22 @@ def check(folder, late, args):
 
     logps_of = trainer._get_per_token_logps_and_entropies
 
-    def listening_logps(*given, **more):                  # the last call is the policy's
+    def recorded_logps(*given, **more):                  # the last call is the policy's
         found = logps_of(*given, **more)
         held["logps"] = found[0].detach()
         return found
 
     from trl.trainer import grpo_trainer
     grpo_trainer.shuffle_sequence_dict = lambda batch: batch    # rows stay in the reward's order
-    trainer._compute_loss, trainer._get_per_token_logps_and_entropies = spy, listening_logps
+    trainer._compute_loss, trainer._get_per_token_logps_and_entropies = spy, recorded_logps
     rewarded = []
     reward = trainer.reward_funcs[0]
 
-    def listening(**kwargs):
+    def recorded_reward(**kwargs):
         rewarded.append((kwargs["number"], reward(**kwargs)))
         return rewarded[-1][1]
 
-    trainer.reward_funcs[0] = listening
+    trainer.reward_funcs[0] = recorded_reward
     trainer.train()
 
     (numbers, rewards), = rewarded
@@ -159,16 +159,16 @@ def main(args):
     quiet()
     torch.set_num_threads(args.threads)
     _, late = make_world(args)
-    folder = spelling_policy(args, late)
+    folder = phrase_policy(args, late)
     found = check(folder, late, args)
     equal = found.pop("same prompt ids") and max(found.values()) < 1e-3
     ours, peer = in_turn([lambda: our_steps(folder, late, args, 3 * args.steps),
                           lambda: trl_steps(folder, late, args, args.steps)], args.repeats)
-    tell(args, "GRPO step", sum(ours, []), sum(peer, []), "TRL GRPOTrainer", "s", equal,
-         "same prompt ids; largest differences: "
-         + ", ".join(f"{k} {v:.1e}" for k, v in found.items()),
-         f"{args.prompts} prompts of 17 frames, G = 8, {args.threads} thread(s)",
-         ["trl", "accelerate"])
+    add_row(args, "GRPO step", sum(ours, []), sum(peer, []), "TRL GRPOTrainer", "s", equal,
+            "same prompt ids; largest differences: "
+            + ", ".join(f"{k} {v:.1e}" for k, v in found.items()),
+            f"{args.prompts} prompts of 17 frames, G = 8, {args.threads} thread(s)",
+            ["trl", "accelerate"])
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def load_processor(folder):
 
 
 def conversation(words):
-    """Our prompt (with <image> marks) -> the messages that the template above makes it of."""
+    """Our prompt (with <image> placeholders) -> the messages for the template above."""
     pieces = words.split("<image>")
     content = [{"type": "text", "text": pieces[0]}]
     for piece in pieces[1:]:

@@ -5,7 +5,7 @@ Recording, frames a second: make_data.py with two simulators against the officia
 
 The official collector (VLN-R1's, around VLN-CE) has one environment; at every step it renders one
 frame, writes it as a JPEG file of its own and writes the walk's action_list.json and
-instruction.txt anew. Here it does so in our simulator, on the same walks. make_data.py is timed
+instruction.txt again. Here it does so in our simulator, on the same walks. make_data.py is timed
 whole, its start, its simulator processes, checks and tables included; it writes lossless PNG.
 
 Checked: every frame that make_data.py has recorded is the frame that the collector saw.
@@ -16,7 +16,7 @@ import shutil
 import time
 
 import numpy as np
-from common import ROOT, in_turn, parser, script, tell
+from common import ROOT, add_row, in_turn, parser, script
 from PIL import Image
 
 import make_data
@@ -79,10 +79,10 @@ def main(args):
     walk_of = {e["episode_id"]: e["walk_id"] for e in data.episodes}
     same = sum(np.array_equal(data.frame((walk_of[name], t)), frame)
                for (name, t), frame in seen.items() if name in walk_of)
-    tell(args, "recording, 2 simulators", [rate for rate, _ in ours], [rate for rate, _ in peer],
-         "one environment, a JPEG file a frame", "frames/s", same == len(seen),
-         f"{same} of {len(seen)} frames are the same, bit for bit",
-         f"{args.limit} walks, 56x56 pixels", higher_is_better=True)
+    add_row(args, "recording, 2 simulators", [rate for rate, _ in ours], [rate for rate, _ in peer],
+            "one environment, a JPEG file a frame", "frames/s", same == len(seen),
+            f"{same} of {len(seen)} frames are the same, bit for bit",
+            f"{args.limit} walks, 56x56 pixels", higher_is_better=True)
 
 
 if __name__ == "__main__":

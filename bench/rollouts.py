@@ -1,6 +1,6 @@
 """
 Rollouts per second: robots that walk dialogs with a cache kept across turns, answered as they come,
-against the plain way: every turn reads its whole conversation again (the prefix is encoded anew,
+against the plain way: every turn reads its whole conversation again (the prefix is encoded again,
 frames are not), and no robot is answered before all of them wait. Greedy, so that the walks must be
 the same; both ways draft, both are batched. It walks the first episodes of a split, each once.
 
@@ -25,7 +25,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
-from common import tell  # noqa: E402
+from common import add_row  # noqa: E402
 
 import grpo_online  # noqa: E402
 from cli import Help, run  # noqa: E402
@@ -62,22 +62,22 @@ class Plain:
             policy.encode_frames, policy.text, policy.actions)
 
     def reply(self, threads, instructions, features, group_size, temperature, seeds):
-        policy, segments, starts, told = self.policy, [], [], []
+        policy, segments, starts, prompts = self.policy, [], [], []
         for thread, instruction, feature in zip(threads, instructions, features):
-            seen, said = thread.said if thread else ((), ())
-            dialog = grpo_online.Dialog(instruction, (), (*said, []), ())
+            seen, given = thread.said if thread else ((), ())
+            dialog = grpo_online.Dialog(instruction, (), (*given, []), ())
             segment, begins = policy.transcript(dialog, [*seen, feature])
             segments.append(segment)
             starts.append(begins[-1][1])
-            told.append(((*seen, feature), said))
+            prompts.append(((*seen, feature), given))
         hidden, cache = policy._run(segments)
         hidden = hidden[range(len(segments)), [len(ids) - 1 for ids, _, _ in segments]]
         answers, _, _ = policy._answer(hidden, cache, starts, [len(ids) for ids, _, _ in segments],
                                        1, temperature, seeds, True, 48)
         nothing = torch.zeros(1, 1, 0, 1)
         return [[answer] for answer in answers], [
-            Thread(nothing, (seen, (*said, answer)), 0)
-            for (seen, said), answer in zip(told, answers)]
+            Thread(nothing, (seen, (*given, answer)), 0)
+            for (seen, given), answer in zip(prompts, answers)]
 
 
 def walk_all(world, agent, min_waiting_fraction):
@@ -112,12 +112,12 @@ def main(args):
     equal = all(walks == found["ours"][0][0] for runs in found.values() for walks, _, _ in runs)
     rates = {name: [rate for _, rate, _ in runs] for name, runs in found.items()}
     shares = {name: statistics.median(s for _, _, s in runs) for name, runs in found.items()}
-    tell(args, "rollouts of dialogs", rates["ours"], rates["plain"],
-         "no cache across turns, a barrier per turn", "walks/s", equal,
-         f"{len(found['ours'][0][0])} greedy walks, action by action",
-         f"{args.ckpt}, {args.sims} simulators, {args.threads} thread(s); the policy computes "
-         f"{shares['ours']:.0%} of the time, of the plain way {shares['plain']:.0%}",
-         higher_is_better=True)
+    add_row(args, "rollouts of dialogs", rates["ours"], rates["plain"],
+            "no cache across turns, a barrier per turn", "walks/s", equal,
+            f"{len(found['ours'][0][0])} greedy walks, action by action",
+            f"{args.ckpt}, {args.sims} simulators, {args.threads} thread(s); the policy computes "
+            f"{shares['ours']:.0%} of the time, of the plain way {shares['plain']:.0%}",
+            higher_is_better=True)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ export BENCH_PYTHON OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 device=cpu
 for word in "$@"; do case $word in cuda) device=cuda;; esac; done
 [ $device = cuda ] || export DS_ACCELERATOR=cpu
-rows=$(mktemp)                                     # what there is is told, even if a bench fails
+rows=$(mktemp)                                     # written out even if a bench fails
 trap '[ ! -s "$rows" ] || "$BENCH_PYTHON" bench/common.py "$rows" bench/results_$device.json' EXIT
 bench() { "$@" --results "$rows" 2> >(grep -v -i 'warn\|it/s\|deprecated' >&2); }
 

@@ -19,7 +19,7 @@ import os
 import shutil
 
 import torch
-from common import clock, in_turn, make_world, parser, script, spelling_policy, tell
+from common import add_row, clock, in_turn, make_world, parser, phrase_policy, script
 from peers import conversation, load_model, load_processor, quiet
 from PIL import Image
 
@@ -134,7 +134,7 @@ def main(args):
     quiet()
     torch.set_num_threads(args.threads)
     ego, late = make_world(args)
-    folder = spelling_policy(args, late)
+    folder = phrase_policy(args, late)
     ours, peer = in_turn([lambda: our_steps(folder, ego, args, args.steps),
                           lambda: trainer_steps(folder, ego, args, args.steps)], args.repeats)
     gap = max(abs(a - b) / b for a, b in zip(ours[0][1], peer[0][1]))
@@ -142,11 +142,11 @@ def main(args):
     rates = [[n / s for seconds, _ in ours for n, s in zip(sizes, seconds)],
              [rate for side in peer for rate in side[0]]]
     many = args.steps_per_walk > 1
-    tell(args, f"SFT, {args.steps_per_walk} steps of a walk together" if many else
-         "SFT, independent samples", *rates, "HF Trainer", "samples/s", gap < 1e-4,
-         f"losses of {len(ours[0][1])} steps, largest relative difference {gap:.1e}",
-         f"batches of {args.batch_size}, up to 17 frames, {args.threads} thread(s)",
-         ["accelerate"], higher_is_better=True)
+    add_row(args, f"SFT, {args.steps_per_walk} steps of a walk together" if many else
+            "SFT, independent samples", *rates, "HF Trainer", "samples/s", gap < 1e-4,
+            f"losses of {len(ours[0][1])} steps, largest relative difference {gap:.1e}",
+            f"batches of {args.batch_size}, up to 17 frames, {args.threads} thread(s)",
+            ["accelerate"], higher_is_better=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import time
 from collections import Counter
 
 import numpy as np
-from common import FRAME_PX, ROOT, make_world, parser, spelling_policy, tell
+from common import FRAME_PX, ROOT, add_row, make_world, parser, phrase_policy
 
 from evaluate import EpisodeState, policy_agent, run_episodes
 from model import load_policy, window_prompt
@@ -106,8 +106,8 @@ def workers(args, robot, scenes, jobs):
         equal &= all(np.array_equal(first, mine) for _, frames in found for mine in frames)
     shape = f"{robot['width']}x{robot['height']}, {len(first)} frames each"
     for sims in (2, 4):
-        tell(args, f"frames/s, {sims} {args.sim} workers", rates[sims], rates[1], "one worker",
-             "frames/s", equal, "every worker renders the same bytes", shape, ("numpy",), True)
+        add_row(args, f"frames/s, {sims} {args.sim} workers", rates[sims], rates[1], "one worker",
+                "frames/s", equal, "every worker renders the same bytes", shape, ("numpy",), True)
     return rates
 
 
@@ -119,15 +119,15 @@ def lab(args, robot, scenes, jobs, rates):
                           input="".join(json.dumps(line) + "\n" for line in lines), text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     found = [json.loads(line) for line in done.stdout.splitlines()][1:]
-    tell(args, "frames/s, one habitat worker", rates[1], [n / s for n, s in found],
-         "habitat.Env.step with a camera", "frames/s", None,
-         "the same walks; tests/test_habitat.py compares what is seen and measured",
-         f"{robot['width']}x{robot['height']}", ("numpy",), True)
+    add_row(args, "frames/s, one habitat worker", rates[1], [n / s for n, s in found],
+            "habitat.Env.step with a camera", "frames/s", None,
+            "the same walks; tests/test_habitat.py compares what is seen and measured",
+            f"{robot['width']}x{robot['height']}", ("numpy",), True)
 
 
 def overlap(args, robot, scenes, episodes):
     """evaluate.py's loop with a policy, and the same walks with plans that are there at once."""
-    policy = load_policy(spelling_policy(args, make_world(args)[1]), device=args.device).eval()
+    policy = load_policy(phrase_policy(args, make_world(args)[1]), device=args.device).eval()
     plans = {}                                                   # by walk and actions so far
 
     def walk_all(agent, sims):
@@ -146,10 +146,10 @@ def overlap(args, robot, scenes, episodes):
                 walk.name: walk.actions for walk in ended}
 
     def recording_agent(walks):
-        found = decide(walks)
-        for walk, plan in zip(walks, found):
+        answers = decide(walks)
+        for walk, plan in zip(walks, answers):
             plans[walk.name, len(walk.actions)] = plan
-        return found
+        return answers
 
     def replaying_agent(walks):
         return [plans[walk.name, len(walk.actions)] for walk in walks]
@@ -163,9 +163,9 @@ def overlap(args, robot, scenes, episodes):
         together.append(seconds)
         apart.append(model_s + simulators_s)
         equal &= walked == again == alone
-    tell(args, f"evaluation, {args.robots} {args.sim} robots", together, apart,
-         "model and simulators one after the other", "s", equal,
-         "every robot does what it does alone", f"{len(episodes)} walks of at most 60 actions")
+    add_row(args, f"evaluation, {args.robots} {args.sim} robots", together, apart,
+            "model and simulators one after the other", "s", equal,
+            "every robot does what it does alone", f"{len(episodes)} walks of at most 60 actions")
 
 
 def main(args):

@@ -15,7 +15,7 @@ import shutil
 import statistics
 
 import torch
-from common import clock, make_world, parser, script, spelling_policy, tell
+from common import add_row, clock, make_world, parser, phrase_policy, script
 
 
 def parse_args(argv=None):
@@ -41,7 +41,7 @@ def matmul_tflops(device):
 def main(args):
     torch.set_num_threads(args.threads)
     ego, late = make_world(args)
-    folder = spelling_policy(args, late)
+    folder = phrase_policy(args, late)
     common = ["--device", args.device, "--threads", args.threads, "--max-steps", args.steps,
               *args.flags.split()]
     for name, flags in (
@@ -55,10 +55,10 @@ def main(args):
             rows = [row for row in map(json.loads, f) if row["step"] > 2]
         memory = max(row["memory_gb"] for row in rows)
         waits = statistics.median(row["wait_s"] / row["seconds"] for row in rows)
-        tell(args, f"utilisation, {name}", [row["tflops"] for row in rows],
-             [matmul_tflops(args.device)], "a matrix product", "TFLOP/s", None,
-             f"nothing to compare; {memory:.1f} GB, {waits:.0%} of the time waiting for data",
-             " ".join(map(str, flags[4:] + common)), higher_is_better=True)
+        add_row(args, f"utilisation, {name}", [row["tflops"] for row in rows],
+                [matmul_tflops(args.device)], "a matrix product", "TFLOP/s", None,
+                f"nothing to compare; {memory:.1f} GB, {waits:.0%} of the time waiting for data",
+                " ".join(map(str, flags[4:] + common)), higher_is_better=True)
 
 
 if __name__ == "__main__":

@@ -96,15 +96,15 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     ours, theirs = evaluation.load_sides(SimpleNamespace(ckpt=str(tmp_path / "ckpt"), device="cpu"))
     agents = (evaluate.policy_agent(ours, model.window_prompt), evaluation.hf_agent(ours, theirs))
     episode = data.episodes[0]
-    told = []
+    texts = []
     for agent in agents:
         walk = evaluate.EpisodeState({"episode_id": 0}, episode["instruction"])
         for t in range(4):
             walk.states.append({})
             walk.frames.append(data.frame((episode["walk_id"], t)))
             agent([walk])
-        told.append([decision.text for decision in walk.decisions])
-    assert told[0] == told[1] and len(told[0]) == 4
+        texts.append([decision.text for decision in walk.decisions])
+    assert texts[0] == texts[1] and len(texts[0]) == 4
     args = evaluation.parse_args([f"--ckpt={tmp_path}/ckpt", "--limit=2", "--max-actions=6",
                                   f"--episodes={ego}/../../houses", "--repeats=1", "--sims=2",
                                   f"--results={tmp_path}/rows"])
@@ -133,7 +133,7 @@ def test_grpo_and_sft_equal_trl_and_the_trainer(tmp_path):
     import sft_step
     args = grpo_step.parse_args(["--world", str(tmp_path), "--prompts", "1"])
     ego, late = common.make_world(args)
-    folder = common.spelling_policy(args, late, steps=60)
+    folder = common.phrase_policy(args, late, steps=60)
     found = grpo_step.check(folder, late, args)
     assert found.pop("same prompt ids") and max(found.values()) < 1e-3, found
     args = sft_step.parse_args(["--world", str(tmp_path), "--batch-size", "8"])
@@ -196,17 +196,17 @@ def test_activations_are_what_autograd_keeps(dtype):
     ids, mask = policy.answers([write_plan([1] * 6, policy.phrases)])
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
     for policy.checkpointing in (False, True):
-        alive = []                                          # or an address would be used again
+        saved = []                                          # or an address would be used again
         with torch.autograd.graph.saved_tensors_hooks(
-                lambda tensor, alive=alive: alive.append(tensor) or tensor, lambda tensor: tensor):
+                lambda tensor, saved=saved: saved.append(tensor) or tensor, lambda tensor: tensor):
             policy([decision], frames, ids, mask)
-        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in alive)}
+        kept = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in saved)}
         real = sum(size for address, size in kept.items() if address not in own)
-        told = policy.activations([decision], frames)
+        estimate = policy.activations([decision], frames)
         if policy.checkpointing:                            # and a layer's worth at a time on top
-            assert real < told
+            assert real < estimate
         else:
-            assert told == pytest.approx(real, rel=0.2)
+            assert estimate == pytest.approx(real, rel=0.2)
 
 
 def test_the_log_tells_the_clock(ego, tmp_path):
@@ -226,8 +226,8 @@ def test_the_log_tells_the_clock(ego, tmp_path):
 
 def test_rows_become_a_table(tmp_path, capsys):
     args = SimpleNamespace(device="cpu", shape="tiny", results=str(tmp_path / "rows"))
-    common.tell(args, "a row", [2.0, 1.0, 3.0], [8.0], "a peer", "s", True, "checked", "here")
-    common.tell(args, "rates", [6.0], [2.0], "a peer", "frames/s", True, "checked", "here",
+    common.add_row(args, "a row", [2.0, 1.0, 3.0], [8.0], "a peer", "s", True, "checked", "here")
+    common.add_row(args, "rates", [6.0], [2.0], "a peer", "frames/s", True, "checked", "here",
                 higher_is_better=True)
     common.gather(args.results, str(tmp_path / "results.json"))
     rows = json.loads((tmp_path / "results.json").read_text())
@@ -244,7 +244,7 @@ def test_every_bench_is_run_and_parses():
     for name in ("grpo_step", "sft_step", "evaluation", "decoding", "recording", "simulators",
                  "rollouts", "utilisation"):
         assert f"bench/{name}.py" in script
-        if name == "rollouts":                     # a policy of dialogs says itself what it is
+        if name == "rollouts":                     # a dialog policy names its own data
             continue
         if name.endswith("_step") and importlib.util.find_spec("trl") is None:
             continue

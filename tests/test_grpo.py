@@ -162,7 +162,7 @@ def test_a_plan_without_tokens_is_zero_not_nan():
 
 
 def test_a_bandit_learns():
-    """Six slots, four actions, TDR against a fixed expert: sampled reward rises from 1/4."""
+    """Six positions, four actions, TDR against a fixed expert: sampled reward rises from 1/4."""
     g = torch.Generator().manual_seed(3)
     expert = [2, 1, 1, 3, 0, 0]
     table = torch.zeros(6, 4, requires_grad=True)

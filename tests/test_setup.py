@@ -190,9 +190,9 @@ def test_other_requirements_are_installed_and_nothing_else(checkout):
 @pytest.mark.parametrize("release", ["3.9.2", "2.7.18"])
 def test_an_old_python_gets_a_sentence(tmp_path, release):
     checkout = Checkout(tmp_path / "a b", interpreter(tmp_path / "old", release))
-    said = checkout.bad()
-    assert "Python 3.10 or newer" in said and release.rsplit(".", 1)[0] in said
-    assert "PYTHON=python3.12" in said and said.count("\n") == 1
+    message = checkout.bad()
+    assert "Python 3.10 or newer" in message and release.rsplit(".", 1)[0] in message
+    assert "PYTHON=python3.12" in message and message.count("\n") == 1
     assert not (checkout.folder / ".venv").exists()
     new = interpreter(tmp_path / "new python")
     assert checkout.good(PYTHON=str(new)) == ALL
@@ -200,8 +200,8 @@ def test_an_old_python_gets_a_sentence(tmp_path, release):
 
 
 def test_an_interpreter_that_is_not_there_gets_a_sentence(checkout):
-    said = checkout.bad(PYTHON="python3.99")
-    assert "'python3.99 --version' gives" in said and said.count("\n") == 1
+    message = checkout.bad(PYTHON="python3.99")
+    assert "'python3.99 --version' gives" in message and message.count("\n") == 1
 
 
 def test_another_python_makes_another_environment(checkout, tmp_path):
@@ -228,7 +228,7 @@ def test_another_folder_is_a_sentence(checkout):
     assert "cd to the repository" in checkout.bad()
 
 
-# ---------------------------------------------------------------- what the scripts say
+# ---------------------------------------------------------------- commands in the scripts
 
 
 @pytest.mark.parametrize("script", ["setup.sh", "test.sh", "demo.sh", "bench/run.sh"])
@@ -244,7 +244,7 @@ def test_no_script_runs_a_console_script(script):
 
 
 def test_removing_what_runs_have_made_removes_nothing_that_git_tracks():
-    """demo.sh says: `rm -r data ckpt results` restarts."""
+    """demo.sh states: `rm -r data ckpt results` restarts."""
     if not os.path.exists(os.path.join(ROOT, ".git")):
         pytest.skip("needs git's own folder")
     tracked = subprocess.run(["git", "ls-files", "data", "ckpt", "results"], cwd=ROOT, check=True,
