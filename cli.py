@@ -58,8 +58,8 @@ def run(main: Callable, parse_args: Callable):
             if not reason:
                 raise
             sys.unraisablehook = lambda _: None        # closing the open files fails as well
-            raise UserError(f"the disk is full ({reason}); free some space and run the same command "
-                            "again: it goes on from the last complete file") from None
+            raise UserError(f"the disk is full ({reason}); free some space and run the same "
+                            "command again: it goes on from the last complete file") from None
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -67,8 +67,9 @@ def run(main: Callable, parse_args: Callable):
 
 # Messages of libraries that hide the system's error: safetensors and tokenizers (Rust) quote it,
 # torch.save reports only that its file is shorter than it should be.
-DISK_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded", "File too large", "os error 28",
-        "os error 122", "os error 27", "file write failed", "unexpected pos")
+DISK_FULL_MESSAGES = (
+    "No space left on device", "Disk quota exceeded", "File too large", "os error 28",
+    "os error 122", "os error 27", "file write failed", "unexpected pos")
 
 
 def disk_full(error: BaseException | None) -> str | None:
@@ -87,7 +88,7 @@ def disk_full(error: BaseException | None) -> str | None:
 
 def write_text(path: str, text: str) -> None:
     """Atomic write: to a temporary file in the same folder, flushed to the disk, then renamed."""
-    temporary = f"{path}.{os.getpid()}.tmp"               # ranks may write one file at the same time
+    temporary = f"{path}.{os.getpid()}.tmp"            # ranks may write one file at the same time
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
