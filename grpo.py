@@ -329,20 +329,25 @@ def zero_std_groups(rewards: Tensor, group_size: int) -> Tensor:
     return groups.amax(dim=1) == groups.amin(dim=1)
 
 
-def plan_batches(rollouts: Sequence[Rollout], rewards: Tensor, args) -> list[PlanBatch]:
-    """Rollouts and rewards (N,) -> what policy_update needs. Every plan has the same weight."""
-    advantages = group_advantages(rewards, args.group_size, scale_rewards=args.scale_rewards)
+def loss_weights(rewards: Tensor, args) -> Tensor:
+    """(N,) -> (N,): every plan weighs the same, and the sum over all ranks is 1."""
     weights = torch.ones_like(rewards)
     if args.drop_zero_std_groups:              # weight 0, since ranks must do equal work
         weights = (~zero_std_groups(rewards, args.group_size)).float().repeat_interleave(
             args.group_size)
     total, = all_reduce_sum([weights.sum().item()], rewards.device)
+    return weights / max(total, 1)
+
+
+def plan_batches(rollouts: Sequence[Rollout], advantages: Tensor, weights: Tensor, args
+                 ) -> list[PlanBatch]:
+    """Rollouts, advantages (N,) and loss weights (N,) -> what policy_update needs."""
     sizes = [len(r.plans.texts) for r in rollouts]
-    parts = zip(rollouts, advantages.split(sizes), (weights / max(total, 1)).split(sizes))
     return [PlanBatch((r.decisions, r.frames, r.plans.completion_ids, r.plans.completion_mask,
                        args.group_size, args.temperature),
-                      r.plans.completion_mask, own_advantages, own_weights, r.sampled_logps)
-            for r, own_advantages, own_weights in parts]
+                      r.plans.completion_mask, its_advantages, its_weights, r.sampled_logps)
+            for r, its_advantages, its_weights in zip(
+                rollouts, advantages.split(sizes), weights.split(sizes))]
 
 
 def score_sums(scores: Sequence[Score]) -> dict[str, float]:
@@ -518,17 +523,18 @@ def main(args):
     for step, batch, wait_s in prefetch(load, range(first, last)):
         lr = set_learning_rate(engine, step, steps, args)
 
-        # 1. sample G plans per prompt
+        # 1. sample G plans per prompt, from the current policy
         rollouts = rollout(engine, split_batch(batch, policy, args), args)
         decisions = [d for r in rollouts for d in r.decisions]
         texts = [text for r in rollouts for text in r.plans.texts]
 
-        # 2. score them, and compare them within their groups
+        # 2. score them against the expert, and compare them within their groups
         scores = compute_rewards(texts, decisions, policy, args)
         rewards = torch.tensor([s.reward for s in scores], device=device)              # (N,)
-        batches = plan_batches(rollouts, rewards, args)
+        advantages = group_advantages(rewards, args.group_size, scale_rewards=args.scale_rewards)
 
         # 3. make the better ones more likely, near the SFT policy
+        batches = plan_batches(rollouts, advantages, loss_weights(rewards, args), args)
         ref_logps = reference_logps(reference, batches)
         update = policy_update(engine, batches, ref_logps, args)
 
@@ -541,11 +547,10 @@ def main(args):
         log(done, pop_flop_counters(device, policy, reference), **metrics)
         if rank == 0 and (done == 1 or is_due(done, args.samples_every, steps)):
             write_samples(f"{args.out}/samples.txt", done, decisions, texts, scores,
-                          torch.cat([b.advantages for b in batches]).tolist(), policy, args)
+                          advantages.tolist(), policy, args)
         if is_due(done, args.save_every, last):
             save_state(engine, args.out, done)
-    finish_run(engine, log, args.out, "the policy for evaluate.py; see curves.png, samples.txt, "
-               "tb/", PANELS)
+    finish_run(engine, log, args.out, "the policy; see curves.png, samples.txt, tb/", PANELS)
 
 
 if __name__ == "__main__":
