@@ -967,7 +967,7 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,
             gpus) as pool:
-        pool.note_versions(out)
+        pool.note_versions(out, evaluation.episodes[0]["scene_id"])
         for walk in run_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
                                  retries=args.retries, render=render, counters=counters):
             reference = truths and truths[walk.name]["locations"]

@@ -769,7 +769,7 @@ def main(args):
         with ThreadPoolExecutor(os.cpu_count()) as threads, \
                 SimPool(args.sim, robot, scenes, sims, simulator_commands(args),
                         args.sim_timeout, args.sim_gpus) as pool:
-            pool.note_versions(out)
+            pool.note_versions(out, walks[0]["episode"]["scene_id"])
             run_jobs(pool, sims, (record_shard(Shard(out, name, suffix), shards[name], args, robot,
                                                threads) for name in todo))
 

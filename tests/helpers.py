@@ -121,7 +121,7 @@ class FakePool:
         self.rng, self.asked, self.episode, self.deaths = random.Random(seed), {}, {}, {}
         self.place = {}
 
-    def note_versions(self, folder):
+    def note_versions(self, folder, scene_id=None):
         write_json(os.path.join(folder, "simulator.json"), {"simulator": "a fake"})
 
     def __enter__(self):

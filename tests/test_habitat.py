@@ -134,6 +134,26 @@ def test_no_way_leads_onto_the_roof(houses, habitat_python):
     assert all(height < 0.05 for height, reached in points if reached)
 
 
+def test_a_scene_without_semantics_loads_without_an_error(houses, habitat_python):
+    """Once per scene habitat-sim used to print "SSD Load Failure!" of a file that is not there."""
+    done = script("-m", "world.check", "--sim", "habitat", "--sim-python", habitat_python,
+                  "--scenes", houses[0] / "scenes")
+    assert done.stdout.rstrip().endswith("ready")
+    scenes = sorted({episode["scene_id"] for episode in houses[1]})[:3]
+    code = f"""if True:
+        from world.habitat_sim import HabitatSim
+        from world.robots import ROBOTS
+        world = HabitatSim(ROBOTS["houses"], {str(houses[0] / "scenes")!r})
+        for scene in {scenes!r}:
+            world.load(scene)
+        print(world.stepping())"""
+    done = subprocess.run([habitat_python, "-c", code], capture_output=True, text=True, check=True,
+                          cwd=ROOT)
+    assert "SSD" not in done.stderr and "Error" not in done.stderr, done.stderr
+    print(done.stdout)
+    assert "steps away from a wall do not move" in done.stdout
+
+
 def test_check_finds_what_is_there(houses, habitat_python):
     told = script("-m", "world.check", "--sim", "habitat", "--sim-python", habitat_python,
                   "--scenes", houses[0] / "scenes").stdout

@@ -61,7 +61,7 @@ class FakePool:
     def __init__(self, kind, robot, scenes_dir, sims, commands, timeout_s, *more):
         self.jobs, self.random = {}, random.Random(sims)
 
-    def note_versions(self, folder):
+    def note_versions(self, folder, scene_id=None):
         write_json(os.path.join(folder, "simulator.json"), {"simulator": "a fake"})
 
     def __enter__(self):

@@ -60,6 +60,9 @@ def check(args, scene: str) -> None:
         print(f"{key:>16}  {value}")
     if facts["mean_grey"] < 2:
         raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
+    if facts.get("no_sliding", "").startswith("as in v0.3.4") and not ROBOTS[args.robot]["sliding"]:
+        print("this habitat-sim holds a body at a wall that it has touched, which 0.3.3 does not: "
+              "results of this robot differ between the two (docs/habitat.md)")
     if facts.get("navmesh") == "computed":
         print("no .navmesh for this body lies beside the scene, so one was computed")
     if not facts["actions"]:

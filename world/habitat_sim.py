@@ -13,6 +13,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 
 import numpy as np
 
@@ -63,7 +64,7 @@ class HabitatSim:
         self.gpu = gpu if gpu is not None else (0 if cards else -1)
         self.habitat, self.magnum, self.sim, self.file = habitat_sim, magnum, None, None
         self.robot, self.scenes_dir = robot, scenes_dir
-        self.goals, self.collided = [], False
+        self.goals, self.collided, self.no_semantics = [], False, None
 
     def load(self, scene_id: str) -> None:
         path = os.path.join(self.scenes_dir, scene_id)
@@ -88,6 +89,7 @@ class HabitatSim:
             action_space={key: habitat.agent.ActionSpec(name, habitat.agent.ActuationSpec(
                 amount=float(robot[amount]))) for key, (name, amount) in names.items()})
         config = habitat.Configuration(backend, [agent])
+        self.leave_semantics_out(config, path)
         self.file = None  # if habitat raises below, no scene is loaded
         try:
             if self.sim is None:
@@ -101,6 +103,26 @@ class HabitatSim:
         self.agent, self.follower = self.sim.get_agent(0), None
         self.load_navmesh(path)
         self.file = path
+
+    def leave_semantics_out(self, config, path: str) -> None:
+        """A scene without a semantic description gets an empty one. Otherwise habitat-sim looks for
+        <scene>.scn and prints an error at every load that the file "exists but failed to load"; its
+        log level "quiet" keeps errors. Scenes of Matterport3D have their own .house file."""
+        stem, folder = os.path.splitext(path)[0], os.path.dirname(path)
+        if any(map(os.path.exists, (stem + ".house", stem + ".scn", stem + "_semantic.txt",
+                                    os.path.join(folder, "info_semantic.json")))):
+            return
+        if self.no_semantics is None:
+            self.no_semantics = tempfile.NamedTemporaryFile("w", suffix=".json")
+            self.no_semantics.write('{"objects": []}')
+            self.no_semantics.flush()
+        mediator = self.sim.metadata_mediator if self.sim else (
+            self.habitat.metadata.MetadataMediator(config.sim_cfg))
+        stages = mediator.stage_template_manager
+        stage = stages.create_template(path, True)
+        stage.house_filename = self.no_semantics.name
+        stages.register_template(stage, path)
+        config.metadata_mediator = mediator
 
     def load_navmesh(self, path: str) -> None:
         """The scene's own .navmesh if it was made for a body like this one, else a new one. This is
@@ -216,4 +238,31 @@ class HabitatSim:
         finder = self.sim.pathfinder
         return {"habitat_sim": self.habitat.__version__, "gpu_device": self.sim.gpu_device,
                 "cuda_build": self.habitat.cuda_enabled,
-                "navmesh": self.navmesh, "navmesh_m2": round(float(finder.navigable_area), 1)}
+                "navmesh": self.navmesh, "navmesh_m2": round(float(finder.navigable_area), 1),
+                "no_sliding": self.stepping()}
+
+    def stepping(self, places: int = 8, tries: int = 1000) -> str:
+        """How this habitat-sim steps without sliding (RxR's robot), measured at some walls.
+
+        A body walks head-on into a wall and then steps straight away from it. With the code of
+        v0.3.3 it always moves; with that of v0.3.4 a wall that is touched at the start of a step
+        counts as hit, and the body stays at most of them (docs/habitat.md).
+        """
+        finder, tried, held = self.sim.pathfinder, 0, 0
+        for _ in range(tries):
+            point = finder.get_random_navigable_point()
+            wall = finder.closest_obstacle_surface_point(point, 2.0)
+            away = np.array([point[0] - wall.hit_pos[0], 0, point[2] - wall.hit_pos[2]])
+            if not 0.3 < wall.hit_dist < 2.0 or np.linalg.norm(away) < 0.2:
+                continue
+            away *= 0.25 / np.linalg.norm(away)
+            start = finder.snap_point(wall.hit_pos + 0.4 * away)
+            at_wall = finder.try_step_no_sliding(start, start - away)
+            if math.dist(at_wall, start) > 0.2:
+                continue  # no wall was hit
+            tried += 1
+            held += math.dist(finder.try_step_no_sliding(at_wall, at_wall + away), at_wall) < 0.01
+            if tried == places:
+                break
+        like = "no wall was found" if not tried else "as in v0.3.4" if held > 1 else "as in v0.3.3"
+        return f"{like}: {held} of {tried} steps away from a wall do not move"

@@ -13,6 +13,7 @@ again; its caller gets SimDied.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -219,10 +220,16 @@ class SimPool:
         return {key: greetings[0][key] for key in ("simulator", "python", "numpy", "pillow",
                                                    "code")}
 
-    def note_versions(self, folder: str) -> None:
+    def note_versions(self, folder: str, scene_id: str | None = None) -> None:
         """Write versions() to folder/simulator.json. UserError if the folder was begun with another
         simulator: habitat-sim's versions differ in how a robot moves along a wall."""
         path, now = os.path.join(folder, "simulator.json"), self.versions()
+        if self.start["kind"] == "habitat" and scene_id and not os.path.exists(path):
+            with contextlib.suppress(SimError, SimDied):  # the walk in that scene will report it
+                self.submit(0, "load", scene_id=scene_id)
+                self.wait(0)
+                self.submit(0, "stepping")
+                now.update(self.wait(0))
         if not os.path.exists(path):
             write_json(path, now)
         with open(path, encoding="utf-8") as file:

@@ -304,6 +304,7 @@ VERBS = {
     "record": record,
     "check": do_check,
     "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},
+    "stepping": lambda sim: {"no_sliding": sim.stepping()},
     "topdown": lambda sim: dict(zip(("image", "bounds"), sim.topdown())),
     "check_scenes": lambda sim, episodes: check_scenes(episodes, sim.scenes_dir),
 }
