@@ -1,6 +1,6 @@
 """
-What sft.py, grpo.py and grpo_online.py share around their training step: start the processes, wrap
-the policy in DeepSpeed, write the log, and resume after a kill -9.
+What sft.py, grpo.py and activevln/grpo_online.py share around their training step: start the
+processes, wrap the policy in DeepSpeed, write the log, and resume after a kill -9.
 
 There is one path for every machine. `python x.py`, `torchrun x.py` and `deepspeed x.py` all end in
 a DeepSpeed engine (ZeRO 0-3, set by ds_config.json or --zero-stage) over gloo on CPUs or NCCL on
@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from cli import UserError, count, lock_folder, write_json, write_text
 from make_data import VlnEgo
-from model import fit_pixels, is_dialog, is_sound, save_policy
+from model import save_policy
+from qwen import is_sound
 
 # ---------------------------------------------------------------- pure functions
 
@@ -321,29 +322,6 @@ def check_lengths(policy, lengths, source):
         raise UserError(f"{source}: {name} is {longest:,} tokens long with its pictures, and the "
                         f"model's context is {context:,}; lower --max-pixels or the number of "
                         "pictures, or remove it")
-
-
-def walk_lengths(policy, data, vary_turns=False):
-    """What is longest in a VLN-Ego folder -> [(name of the episode, tokens with the answer), ..].
-
-    One decision: the longest instruction with as many frames as the memory keeps. A dialog: that
-    of the longest instruction and that of the longest walk, as they are merged in the first epoch.
-    """
-    nav, n = policy.nav, range(len(data.episodes))
-    h, w = fit_pixels(nav["height"] or 480, nav["width"] or 640, nav["min_pixels"],
-                      nav["max_pixels"])
-    wordy = max(n, key=lambda i: len(data.episodes[i]["instruction"]))
-    if is_dialog(nav):
-        chosen = [wordy, max(n, key=lambda i: len(data.steps(i)))]
-        asked = policy.spell([data.dialog(i, nav, 0, vary_turns) for i in chosen])
-    else:
-        chosen = [wordy]
-        asked = [data.decision(wordy, data.steps(wordy)[0], nav)._replace(
-            frames=tuple(range(nav["memory"]["budget"] + 1)))]
-    frame = torch.empty(h // 28, w // 28, 0)
-    sizes = policy.sizes(asked, {key: frame for some in asked for key in some.frames})
-    return [(f"episode {data.episodes[i].get('episode_id', i)}", size)
-            for i, size in zip(chosen, sizes)]
 
 
 # ---------------------------------------------------------------- DeepSpeed

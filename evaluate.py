@@ -51,8 +51,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import Help, UserError, count, lock_folder, run, write_json, write_text
-from lsm import pick_frames
-from reward import FORWARD, LEFT, RIGHT, STOP, parse_control
+from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied, SimError
 from world.episodes import (
     VLNCE_RADIUS_M,
@@ -314,6 +313,12 @@ class EpisodeState:
         """The same walk before its first step."""
         return EpisodeState(self.episode, self.instruction, self.keep_video, self.name)
 
+    def add_decision(self, text: str, plan: list[int], frame=None, answers=()):
+        """An answer of the policy. Of a dialog also what was shown, and the ids of all answers
+        that were sampled, the given one first."""
+        self.decisions.append(Decision(len(self.states) - 1, text, plan, frame, answers))
+        self.frames.clear()
+
     def observe(self, reply: dict):
         """Take the answer to "reset" or "step": new poses, and frames if they were asked for."""
         self.states += reply["states"] if "states" in reply else [reply["state"]]
@@ -480,69 +485,6 @@ def scripted_agent(name: str, forward_steps: int | None, max_actions: int, seed:
     return lambda walks: [plans[name](walk) for walk in walks]
 
 
-def policy_agent(policy, window_prompt, execute=3, malformed="stop", blank=False, temperature=0.0,
-                 seed=0) -> Callable:
-    """The policy as an agent: encode, remember, generate, parse. (The baselines need no torch.)"""
-    import torch
-
-    @torch.no_grad()
-    def agent(walks):
-        # 1. encode: each frame once, all robots' new ones in one call
-        new = [(walk, frame) for walk in walks for frame in walk.frames]
-        frames = [np.zeros_like(frame) if blank else frame for _, frame in new]
-        for (walk, _), feature in zip(new, policy.encode_frames(frames)):
-            walk.features.append(feature)
-        # 2. remember
-        prompts = []
-        for walk in walks:
-            walk.frames.clear()
-            t = len(walk.features) - 1
-            past = pick_frames(t, **policy.nav["memory"])
-            prompts.append(policy.prompt(window_prompt(walk.instruction, len(past), policy.nav),
-                                         [walk.features[i] for i in (*past, t)]))
-        # 3. generate
-        seeds = [random.Random(f"{seed} {walk.name} {len(walk.actions)}").getrandbits(32)
-                 for walk in walks] if temperature > 0 else None
-        roll = policy.generate(prompts, temperature=temperature, seeds=seeds, draft=True)
-        # 4. parse
-        for walk, prompt, text, mask in zip(walks, prompts, roll.texts, roll.completion_mask):
-            walk.tokens += len(prompt.ids) + int(mask.sum())
-            walk.decisions.append(Decision(len(walk.states) - 1, text,
-                                           parse_control(text, policy.phrases)))
-        return [walk.decisions[-1].plan[:execute] or [STOP if malformed == "stop" else FORWARD]
-                for walk in walks]
-    return agent
-
-
-def dialog_agent(policy, malformed="stop", blank=False, temperature=0.0, seed=0,
-                 group_size=1) -> Callable:
-    """The policy of dialogs as an agent: encode, go on with the conversation, parse.
-
-    group_size: answers drawn at each turn (grpo_online.py compares them); the first is given.
-    """
-    import torch
-
-    from model import resize
-
-    @torch.no_grad()
-    def agent(walks):
-        seen = [resize(walk.frames[-1], policy.nav) for walk in walks]
-        features = policy.encode_frames([np.zeros_like(f) if blank else f for f in seen])
-        seeds = [random.Random(f"{seed} {walk.name} {len(walk.decisions)}").getrandbits(62)
-                 for walk in walks] if temperature > 0 else None
-        drawn, threads = policy.reply([walk.dialog_cache for walk in walks],
-                                      [walk.instruction for walk in walks], features, group_size,
-                                      temperature, seeds)
-        for walk, frame, answers, thread in zip(walks, seen, drawn, threads):
-            walk.frames.clear()
-            walk.dialog_cache, walk.tokens = thread, thread.kv.shape[2] + len(thread.said)
-            walk.decisions.append(Decision(len(walk.states) - 1, policy.text(answers[0]),
-                                           policy.actions(answers[0]), frame, answers))
-        return [walk.decisions[-1].plan or [STOP if malformed == "stop" else FORWARD]
-                for walk in walks]
-    return agent
-
-
 def device_and_dtype(args) -> tuple[str | None, str | None]:
     """--device and --dtype, with their defaults; (None, None) for a baseline."""
     if args.agent != "policy":
@@ -559,17 +501,14 @@ def load_agent(args, settings: dict, instructions: Iterable[str] = ()) -> Callab
         return scripted_agent(args.agent, settings["forward_steps"], args.max_actions, args.seed)
     import torch
 
-    from model import is_dialog, load_policy, window_prompt
+    from model import load_policy
     torch.set_num_threads(args.threads)
     device, dtype = device_and_dtype(args)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
     check_context(policy, instructions, settings["robot"])
-    if is_dialog(policy.nav):
-        agent = dialog_agent(policy, args.malformed, args.blank_frames, args.temperature, args.seed)
-    else:
-        agent = policy_agent(policy, window_prompt, args.execute, args.malformed,
-                             args.blank_frames, args.temperature, args.seed)
+    agent = policy.agent(execute=args.execute, malformed=args.malformed, blank=args.blank_frames,
+                         temperature=args.temperature, seed=args.seed)
 
     def checked_agent(walks):
         plans = agent(walks)
@@ -728,7 +667,7 @@ def describe_intervals(interval: dict) -> str:
 
 
 def speaks_dialog(nav: dict | None) -> bool:
-    return (nav or {}).get("prompt", "").startswith("dialog")      # model.is_dialog needs torch
+    return (nav or {}).get("prompt", "").startswith("dialog")      # model.policy_class needs torch
 
 
 def choose_ckpt(args) -> tuple[str | None, dict | None]:
@@ -786,19 +725,9 @@ def check_context(policy, instructions: Iterable[str], robot: dict):
 
     The longest: with as many remembered frames as there can be; of a dialog, its first turn.
     """
-    import torch
-
-    from model import fit_pixels, is_dialog, window_prompt
-    nav, texts = policy.nav, sorted(set(instructions))
+    texts = sorted(set(instructions))
     limit = policy.model.config.text_config.max_position_embeddings - ANSWER_TOKENS
-    rows, columns = (side // 28 for side in fit_pixels(
-        robot["height"], robot["width"], nav["min_pixels"], nav["max_pixels"]))
-    frame = torch.empty(rows, columns, 0)
-    if is_dialog(nav):
-        prompt = policy.turn("x", frame)
-    else:
-        past = max(len(pick_frames(t, **nav["memory"])) for t in range(500))
-        prompt = policy.prompt(window_prompt("x", past, nav), [frame] * (past + 1))
+    prompt = policy.longest_prompt(robot["height"], robot["width"])
     ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(range(len(texts)), key=lambda i: len(ids[i]))
     tokens = len(prompt.ids) + len(ids[longest])

@@ -67,10 +67,10 @@ from engine import (
     save_state,
     set_learning_rate,
     update_metrics,
-    walk_lengths,
 )
 from make_data import open_data
-from model import is_dialog, load_policy, resize, window_prompt
+from model import load_policy, window_prompt
+from qwen import resize
 from reward import REWARDS, STOP, Score, score, uniform_reward
 
 RESUMABLE = {"samples_every"}                # may change on resume, besides engine.RESUMABLE_FLAGS
@@ -274,7 +274,7 @@ class PromptBatch(NamedTuple):
 def split_batch(prompts: Sequence[PromptBatch], policy, args) -> list[PromptBatch]:
     """Batches of one prompt each -> the micro-batches of an update."""
     def tokens(one):
-        return sum(policy.sizes(one.decisions, one.frames, args.group_size))
+        return sum(policy.token_counts(one.decisions, one.frames, args.group_size))
     return [PromptBatch(*merge_batches([one[:2] for one in some]), [one.seeds[0] for one in some])
             for some in micro_batches(prompts, tokens, args.micro_tokens, policy.device)]
 
@@ -303,12 +303,12 @@ def rollout(engine, batches: Sequence[PromptBatch], args) -> list[Rollout]:
                    and engine.zero_optimization_stage() < 3)
     if single_pass:
         decisions, frames, seeds = batches[0]
-        return [Rollout(decisions, frames, *policy.imagine(
+        return [Rollout(decisions, frames, *policy.sample_with_logps(
             decisions, frames, args.group_size, args.temperature, seeds))]
     with gathered(engine), torch.no_grad():
         return [Rollout(decisions, frames, policy.generate(
-            policy.read(decisions, frames), args.group_size, args.temperature, seeds), None)
-            for decisions, frames, seeds in batches]
+            policy.build_prompts(decisions, frames), args.group_size, args.temperature, seeds),
+            None) for decisions, frames, seeds in batches]
 
 
 def compute_rewards(texts: Sequence[str], decisions: Sequence, policy, args) -> list[Score]:
@@ -423,7 +423,7 @@ def validate(engine, data, prompts: Sequence[Prompt], args) -> dict[str, float]:
     with gathered(engine):
         for at in range(8 * rank, len(prompts), 8 * world_size):
             decisions, frames = load_batch([data], policy.nav, prompts[at:at + 8])
-            texts = policy.generate(policy.read(decisions, frames)).texts
+            texts = policy.generate(policy.build_prompts(decisions, frames)).texts
             scores += compute_rewards(texts, decisions, policy, args)
     sums = score_sums(scores)
     return {f"val/{key}": value / len(prompts)
@@ -446,8 +446,9 @@ def setup(args, device):
         raise UserError("--gamma must lie between 0 (only the next action counts) and 1 (uniform)")
     sources = [open_data(path, args.image_root) for path in args.data]
     policy = load_policy(args.init, device=device, dtype=default_dtype(args))
-    if is_dialog(policy.nav):
-        raise UserError(f"--init {args.init} is a dialog policy; train it with grpo_online.py")
+    if policy.whole_walks:
+        raise UserError(f"--init {args.init} is a dialog policy; train it with "
+                        "activevln.grpo_online")
     for path, data in zip(args.data, sources):
         for key in ("turn_deg", "forward_m"):
             trained = policy.nav[key]
@@ -457,7 +458,7 @@ def setup(args, device):
                                 f"{path} was recorded with {recorded:g}; give the data that it "
                                 "was trained on")
         if data.whole_walks:
-            lengths = walk_lengths(policy, data)
+            lengths = policy.walk_lengths(data)
         else:
             data.check_plans(policy.nav)
             lengths = data.lengths(policy, 96)                 # 96: Policy.generate's

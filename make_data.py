@@ -50,7 +50,7 @@ from PIL import Image, ImageOps
 
 import lsm
 from cli import Help, UserError, count, lock_folder, run, write_json, write_text
-from reward import FORWARD, LEFT, RIGHT, STOP, merged_phrases
+from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied
 from world.episodes import (
     VLNCE_RADIUS_M,
@@ -136,32 +136,6 @@ def action_chunk(actions: list[int], t: int, n: int) -> list[int]:
     [1, 1, 0, 0, 0, 0]
     """
     return (list(actions[t:t + n]) + [STOP] * n)[:n]
-
-
-def merge_walk(actions, in_loss, rng, horizon=3, merge=3, chance=0.7, vary=False) -> list[tuple]:
-    """Cut a walk into the answers of a dialog -> [(t, [(action, n), ..], in_loss), ..]
-
-    Equal actions are drawn together: the next one joins with probability `chance`, up to `merge` of
-    them; `horizon` such actions make an answer, given at step t. The chance is ActiveVLN's, read
-    off its 8,000 released episodes. vary: 1 to `horizon` of them, drawn for each answer.
-    in_loss: per step, is this what the expert would do? An answer is all of one kind: a
-    perturbation stands in the dialog as it happened, outside of the loss.
-
-    >>> merge_walk([1, 1, 1, 1, 2, 0], [True] * 6, np.random.default_rng(0), horizon=2, chance=1)
-    [(0, [(1, 3), (1, 1)], True), (4, [(2, 1), (0, 1)], True)]
-    """
-    turns, t, room = [], 0, 0
-    while t < len(actions):
-        n, kind = 1, (actions[t], in_loss[t])
-        while (n < merge and t + n < len(actions) and (actions[t + n], in_loss[t + n]) == kind
-               and rng.random() < chance):
-            n += 1
-        if room == 0 or turns[-1][2] != in_loss[t]:
-            turns.append((t, [], in_loss[t]))
-            room = int(rng.integers(1, horizon + 1)) if vary else horizon
-        turns[-1][1].append((actions[t], n))
-        t, room = t + n, room - 1
-    return turns
 
 
 # ---------------------------------------------------------------- checking what is recorded
@@ -446,14 +420,6 @@ class Decision(NamedTuple):
     before: tuple = ()      # the chat's earlier messages, ((role, text), ..): system text, rounds
 
 
-class Dialog(NamedTuple):
-    """A whole walk as one conversation: at each turn a frame, and the answer given to it."""
-    instruction: str
-    frames: tuple           # keys for .frame(), one per turn
-    answers: tuple          # per turn: its text, or its token ids
-    in_loss: tuple          # per turn: is the answer trained?
-
-
 MOST_PIXELS = 89_478_485    # Pillow's own limit, at which it warns of a decompression bomb
 MOST_ASPECT = 200           # Qwen's image processors refuse longer pictures
 # What Pillow raises on damaged files, beside its own SyntaxError and UnidentifiedImageError.
@@ -614,19 +580,6 @@ class VlnEgo:
         shown = [*lsm.pick_frames(t, **nav["memory"]), t]
         return Decision(episode["instruction"], tuple((walk["walk_id"], s) for s in shown),
                         tuple(plan))
-
-    def dialog(self, i: int, nav: dict, seed: int, vary: bool = False) -> Dialog:
-        """Episode i as a Dialog, its actions merged by (seed, i): another seed, other turns."""
-        episode = self.episodes[i]
-        walk, merged = self.walks[episode["walk_id"]], merged_phrases(
-            nav["turn_deg"], nav["forward_m"], nav["merge"])
-        in_loss = [str(action) == label[:1] for action, label in
-                   zip(walk["actions"], walk.get("labels", map(str, walk["actions"])))]
-        turns = merge_walk(walk["actions"], in_loss, np.random.default_rng((seed, i)),
-                           nav["horizon"], nav["merge"], vary=vary)
-        return Dialog(episode["instruction"], tuple((walk["walk_id"], t) for t, _, _ in turns),
-                      tuple(", ".join(merged[key] for key in keys) for _, keys, _ in turns),
-                      tuple(own for _, _, own in turns))
 
     def read(self, key: tuple) -> np.ndarray:
         """key (walk_id, t) -> uint8 (H, W, 3). Use .frame(key), which remembers recent ones."""

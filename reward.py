@@ -112,42 +112,6 @@ def parse_control(text: str, phrases: dict[int, str]) -> list[int]:
     return actions
 
 
-# ---------------------------------------------------------------- the language of dialogs
-
-
-def merged_phrases(turn_deg, forward_m, merge=3):
-    """(action, how often) -> what a dialog's answer says for it: 1 to `merge` equal actions in one.
-
-    >>> list(merged_phrases(15, 0.25, 2).values())     # doctest: +NORMALIZE_WHITESPACE
-    ['move forward 25 cm', 'move forward 50 cm', 'turn left 15 degrees', 'turn left 30 degrees',
-     'turn right 15 degrees', 'turn right 30 degrees', 'stop']
-    """
-    words = {FORWARD: ("move forward", 100 * forward_m, "cm"), LEFT: ("turn left", turn_deg,
-             "degrees"), RIGHT: ("turn right", turn_deg, "degrees")}
-    return {**{(action, n): f"{verb} {round(n * size, 3):g} {unit}"
-               for action, (verb, size, unit) in words.items() for n in range(1, merge + 1)},
-            (STOP, 1): "stop"}
-
-
-def parse_answer(text, merged, horizon):
-    """A dialog's answer -> the actions it stands for, one by one; [] unless all of it is right.
-
-    merged: merged_phrases(..); at most `horizon` of them, and nothing after a stop. There is one
-    reader of dialogs and it is strict: what trains is what walks.
-
-    >>> merged = merged_phrases(30, 0.25)
-    >>> parse_answer("move forward 75 cm, turn left 30 degrees, stop", merged, 3)
-    [1, 1, 1, 2, 0]
-    >>> parse_answer("move forward 80 cm", merged, 3), parse_answer("stop, stop", merged, 3)
-    ([], [])
-    """
-    read, slots = {phrase: key for key, phrase in merged.items()}, text.split(", ")
-    keys = [read.get(slot) for slot in slots]
-    if None in keys or len(keys) > horizon or (STOP, 1) in keys[:-1]:
-        return []
-    return [action for action, n in keys for _ in range(n)]
-
-
 # ---------------------------------------------------------------- plan x expert -> reward
 
 

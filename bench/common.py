@@ -147,11 +147,8 @@ def phrase_policy(args, late, steps=500):
         return folder
     data = VlnEgo(late)
     nav = dict(model.NAV, dataset="houses", turn_deg=data.meta["robot"]["turn_deg"])
-    whole, model.WHOLE = model.WHOLE, []              # no phrase is a token of its own
-    try:
-        policy = model.load_policy("tiny", nav, texts=[e["instruction"] for e in data.episodes])
-    finally:
-        model.WHOLE = whole
+    policy = model.load_policy("tiny", nav, texts=[e["instruction"] for e in data.episodes],
+                               atomic_patterns=[])    # no phrase is a token of its own
     if args.shape != "tiny":
         policy = shaped(policy, args.shape)
     policy.to(args.device)

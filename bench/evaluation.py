@@ -21,7 +21,8 @@ from common import ROOT, add_row, in_turn, parser
 
 import evaluate
 from lsm import pick_frames
-from model import load_policy, patchify, resize, window_prompt
+from model import load_policy, window_prompt
+from qwen import patchify, resize
 from reward import STOP, parse_control
 from world.pool import SimPool
 
@@ -116,7 +117,7 @@ def main(args):
          "--limit", str(args.limit)]))
     policy, theirs = load_sides(args)
     ours, peer = in_turn(
-        [lambda: walk_all(args, prepared, evaluate.policy_agent(policy, window_prompt), args.sims),
+        [lambda: walk_all(args, prepared, policy.agent(), args.sims),
          lambda: walk_all(args, prepared, hf_agent(policy, theirs), 1)], args.repeats)
     rows = [side[0][1] for side in (ours, peer)]
     same = sum(comparable(rows[0][name]) == comparable(rows[1][name]) for name in rows[1])

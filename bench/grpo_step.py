@@ -135,7 +135,7 @@ def check(folder, late, args):
     data = VlnEgo(late)
     frames = {key: data.frame(key) for d in groups for key in d.frames}
     policy.to(args.device)
-    prompts = policy.read(groups, frames)
+    prompts = policy.build_prompts(groups, frames)
     same_ids = all(ids[mask.bool()].tolist() == prompts[i // 8].ids for i, (ids, mask) in
                    enumerate(zip(held["prompt_ids"], held["prompt_mask"])))
     advantages = grpo.group_advantages(torch.tensor(rewards, device=args.device), 8)

@@ -27,10 +27,10 @@ sys.path.insert(0, ROOT)
 import torch  # noqa: E402
 from common import add_row  # noqa: E402
 
-import grpo_online  # noqa: E402
+from activevln import grpo_online  # noqa: E402
+from activevln.dialog import Dialog, DialogCache, DialogPolicy  # noqa: E402
 from cli import Help, run  # noqa: E402
-from evaluate import EpisodeState, dialog_agent, run_episodes  # noqa: E402
-from model import Thread  # noqa: E402
+from evaluate import EpisodeState, run_episodes  # noqa: E402
 
 
 def parse_args(argv=None):
@@ -53,41 +53,44 @@ def parse_args(argv=None):
 
 
 class Plain:
-    """The policy without a memory: a thread is the list of features and answers so far, and each
-    turn reads all of it."""
+    """The policy without a kept cache: pending_ids holds the features and answers so far, and each
+    turn runs all of them."""
+
+    agent = DialogPolicy.agent
 
     def __init__(self, policy):
         self.policy, self.nav = policy, policy.nav
         self.encode_frames, self.text, self.actions = (
             policy.encode_frames, policy.text, policy.actions)
 
-    def reply(self, threads, instructions, features, group_size, temperature, seeds):
-        policy, segments, starts, prompts = self.policy, [], [], []
-        for thread, instruction, feature in zip(threads, instructions, features):
-            seen, given = thread.said if thread else ((), ())
-            dialog = grpo_online.Dialog(instruction, (), (*given, []), ())
-            segment, begins = policy.transcript(dialog, [*seen, feature])
+    def generate_turn(self, caches, instructions, features, group_size, temperature, seeds):
+        policy, segments, starts, known = self.policy, [], [], []
+        for cache, instruction, feature in zip(caches, instructions, features):
+            seen, answered = cache.pending_ids if cache else ((), ())
+            segment, begins = policy.dialog_tokens(
+                Dialog(instruction, (), (*answered, []), ()), [*seen, feature])
             segments.append(segment)
-            starts.append(begins[-1][1])
-            prompts.append(((*seen, feature), given))
-        hidden, cache = policy._run(segments)
-        hidden = hidden[range(len(segments)), [len(ids) - 1 for ids, _, _ in segments]]
-        answers, _, _ = policy._answer(hidden, cache, starts, [len(ids) for ids, _, _ in segments],
-                                       1, temperature, seeds, True, 48)
+            starts.append(begins[-1].position)
+            known.append(((*seen, feature), answered))
+        lengths = [len(segment.ids) for segment in segments]
+        hidden, cache = policy._forward_padded(segments)
+        hidden = hidden[range(len(segments)), [n - 1 for n in lengths]]
+        answers, _, _ = policy._decode_loop(hidden, cache, starts, lengths, 1, temperature, seeds,
+                                            True, 48)
         nothing = torch.zeros(1, 1, 0, 1)
         return [[answer] for answer in answers], [
-            Thread(nothing, (seen, (*given, answer)), 0)
-            for (seen, given), answer in zip(prompts, answers)]
+            DialogCache(nothing, (seen, (*answered, answer)), 0)
+            for (seen, answered), answer in zip(known, answers)]
 
 
-def walk_all(world, agent, min_waiting_fraction):
+def walk_all(env, agent, min_waiting_fraction):
     """-> {name: actions}, walks per second, the share of the time in which the policy computed"""
-    args, counters = world.args, Counter()
+    args, counters = env.args, Counter()
     walks = [EpisodeState(e, e["instruction"]["instruction_text"])
-             for e in world.episodes[:args.walks]]
+             for e in env.episodes[:args.walks]]
     start = time.perf_counter()
     ended = {walk.name: walk.actions for walk in run_episodes(
-        world.pool, walks, agent, sims=args.sims, render="last", counters=counters,
+        env.pool, walks, agent, sims=args.sims, render="last", counters=counters,
         min_waiting_fraction=min_waiting_fraction,
         should_stop=lambda walk: "turns" if len(walk.decisions) >= 40 else None)}
     seconds = time.perf_counter() - start
@@ -100,15 +103,15 @@ def main(args):
              f"--sims={args.sims}", f"--device={args.device}"]
     flags += [f"--{key.replace('_', '-')}={vars(args)[key]}"
               for key in ("episodes", "scenes", "sim_python") if vars(args)[key]]
-    policy, world, _ = grpo_online.setup(grpo_online.parse_args(flags), args.device)
-    world.args.walks = args.walks
-    sides = {"ours": (dialog_agent(policy), 0.5), "plain": (dialog_agent(Plain(policy)), 1.0)}
+    policy, env, _ = grpo_online.setup(grpo_online.parse_args(flags), args.device)
+    env.args.walks = args.walks
+    sides = {"ours": (policy.agent(), 0.5), "plain": (Plain(policy).agent(), 1.0)}
     found = {name: [] for name in sides}
-    with world.open(), torch.no_grad():
-        walk_all(world, *sides["ours"])                            # scenes are loaded, all is warm
+    with env.open(), torch.no_grad():
+        walk_all(env, *sides["ours"])                            # scenes are loaded, all is warm
         for _ in range(args.repeats):
             for name, (agent, fraction) in sides.items():
-                found[name].append(walk_all(world, agent, fraction))
+                found[name].append(walk_all(env, agent, fraction))
     equal = all(walks == found["ours"][0][0] for runs in found.values() for walks, _, _ in runs)
     rates = {name: [rate for _, rate, _ in runs] for name, runs in found.items()}
     shares = {name: statistics.median(s for _, _, s in runs) for name, runs in found.items()}

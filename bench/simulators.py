@@ -28,8 +28,8 @@ from collections import Counter
 import numpy as np
 from common import FRAME_PX, ROOT, add_row, make_world, parser, phrase_policy
 
-from evaluate import EpisodeState, policy_agent, run_episodes
-from model import load_policy, window_prompt
+from evaluate import EpisodeState, run_episodes
+from model import load_policy
 from world.episodes import read_episodes, read_ground_truth
 from world.pool import SimPool
 from world.robots import ROBOTS
@@ -154,7 +154,7 @@ def overlap(args, robot, scenes, episodes):
     def replaying_agent(walks):
         return [plans[walk.name, len(walk.actions)] for walk in walks]
 
-    decide = policy_agent(policy, window_prompt)
+    decide = policy.agent()
     alone = walk_all(recording_agent, 1)[2]
     together, apart, equal = [], [], True
     for _ in range(args.repeats):

@@ -18,11 +18,12 @@ from conftest import ROOT, script
 import cli
 import engine
 import evaluate
-import grpo_online
 import make_data
 import sft
+from activevln import grpo_online
+from activevln.dialog import DIALOG
 from cli import UserError
-from model import DIALOG, NAV, load_policy, save_policy
+from model import NAV, load_policy, save_policy
 from tools import report
 from world import SimError
 from world import houses as houses_script
@@ -182,8 +183,8 @@ def test_episodes_of_one_world_on_scenes_of_another(houses, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo_online, "check_context", lambda *anything: None)
         with pytest.raises(UserError, match=sentence):
-            grpo_online.World(args, SimpleNamespace(nav=dict(NAV, dataset="houses", turn_deg=30)),
-                              "train")
+            grpo_online.RolloutEnv(args, SimpleNamespace(
+                nav=dict(NAV, dataset="houses", turn_deg=30)), "train")
     assert not os.path.exists(tmp_path / "x") and not os.path.exists(tmp_path / "y")
 
 
@@ -271,9 +272,9 @@ def test_an_instruction_longer_than_the_models_context(houses, checkpoint, tmp_p
     def long_words(episode):
         if episode["episode_id"] == 2:
             episode["instruction"]["instruction_text"] = "go " * 1999
-    policy, robot = load_policy(str(checkpoint)), {"height": 56, "width": 56}
-    for nav in (policy.nav, dict(DIALOG, dataset="houses", turn_deg=15)):
-        policy.promise(nav)
+    robot = {"height": 56, "width": 56}
+    for nav in (None, dict(DIALOG, dataset="houses", turn_deg=15)):
+        policy = load_policy(str(checkpoint), nav, replace_contract=True)
         evaluate.check_context(policy, ["go straight"], robot)
         with pytest.raises(UserError, match='"go go .* tokens, its prompt .*context holds 4032'):
             evaluate.check_context(policy, ["turn left", "go " * 4000], robot)

@@ -20,7 +20,8 @@ import grpo
 import model
 from lsm import pick_frames
 from make_data import VlnEgo
-from model import NAV, Policy, decoder_flops, load_policy, vision_flops
+from model import NAV, Policy, load_policy
+from qwen import decoder_flops, vision_flops
 from reward import write_plan
 
 torch.set_num_threads(1)
@@ -34,7 +35,7 @@ import recording  # noqa: E402
 
 
 def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # noqa: F811
-    """imagine() against generate() and logps() of prompts run apart: tokens, values, gradients."""
+    """sample_with_logps() against generate() and logps() of prompts run apart: all equal."""
     decisions = [SimpleNamespace(instruction=texts()[i], frames=tuple(range(2 + i)), prompt=None,
                                  before=()) for i in range(2)]
     frames = dict(enumerate(pictures(3)))
@@ -45,9 +46,9 @@ def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # no
         (logps * weight[:, :logps.shape[1]]).sum().backward()
         return torch.cat([p.grad.flatten() for p in wordy.parameters()])
 
-    roll, logps = wordy.imagine(decisions, frames, 3, 0.8, [4, 5])
+    roll, logps = wordy.sample_with_logps(decisions, frames, 3, 0.8, [4, 5])
     with torch.no_grad():
-        apart = wordy.generate(wordy.read(decisions, frames), 3, 0.8, [4, 5])
+        apart = wordy.generate(wordy.build_prompts(decisions, frames), 3, 0.8, [4, 5])
     assert torch.equal(roll.completion_ids, apart.completion_ids)
     again = wordy(decisions, frames, roll.completion_ids, roll.completion_mask, 3, 0.8)
     torch.testing.assert_close(logps, again, atol=1e-6, rtol=1e-6)
@@ -94,7 +95,7 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     os.makedirs(tmp_path / "ckpt")
     model.save_policy(policy, str(tmp_path / "ckpt"))
     ours, theirs = evaluation.load_sides(SimpleNamespace(ckpt=str(tmp_path / "ckpt"), device="cpu"))
-    agents = (evaluate.policy_agent(ours, model.window_prompt), evaluation.hf_agent(ours, theirs))
+    agents = (ours.agent(), evaluation.hf_agent(ours, theirs))
     episode = data.episodes[0]
     texts = []
     for agent in agents:

@@ -147,15 +147,15 @@ def test_every_logged_key_has_its_line():
     table = TEXTS["docs/training.md"].split("| key | meaning |")[1].split("\n\n")[0]
     told = {key for line in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", line)}
     source = ""
-    for name in ("sft", "grpo", "grpo_online", "engine"):
+    for name in ("model", "activevln/dialog", "sft", "grpo", "activevln/grpo_online", "engine"):
         with open(os.path.join(ROOT, name + ".py"), encoding="utf-8") as file:
             source += file.read()
     assert all(f'"{key}"' in source or f"/{key}" in source for key in told - {"end_"})
     assert "end_" in source
     import engine
     import grpo
-    import grpo_online
-    logged = {key for key in grpo_online.summary([], [], []) if not key.startswith("end_")} | {
+    from activevln import grpo_online
+    logged = {key for key in grpo_online.metric_sums([], [], []) if not key.startswith("end_")} | {
         "groups", "rerolled", "deaths", "minutes", "walking_s", "loss", "kl", "clip_frac",
         "entropy", "plan_tokens", "frac_reward_zero_std", "lr", "tokens", "grad_norm",
         "skipped_steps"}

@@ -29,7 +29,6 @@ from evaluate import (
     episode_metrics,
     ndtw,
     path_length,
-    policy_agent,
     rate_interval,
     run_episodes,
     wilson,
@@ -60,6 +59,13 @@ class FakePolicy:
         self.encoded += len(frames)
         return [torch.tensor(frame[..., 0].astype(np.float32)).view(4, 4) for frame in frames]
 
+    def instruction_prompt(self, instruction, n_history):
+        return f"{instruction}: {'<image>' * (n_history + 1)}"
+
+    def agent(self, *args, **kwargs):
+        from model import Policy
+        return Policy.agent(self, *args, **kwargs)
+
     def prompt(self, text, features):
         assert text.count("<image>") == len(features)
         self.prompts.append((text, [f.flatten().tolist() for f in features]))
@@ -78,12 +84,8 @@ class FakePolicy:
         return type("Rollout", (), {"texts": texts, "completion_mask": mask})
 
 
-def fake_prompt(instruction, n_history, nav):
-    return f"{instruction}: {'<image>' * (n_history + 1)}"
-
-
 def rows_with(policy, episodes, sims=3, seed=0, max_actions=60, **kwargs):
-    ended = walk_with(policy_agent(policy, fake_prompt, **kwargs), episodes, sims, seed,
+    ended = walk_with(policy.agent(**kwargs), episodes, sims, seed,
                       max_actions=max_actions)
     return [evaluate.episode_record(ended[str(e["episode_id"])], [[0, 0, 0], [0, 0, -2]], 1.0, 3.0)
             for e in episodes]
@@ -221,13 +223,13 @@ def test_batched_is_one_by_one():
 
 
 def test_batched_is_one_by_one_with_the_real_policy():
-    from model import NAV, load_policy, window_prompt
+    from model import NAV, load_policy
     nav = {**NAV, "turn_deg": 30, "memory": {"name": "even", "budget": 3}}
     policy = load_policy("tiny", nav, texts=["Walk to place number 1."]).eval()
     policy.generate = functools.partial(policy.generate, max_new_tokens=12)
 
     def answers(sims, seed, temperature):
-        agent = policy_agent(policy, window_prompt, 3, "forward", temperature=temperature)
+        agent = policy.agent(3, "forward", temperature=temperature)
         ended = walk_with(agent, [fake_episode(i) for i in range(5)], sims, seed, max_actions=7)
         return {name: (walk.actions, [decision.text for decision in walk.decisions])
                 for name, walk in ended.items()}
@@ -241,7 +243,7 @@ def test_batched_is_one_by_one_with_the_real_policy():
 def test_every_frame_is_encoded_once_and_the_memory_is_lsm():
     policy = FakePolicy(stop=0.0)
     episode = fake_episode(5)
-    walk = walk_with(policy_agent(policy, fake_prompt, execute=2), [episode], max_actions=21)["5"]
+    walk = walk_with(policy.agent(execute=2), [episode], max_actions=21)["5"]
     assert len(walk.actions) == 21 and walk.end == "max_actions" and not walk.video_frames
     assert len(walk.states) == 22 and policy.encoded == 21      # the last view is not needed
     seen, at = [], 0
@@ -517,7 +519,7 @@ def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_pat
     meta["robot"] |= {"width": 112, "height": 84, "sliding": False, "radius_m": 0.15}
     (tmp_path / "train/meta.json").write_text(json.dumps(meta))
     args = sft.parse_args(["--model", "tiny", "--data", str(tmp_path / "train")])
-    nav = sft.setup(args, 1, "cpu")[1].nav
+    nav = sft.setup(args, "cpu")[1].nav
     episode = fake_episode(0)
     assert evaluate.choose_robot(evaluate.parse_args([]), "x", nav, episode) == meta["robot"]
     with pytest.raises(UserError, match="radius_m = 0.15 and the robot 'houses' has 0.18"):

@@ -277,7 +277,7 @@ def group_of_four(policy, world, n=2, seed=5):
     units = grpo.draw_prompts([data], n, seed)
     decisions, frames = grpo.load_batch([data], policy.nav, units)
     with torch.no_grad():
-        prompts = policy.read(decisions, frames)
+        prompts = policy.build_prompts(decisions, frames)
         roll = policy.generate(prompts, 4, 1.0, seeds=list(range(n)))
     return decisions, frames, roll
 

@@ -1,4 +1,4 @@
-"""model.py against independent witnesses: transformers' own processor, positions, logits, generate.
+"""qwen.py and model.py against transformers' own processor, positions, logits and generate().
 
 Run it   python -m pytest tests/test_model.py
 """
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-import model
 from cli import UserError
-from model import NAV, Policy, fit_pixels, load_policy, patchify, resize, save_policy, window_prompt
+from model import NAV, Policy, load_policy, save_policy, window_prompt
+from qwen import PatchProjection, fit_pixels, patchify, resize
 from reward import write_plan
 
 torch.set_num_threads(1)
@@ -41,12 +41,8 @@ def policy():
 
 @pytest.fixture(scope="module")
 def wordy():
-    """A policy whose tokenizer spells phrases out, as Qwen2's does: something to draft."""
-    whole, model.WHOLE = model.WHOLE, []
-    try:
-        return load_policy("tiny", nav=NAV30, texts=texts(), seed=1)
-    finally:
-        model.WHOLE = whole
+    """A policy whose tokenizer splits phrases, as Qwen2's does: there is something to draft."""
+    return load_policy("tiny", nav=NAV30, texts=texts(), seed=1, atomic_patterns=[])
 
 
 def pixel_values(frames, nav):
@@ -147,8 +143,8 @@ def test_reserved_marks_in_an_instruction_are_refused(text):
         window_prompt(text, 0, NAV30)
 
 
-def test_marks_and_frames_must_agree(policy):
-    with pytest.raises(UserError, match="2 <image> marks for 1 frames"):
+def test_placeholders_and_frames_must_agree(policy):
+    with pytest.raises(UserError, match="2 <image> placeholders for 1 frames"):
         policy.prompt("<image><image>", policy.encode_frames(pictures(1)))
 
 
@@ -321,11 +317,11 @@ def test_another_prompt_version_is_refused(policy, tmp_path):
 def test_tiny_is_deterministic():
     a, b = (load_policy("tiny", nav=NAV30, texts=texts(), seed=5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
-    assert Counter(map(type, a.modules()))[model.PatchProjection] == 1
+    assert Counter(map(type, a.modules()))[PatchProjection] == 1
     assert isinstance(a, Policy)
 
 
-def test_a_missing_model_is_said_in_a_sentence():
+def test_a_missing_model_is_an_error_of_one_sentence():
     with pytest.raises(UserError, match="hf download Qwen/Qwen2-VL-2B-Instruct"):
         load_policy("Qwen2-VL-2B")
 

@@ -1,4 +1,4 @@
-"""Dialogs and learning by walking: against transformers' own forward, hand-made groups, kill -9.
+"""activevln/: dialogs against transformers' own forward, groups by hand, runs and kill -9.
 
 Run it   python -m pytest tests/test_online.py
 """
@@ -18,13 +18,23 @@ from conftest import ROOT, script
 from test_grpo import farthest, gradients, log_of, relative, weights_of
 from test_model import hf_inputs
 
-import grpo_online
 import sft
+from activevln import grpo_online
+from activevln.dialog import (
+    DIALOG,
+    Dialog,
+    DialogCache,
+    DialogPolicy,
+    dialog_prompt,
+    merge_walk,
+    merged_phrases,
+    parse_answer,
+)
 from cli import UserError
-from evaluate import EpisodeState, dialog_agent
-from make_data import Dialog, VlnEgo, merge_walk
-from model import DIALOG, load_policy, save_policy
-from reward import FORWARD, LEFT, STOP, merged_phrases, parse_answer
+from evaluate import EpisodeState
+from make_data import VlnEgo
+from model import load_policy, save_policy
+from reward import FORWARD, LEFT, STOP
 
 torch.set_num_threads(1)
 NAV30 = dict(DIALOG, turn_deg=30, dataset="houses")
@@ -39,8 +49,8 @@ def policy(ego):
     moves = list(policy.merged.values())
     rng = np.random.default_rng(0)
     for _ in range(60):
-        dialogs, frames = sft.load_batch(data, NAV30, [(i, 0) for i in range(4)])
-        dialogs = policy.spell([d._replace(answers=tuple(
+        dialogs, frames = policy.load_batch(data, [(i, 0) for i in range(4)])
+        dialogs = policy.tokenize_answers([d._replace(answers=tuple(
             ", ".join(rng.choice(moves[:-1], rng.integers(1, 3)).tolist()
                       + ["stop"] * (rng.random() < 0.05)) for _ in d.answers)) for d in dialogs])
         loss = -policy(dialogs, frames).sum() / sum(len(a) for d in dialogs for a in d.answers)
@@ -70,24 +80,24 @@ def args_for(ego, init, out="unused", *more):
 
 
 @pytest.fixture(scope="module")
-def world(ego, init):
+def env(ego, init):
     args = grpo_online.parse_args(args_for(ego, init, "unused", "--sims=3"))
-    _, world, _ = grpo_online.setup(args, "cpu")
-    with world.open():
-        yield world
+    _, env, _ = grpo_online.setup(args, "cpu")
+    with env.open():
+        yield env
 
 
 @pytest.fixture(scope="module")
-def walks(world, policy):
+def walks(env, policy):
     """Three sampled walks of each of two episodes."""
-    named = [(f"{i}.{g}", world.episodes[i]) for i in range(2) for g in range(3)]
-    return world.walk(policy, named)
+    named = [(f"{i}.{g}", env.episodes[i]) for i in range(2) for g in range(3)]
+    return env.walk(policy, named)
 
 
 # ---------------------------------------------------------------- the language and the data
 
 
-def test_an_answer_is_read_to_the_letter():
+def test_the_parser_is_strict():
     merged = merged_phrases(15, 0.25)
     for text in ("", "stop.", "Stop", "turn left 20 degrees", "move forward 25 cm,stop",
                  "stop, move forward 25 cm", "move forward 25 cm, " * 3 + "stop"):
@@ -114,18 +124,18 @@ def test_merging_keeps_the_walk_and_parts_pushes():
     assert set(joined) == {1, 2, 3}
 
 
-def test_a_perturbation_is_in_the_dialog_and_not_in_the_loss(ego):
+def test_a_perturbation_is_in_the_dialog_and_not_in_the_loss(policy, ego):
     data = VlnEgo(ego)
     walk = data.walks[data.episodes[0]["walk_id"]]
     actions = walk["actions"]
     labels = [str(a) + "0" * 5 for a in actions]
     labels[1] = ""                                             # inside a perturbation
     walk["labels"] = labels
-    d = data.dialog(0, NAV30, seed=3)
+    d = policy.dialog(data, 0, seed=3)
     assert d.in_loss.count(False) == 1 and d.frames[d.in_loss.index(False)][1] == 1
     merged = merged_phrases(30, 0.25)
     assert sum((parse_answer(a, merged, 3) for a in d.answers), []) == actions
-    assert data.dialog(0, NAV30, 3) == d
+    assert policy.dialog(data, 0, 3) == d
 
 
 # ---------------------------------------------------------------- one forward for a whole walk
@@ -138,7 +148,6 @@ def hf_walk_logps(policy, dialog, frames):
     for answer in dialog.answers:
         turns += [{"role": "user", "content": "\x00"},
                   {"role": "assistant", "content": policy.text(answer)}]
-    from model import dialog_prompt
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     chat = policy.tokenizer.apply_chat_template(turns, tokenize=False)
     opening = dialog_prompt(dialog.instruction, policy.nav).replace("<image>", picture)
@@ -160,8 +169,8 @@ def test_a_whole_walk_in_one_forward_equals_transformers(policy, ego):
     """Values, and gradients: with only answers in the loss, what the camera saw has none of its
     own. Walks of unequal length share rows."""
     data = VlnEgo(ego)
-    dialogs, frames = sft.load_batch(data, NAV30, [(i, 1) for i in range(5)])
-    dialogs = policy.spell(dialogs)
+    dialogs, frames = policy.load_batch(data, [(i, 1) for i in range(5)])
+    dialogs = policy.tokenize_answers(dialogs)
     ours = policy(dialogs, frames)
     theirs = [torch.cat(hf_walk_logps(policy, d, frames)) for d in dialogs]
     for row, want in zip(ours, theirs):
@@ -177,8 +186,8 @@ def test_a_whole_walk_in_one_forward_equals_transformers(policy, ego):
 
 def test_branches_equal_dialogs_that_went_another_way(policy, ego):
     data = VlnEgo(ego)
-    dialogs, frames = sft.load_batch(data, NAV30, [(i, 1) for i in range(3)])
-    dialogs = policy.spell(dialogs)
+    dialogs, frames = policy.load_batch(data, [(i, 1) for i in range(3)])
+    dialogs = policy.tokenize_answers(dialogs)
     other = [policy._encode(text) + [policy.end_token] for text in (
         "turn left 60 degrees, move forward 25 cm, stop", "stop", "move forward 75 cm")]
     branches = [[(0, other[0]), (1, other[1]), (1, other[0])], [(2, other[2])], [(1, other[1])]]
@@ -212,10 +221,10 @@ def hf_greedy(policy, instruction, turns, frame, limit=20):
     dialog = Dialog(instruction, tuple(range(len(turns) + 1)),
                     (*(tuple(a) for _, (a, *_) in turns), ()), ())
     seen = [f for f, _ in turns] + [frame]
-    (ids, _, _), _ = policy.transcript(dialog, policy.encode_frames(seen))
+    segment, _ = policy.dialog_tokens(dialog, policy.encode_frames(seen))
     answer = []
     while len(answer) < limit and answer[-1:] != [policy.end_token]:
-        row = torch.tensor([ids + answer])
+        row = torch.tensor([segment.ids + answer])
         logits = policy.model(**hf_inputs(policy, row, seen)).logits[0, -1]
         logits[policy.banned] = -math.inf
         answer.append(int(logits.argmax()))
@@ -228,10 +237,10 @@ def sampled_ids(walk):
 
 
 @torch.no_grad()
-def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, policy):
+def test_cached_turns_equal_one_full_forward_per_turn(env, policy):
     """Greedy, three robots in company and at different turns, against transformers, and alone."""
-    named = [(str(i), world.episodes[i]) for i in range(4)]
-    together = world.walk(policy, named, temperature=0.0)
+    named = [(str(i), env.episodes[i]) for i in range(4)]
+    together = env.walk(policy, named, temperature=0.0)
     turns = 0
     for walk, one in zip(together, named):
         for k, decision in enumerate(walk.decisions):
@@ -239,24 +248,24 @@ def test_cached_batched_walking_says_what_one_full_forward_per_turn_says(world, 
             earlier = [(one.frame, one.answers) for one in walk.decisions[:k]]
             assert answer == hf_greedy(policy, walk.instruction, earlier, decision.frame), k
             turns += k > 0
-        alone, = world.walk(policy, [one], temperature=0.0)
+        alone, = env.walk(policy, [one], temperature=0.0)
         assert sampled_ids(alone) == sampled_ids(walk)
         assert alone.actions == walk.actions and alone.end == walk.end
     assert turns > 3
 
 
 @torch.no_grad()
-def test_sampling_is_a_function_of_the_name_and_drafts_change_nothing(world, policy, walks):
-    again = world.walk(policy, [(walk.name, walk.episode) for walk in walks[::-1]])[::-1]
+def test_sampling_is_a_function_of_the_name_and_drafts_change_nothing(env, policy, walks):
+    again = env.walk(policy, [(walk.name, walk.episode) for walk in walks[::-1]])[::-1]
     assert list(map(sampled_ids, again)) == list(map(sampled_ids, walks))
     assert len({str(sampled_ids(walk)) for walk in walks[:3]}) > 1
     feature = policy.encode_frames([walks[0].decisions[0].frame])
-    plain, drafted = (policy.reply([None] * 9, ["go on"] * 9, feature * 9, 4, 1.3,
+    plain, drafted = (policy.generate_turn([None] * 9, ["go on"] * 9, feature * 9, 4, 1.3,
                                    list(range(9)), draft)[0] for draft in (False, True))
     assert plain == drafted
 
 
-def test_the_transcript_decodes_to_what_was_executed(policy, walks):
+def test_dialog_tokens_decode_to_the_executed_actions(policy, walks):
     for walk in walks:
         said = [policy.actions(decision.answers[0]) for decision in walk.decisions]
         assert sum(said, []) == [a for a in walk.actions] or walk.end == "malformed"
@@ -268,17 +277,17 @@ def test_the_transcript_decodes_to_what_was_executed(policy, walks):
 
 
 def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
-    lessons = [grpo_online.Lesson(walk, [1.0]) for walk in walks]
-    (dialogs, frames, branches), advantages, mask = grpo_online.collate(lessons, "cpu")
+    examples = [grpo_online.TrainingExample(walk, [1.0]) for walk in walks]
+    (dialogs, frames, branches), advantages, mask, _ = grpo_online.collate(examples, "cpu")
     assert branches is None and mask.sum() == sum(
         len(answers[0]) for walk in walks for answers in sampled_ids(walk))
     logps = policy(dialogs, frames)
     assert torch.equal(mask, logps != 0)
     for dialog, walk in zip(dialogs, walks):
         features = policy.encode_frames([frames[key] for key in dialog.frames])
-        (ids, positions, _), begins = policy.transcript(dialog, features)
+        (ids, positions, _), starts = policy.dialog_tokens(dialog, features)
         assert positions.shape == (3, len(ids))
-        for (at, _), (answer,) in zip(begins, sampled_ids(walk)):
+        for (at, _), (answer,) in zip(starts, sampled_ids(walk)):
             assert ids[at:at + len(answer)] == answer
         assert walk.tokens == len(ids)                         # read, and the last word
 
@@ -303,17 +312,17 @@ def test_early_ends():
 
 def test_a_killed_simulator_loses_no_episode(ego, init, policy):
     args = grpo_online.parse_args(args_for(ego, init, "unused", "--sims=2"))
-    _, world, _ = grpo_online.setup(args, "cpu")
-    with world.open() as pool:
-        named = [(f"{i}", world.episodes[i]) for i in range(4)]
-        want = world.walk(policy, named)
+    _, env, _ = grpo_online.setup(args, "cpu")
+    with env.open() as pool:
+        named = [(f"{i}", env.episodes[i]) for i in range(4)]
+        want = env.walk(policy, named)
         tally, killed, wait_any = Counter(), [], pool.wait_any
         def wait(*within):
             if len(killed) < 2:
                 killed.append(os.kill(pool.workers[len(killed)].process.pid, signal.SIGKILL))
             return wait_any(*within)
         pool.wait_any = wait
-        got = world.walk(policy, named, tally=tally)
+        got = env.walk(policy, named, tally=tally)
     assert 1 <= tally["deaths"] <= 2
     assert [w.actions for w in got] == [w.actions for w in want]
     assert [w.end for w in got] == [w.end for w in want]
@@ -329,19 +338,19 @@ def ended(distances, end="stop"):
     return walk
 
 
-def test_marks_by_hand():
+def test_scores_by_hand():
     road = [[4, 0, 0], [0, 0, 0]]
-    marks = grpo_online.marks_of(ended([4, 2, 0.25]), 1.0, road)
-    assert marks["success"] == 1 and marks["soft_success"] == 0.75
-    assert marks["progress"] == 3.75 / 4 and 0 < marks["ndtw"] < 1
-    far = grpo_online.marks_of(ended([4, 9]), 1.0, road)
+    scores = grpo_online.walk_scores(ended([4, 2, 0.25]), 1.0, road)
+    assert scores["success"] == 1 and scores["soft_success"] == 0.75
+    assert scores["progress"] == 3.75 / 4 and 0 < scores["ndtw"] < 1
+    far = grpo_online.walk_scores(ended([4, 9]), 1.0, road)
     assert far["success"] == far["soft_success"] == 0 and far["progress"] == -1
-    over = grpo_online.marks_of(ended([4, 0.25], "actions"), 1.0, road)
+    over = grpo_online.walk_scores(ended([4, 0.25], "actions"), 1.0, road)
     assert over["success"] == over["soft_success"] == over["ndtw"] == 0 < over["progress"]
     for unknown in (None, math.nan, math.inf):               # it stopped where no way is known
         lost = ended([4, 2, 3])
         lost.states[-1]["distance_to_goal"] = unknown
-        lost = grpo_online.marks_of(lost, 1.0, road)
+        lost = grpo_online.walk_scores(lost, 1.0, road)
         assert lost["success"] == lost["soft_success"] == 0 and lost["progress"] == -1
     with pytest.raises(UserError, match="--reward"):
         grpo_online.read_reward("success+luck")
@@ -363,66 +372,66 @@ def test_a_plan_is_worth_what_it_gains_and_a_right_stop():
     assert worth(state(3), state(3), [STOP]) == 0 and worth(state(3), state(3), []) == -1
 
 
-def test_what_the_expert_does_leaves_one_action_less_to_go(world):
+def test_what_the_expert_does_leaves_one_action_less_to_go(env):
     """Nearly: turns come in 30 degrees, and its steps run a little beside the shortest way."""
     gains = []
-    for episode in world.episodes[:6]:
-        actions = world.truth(episode)["actions"][:-1]                      # and then it stops
+    for episode in env.episodes[:6]:
+        actions = env.truth(episode)["actions"][:-1]                      # and then it stops
         pose = episode["start_position"] + episode["start_rotation"]
-        world.pool.submit(0, "try", episode=episode, poses=[pose],
+        env.pool.submit(0, "try", episode=episode, poses=[pose],
                           plans=[[actions[:t] for t in range(len(actions) + 1)]])
-        states, = world.pool.wait(0)["states"]
-        left = np.array([grpo_online.to_go(s, world.robot) for s in states])
-        gains += (-np.diff(left) / world.robot["forward_m"]).tolist()
+        states, = env.pool.wait(0)["states"]
+        left = np.array([grpo_online.cost_to_goal(s, env.robot) for s in states])
+        gains += (-np.diff(left) / env.robot["forward_m"]).tolist()
     assert len(gains) > 60 and 0.7 < np.mean(gains) < 1.05 and np.percentile(gains, 10) > 0.3
 
 
-def test_advantages_of_a_hand_made_group_and_dead_groups_are_gone(walks):
+def test_advantages_by_hand_and_zero_std_groups_are_dropped(walks):
     args = grpo_online.parse_args(["--group-size=3"])
     rewards = [0.0, 0.0, 1.0, 0.5, 0.5, 0.5]                   # the second group agrees
-    lessons, flat = grpo_online.compare_walks(walks, rewards, args)
-    assert flat == 1 and [lesson.dialog.frames[0][0] for lesson in lessons] == [
+    examples, flat = grpo_online.compare_walks(walks, rewards, args)
+    assert flat == 1 and [example.dialog.frames[0][0] for example in examples] == [
         "0.0", "0.1", "0.2"]
     want = torch.tensor([-1.0, -1.0, 2.0]) / (3 * (math.sqrt(1 / 3) + 1e-4))
-    assert torch.tensor([lesson.advantages[0] for lesson in lessons]).allclose(want)
-    walks[0].end, kept = "error", walks[0].end                 # the world's fault: not a lesson
+    assert torch.tensor([example.advantages[0] for example in examples]).allclose(want)
+    walks[0].end, kept = "error", walks[0].end                 # the simulator's fault
     assert grpo_online.compare_walks(walks, rewards, args) == ([], 2)
     walks[0].end = kept
     bare = grpo_online.parse_args(["--group-size=3", "--scale-rewards=none"])
-    lessons, _ = grpo_online.compare_walks(walks, rewards, bare)
-    assert [lesson.advantages[0] for lesson in lessons] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
+    examples, _ = grpo_online.compare_walks(walks, rewards, bare)
+    assert [example.advantages[0] for example in examples] == pytest.approx([-1 / 3, -1 / 3, 2 / 3])
 
 
-def test_walks_that_the_world_has_spoilt_are_in_no_mean(walks, monkeypatch):
+def test_invalid_walks_are_in_no_mean(walks, monkeypatch):
     monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
-    marks = [dict.fromkeys(grpo_online.MARKS, 0.0)] * 3 + [
-        dict.fromkeys(grpo_online.MARKS, 1.0)] * 3
+    marks = [dict.fromkeys(grpo_online.REWARD_TERMS, 0.0)] * 3 + [
+        dict.fromkeys(grpo_online.REWARD_TERMS, 1.0)] * 3
     ends = [walk.end for walk in walks]
     walks[0].end, walks[1].end = "error", "unreachable"
-    told = grpo_online.means(grpo_online.summary(walks, marks, [0, 0, 1, 1, 1, 1]), {"kl": 0.5}, 6,
-                             "cpu")
+    told = grpo_online.metric_means(
+        grpo_online.metric_sums(walks, marks, [0, 0, 1, 1, 1, 1]), {"kl": 0.5}, 6, "cpu")
     assert told["success"] == 3 / 4 and told["reward"] == 1 and told["kl"] == 0.5
     assert told["end_error"] == 1 / 6 and "scored" not in told
     for walk in walks:
         walk.end = "error"
-    told = grpo_online.means(grpo_online.summary(walks, marks, [0] * 6), {}, 6, "cpu")
+    told = grpo_online.metric_means(grpo_online.metric_sums(walks, marks, [0] * 6), {}, 6, "cpu")
     assert "success" not in told and told["end_error"] == 1
     for walk, end in zip(walks, ends):
         walk.end = end
 
 
-def test_a_lesson_that_teaches_nothing_is_one_turn_of_zero_advantage(policy, walks):
+def test_a_dummy_example_is_one_turn_of_zero_advantage(policy, walks):
     for state_groups in (False, True):
-        asked, advantages, mask = grpo_online.collate(
-            [grpo_online.mute(walks[0], state_groups)], "cpu")
-        assert policy(*asked).shape == mask.shape and advantages.tolist() == [0.0]
+        inputs, advantages, mask, _ = grpo_online.collate(
+            [grpo_online.dummy_example(walks[0], state_groups)], "cpu")
+        assert policy(*inputs).shape == mask.shape and advantages.tolist() == [0.0]
 
 
-def test_plans_are_played_from_every_state_of_a_walk(world, policy):
+def test_plans_are_played_from_every_state_of_a_walk(env, policy):
     args = grpo_online.parse_args(["--group-size=4"])
-    some = world.walk(policy, [("s0", world.episodes[0]), ("s1", world.episodes[1])], 4)
-    rewards = world.judge_plans(some, policy)
-    lessons, flat = grpo_online.compare_plans(some, rewards, args)
+    some = env.walk(policy, [("s0", env.episodes[0]), ("s1", env.episodes[1])], 4)
+    rewards = env.plan_rewards(some, policy)
+    examples, flat = grpo_online.compare_plans(some, rewards, args)
     assert [len(r) for r in rewards] == [len(walk.decisions) for walk in some]
     for walk, per_turn in zip(some, rewards):
         for decision, marks in zip(walk.decisions, per_turn):
@@ -430,22 +439,22 @@ def test_plans_are_played_from_every_state_of_a_walk(world, policy):
             assert len(marks) == len(answers) == 4 and policy.actions(answers[0]) == plan
             for answer, mark in zip(answers, marks):           # equal plans, equal worth
                 assert answer != answers[0] or mark == marks[0]
-    assert flat + sum(len(le.branches) // 4 for le in lessons) == sum(map(len, rewards))
+    assert flat + sum(len(le.branches) // 4 for le in examples) == sum(map(len, rewards))
     # the walked plan's end is the next turn's place: what was played is what was walked
     walk = max(some, key=lambda walk: len(walk.decisions))
-    world.pool.submit(0, "try", episode=walk.episode, plans=[[walk.decisions[0].plan]], poses=[
+    env.pool.submit(0, "try", episode=walk.episode, plans=[[walk.decisions[0].plan]], poses=[
         walk.states[0]["position"] + walk.states[0]["rotation"]])
-    state, = world.pool.wait(0)["states"][0]
+    state, = env.pool.wait(0)["states"][0]
     assert state["position"] == pytest.approx(walk.states[walk.decisions[1].t]["position"])
 
 
-def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
+def test_unscored_turns_are_dropped(env, policy, monkeypatch):
     monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
     args = grpo_online.parse_args(["--group-size=4"])
     names = "kept", "no way", "failed", "died"
-    walks = world.walk(policy, [(name, world.episodes[0]) for name in names], 4)
-    known, _ = grpo_online.compare_plans(walks[:1], grpo_online.beyond_form(
-        walks[:1], world.judge_plans(walks[:1], policy), policy), args)
+    walks = env.walk(policy, [(name, env.episodes[0]) for name in names], 4)
+    known, _ = grpo_online.compare_plans(walks[:1], grpo_online.residual_rewards(
+        walks[:1], env.plan_rewards(walks[:1], policy), policy), args)
 
     def broken(pool, sims, jobs):
         for walk, job in zip(asking, jobs):
@@ -455,8 +464,8 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
             elif walk.name == "died":
                 answer = grpo_online.SimDied("killed")
             else:
-                world.pool.submit(0, "try", **asked)
-                answer = world.pool.wait(0)
+                env.pool.submit(0, "try", **asked)
+                answer = env.pool.wait(0)
                 for state in answer["states"][0] if walk.name == "no way" else ():
                     state["distance_to_goal"] = math.inf
             with pytest.raises(StopIteration):
@@ -465,27 +474,27 @@ def test_what_the_world_cannot_tell_teaches_nothing(world, policy, monkeypatch):
     monkeypatch.setattr(grpo_online, "run_jobs", broken)
     tally, asking = Counter(), walks[2:3]
     with pytest.raises(UserError, match="no such scene"):                       # nobody can tell
-        world.judge_plans(asking, policy)
+        env.plan_rewards(asking, policy)
     asking = walks
-    rewards = world.judge_plans(walks, policy, tally)
-    assert tally == {"untried": 2, "deaths": 1 + args.retries}
+    rewards = env.plan_rewards(walks, policy, tally)
+    assert tally == {"unscored": 2, "deaths": 1 + args.retries}
     assert rewards[1][0] == [] and all(rewards[1][1:]) and rewards[2] == rewards[3] == []
-    lessons, flat = grpo_online.compare_plans(
-        walks, grpo_online.beyond_form(walks, rewards, policy), args)
-    assert [lesson.dialog.frames[0][0] for lesson in lessons][:1] == ["kept"] and flat >= 1
-    assert all(math.isfinite(a) for lesson in lessons for a in lesson.advantages)
-    assert len(lessons[0].branches) == len(known[0].branches)
+    examples, flat = grpo_online.compare_plans(
+        walks, grpo_online.residual_rewards(walks, rewards, policy), args)
+    assert [example.dialog.frames[0][0] for example in examples][:1] == ["kept"] and flat >= 1
+    assert all(math.isfinite(a) for example in examples for a in example.advantages)
+    assert len(examples[0].branches) == len(known[0].branches)
 
 
-def test_the_form_of_a_plan_earns_nothing_by_itself(world, policy, monkeypatch):
+def test_residual_rewards_are_uncorrelated_with_length_features(env, policy, monkeypatch):
     monkeypatch.setattr(grpo_online, "all_reduce_sum", lambda values, device: values)
-    rng, some = np.random.default_rng(0), world.walk(
-        policy, [("f0", world.episodes[0]), ("f1", world.episodes[1])], 8)
+    rng, some = np.random.default_rng(0), env.walk(
+        policy, [("f0", env.episodes[0]), ("f1", env.episodes[1])], 8)
     for walk in some:                                          # and one is always malformed
         walk.decisions = [one._replace(answers=[*one.answers[:-1], [0] * 40])
                           for one in walk.decisions]
     raw = [[[*rng.normal(size=7), -1.0] for _ in walk.decisions] for walk in some]
-    left = grpo_online.beyond_form(some, raw, policy)
+    left = grpo_online.residual_rewards(some, raw, policy)
     rows, rest = [], []
     for walk, per_turn, before in zip(some, left, raw):
         for answers, rewards, those in zip(sampled_ids(walk), per_turn, before):
@@ -520,10 +529,10 @@ def untimed(folder):
     return [{k: v for k, v in row.items() if k not in clocks} for row in log_of(folder)]
 
 
-def test_a_run_learns_and_leaves_what_it_promises(init, plain):
+def test_a_run_learns_and_writes_its_files(init, plain):
     log = untimed(plain)
     assert [row["step"] for row in log] == [0, 1, 2] and "val/success" in log[0]
-    assert sum(log[1][f"end_{end}"] for end in grpo_online.ENDS) == pytest.approx(1)
+    assert sum(log[1][f"end_{end}"] for end in grpo_online.TERMINATIONS) == pytest.approx(1)
     assert log[1]["kl"] == log[1]["clip_frac"] == 0 and log[1]["tokens"] > 0
     assert farthest(weights_of(init), weights_of(plain)) > 1e-4
     told = [json.loads(line) for line in open(plain / "rollouts.jsonl")]
@@ -534,8 +543,10 @@ def test_a_run_learns_and_leaves_what_it_promises(init, plain):
 
 def test_kill_9_and_resume_gives_the_same_next_update(ego, init, plain, tmp_path):
     out = tmp_path / "killed"
-    command = [sys.executable, grpo_online.__file__, *args_for(ego, init, out, "--save-every=1")]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "activevln.grpo_online",
+               *args_for(ego, init, out, "--save-every=1")]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (out / "state" / "latest").exists():
         assert child.poll() is None and time.monotonic() < deadline
@@ -559,7 +570,8 @@ def test_a_diverging_run_ends_with_a_sentence(ego, init, tmp_path, groups):
 
 
 DRIVER = """
-import sys, grpo_online
+import sys
+from activevln import grpo_online
 for stage in sys.argv[2].split(","):
     grpo_online.main(grpo_online.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/zero{stage}",
                                                             f"--zero-stage={stage}"]))
@@ -615,26 +627,26 @@ def test_state_groups_learn_too(ego, init, tmp_path):
     (["--reward=1.2.3*success"], "--reward"), (["--draw=nowhere"], "--out"),
     (["--draw=nowhere", "--out=x.png"], "nowhere"),
 ])  # fmt: skip
-def test_mistakes_are_told_in_a_sentence(ego, init, tmp_path, wrong, says):
+def test_user_errors_are_one_sentence(ego, init, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says):
         grpo_online.main(grpo_online.parse_args(args_for(ego, init, tmp_path / "out", *wrong)))
 
 
 def test_the_agent_of_evaluate_obeys_malformed(policy):
-    class Mute:
+    class Unreadable:
         nav, merged, end_token = policy.nav, policy.merged, policy.end_token
         text, actions, encode_frames = policy.text, policy.actions, policy.encode_frames
-        def reply(self, threads, *_):
-            return [[[5, 6]]] * len(threads), [type("T", (), {
-                "kv": torch.zeros(1, 1, 1, 1), "said": [6]})] * len(threads)
+        agent = DialogPolicy.agent
+        def generate_turn(self, caches, *_):
+            return [[[5, 6]]] * len(caches), [DialogCache(torch.zeros(1, 1, 1, 1), [6], 0)]
     walk = EpisodeState({"episode_id": 1}, "go")
     walk.frames = [np.zeros((56, 56, 3), np.uint8)]
-    assert dialog_agent(Mute())([walk]) == [[STOP]]
+    assert Unreadable().agent()([walk]) == [[STOP]]
     walk.frames = [np.zeros((56, 56, 3), np.uint8)]
-    assert dialog_agent(Mute(), malformed="forward")([walk]) == [[FORWARD]]
+    assert Unreadable().agent(malformed="forward")([walk]) == [[FORWARD]]
 
 
-# ---------------------------------------------------------------- what is told in the end
+# ---------------------------------------------------------------- curves
 
 
 def test_the_curves_of_several_runs_are_drawn(plain, tmp_path):

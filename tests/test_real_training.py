@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-import sft
 from make_data import VlnEgo
-from model import load_policy
+from model import NAV, load_policy
 from tools.sharegpt import ShareGpt
 
 SAMPLE = os.path.join(ROOT, "..", "shared", "data", "vln_ego_sample")
@@ -54,11 +53,11 @@ def test_fifty_steps_on_the_real_walk(imported, tmp_path, source):
 
 def test_a_real_frame_is_seventy_tokens_on_both_ways_in(imported):
     for data in (ShareGpt(RELEASED, FRAMES), VlnEgo(imported)):
-        nav = dict(sft.NAV, turn_deg=15)
+        nav = dict(NAV, turn_deg=15)
         policy = load_policy("tiny", nav=nav, texts=["go"])
         episode, t = (20, 0) if isinstance(data, ShareGpt) else (0, 20)
-        decisions, frames = sft.load_batch(data, nav, [(episode, (t,))])
-        prompt, = policy.read(decisions, frames)
+        decisions, frames = policy.load_batch(data, [(episode, (t,))])
+        prompt, = policy.build_prompts(decisions, frames)
         seen = len(decisions[0].frames)
         assert seen >= 11 and prompt.ids.count(policy.image_token) == 70 * seen
         # 640 x 480 under the demo's pixel budget: 10 x 7 merged patches of 28 px.

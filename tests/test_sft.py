@@ -22,7 +22,7 @@ import engine
 import sft
 from cli import UserError
 from make_data import VlnEgo
-from model import load_policy
+from model import NAV, load_policy
 
 torch.set_num_threads(1)
 TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",
@@ -52,20 +52,20 @@ def told(folder):
 
 def test_an_epoch_holds_every_decision_once():
     data = SimpleNamespace(episodes=range(5), steps=lambda i: list(range(3 + 4 * i)))
-    units = sft.batch_units(data, 0, 0, 4)
+    units = sft.step_groups(data, 0, 0, 4)
     seen = sorted((e, t) for e, steps in units for t in steps)
     assert seen == [(e, t) for e in range(5) for t in range(3 + 4 * e)]
     assert max(len(steps) for _, steps in units) == 4
-    assert sft.batch_units(data, 0, 0, 4) == units != sft.batch_units(data, 0, 1, 4)
+    assert sft.step_groups(data, 0, 0, 4) == units != sft.step_groups(data, 0, 1, 4)
 
 
 def test_order_needs_no_history():
     data = SimpleNamespace(episodes=range(9), steps=lambda i: list(range(8)))
-    straight, jumping = (sft.Order(data, 3, 4, 2) for _ in range(2))
+    straight, jumping = (sft.BatchSampler(data, 3, 4, 2) for _ in range(2))
     batches = [straight(step) for step in range(20)]
     assert [jumping(step) for step in (17, 2, 9)] == [batches[17], batches[2], batches[9]]
     with pytest.raises(UserError, match="lower --batch-size"):
-        sft.Order(data, 0, 8, 100)
+        sft.BatchSampler(data, 0, 8, 100)
 
 
 def test_learning_rate_by_hand():
@@ -80,14 +80,14 @@ def test_the_loss_is_the_answers_cross_entropy(ego):
     from test_model import hf_logps
     data = VlnEgo(ego)
     policy = load_policy("tiny", texts=[e["instruction"] for e in data.episodes],
-                         nav=dict(sft.NAV, turn_deg=30))
-    decisions, frames = sft.load_batch(data, policy.nav, [(0, (0, 3)), (1, (2,))])
-    ids, mask = sft.answers_of(policy, decisions)
+                         nav=dict(NAV, turn_deg=30))
+    decisions, frames = policy.load_batch(data, [(0, (0, 3)), (1, (2,))])
+    ids, mask = policy.tokenize_targets(decisions)
     ours = -policy(decisions, frames, ids, mask).sum() / mask.sum()
     theirs = 0
     for d, row, m in zip(decisions, ids, mask):
         seen = [frames[k] for k in d.frames]
-        prompt, = policy.read([d], dict(zip(d.frames, seen)))
+        prompt, = policy.build_prompts([d], dict(zip(d.frames, seen)))
         theirs -= hf_logps(policy, prompt, seen, row[m]).sum()
     assert ours.item() == pytest.approx(theirs.item() / mask.sum().item(), rel=1e-5)
     walk = data.walks[data.episodes[0]["walk_id"]]
@@ -282,7 +282,7 @@ def test_bfloat16_may_skip_some_updates_in_a_row_and_float32_none(tmp_path, monk
 
 def test_lengths_are_checked_before_training(ego, tmp_path):
     data, args = VlnEgo(ego), ["--data", ego, "--out", str(tmp_path), *TINY]
-    sft.setup(sft.parse_args(args), 1, "cpu")
+    sft.setup(sft.parse_args(args), "cpu")
     longest = max(data.episodes, key=lambda e: len(e["instruction"]))
     shutil.copytree(ego, tmp_path / "long")
     rows = [dict(row, instruction="go on " * 30_000) if row is longest else row
@@ -291,7 +291,7 @@ def test_lengths_are_checked_before_training(ego, tmp_path):
     args[1] = str(tmp_path / "long")
     for prompt in ("window", "dialog"):
         with pytest.raises(UserError, match=f"episode {longest['episode_id']} is .* tokens long"):
-            sft.setup(sft.parse_args([*args, "--prompt", prompt]), 1, "cpu")
+            sft.setup(sft.parse_args([*args, "--prompt", prompt]), "cpu")
 
 
 # ---------------------------------------------------------------- bad input

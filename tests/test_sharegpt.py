@@ -63,12 +63,13 @@ def test_doctests():
     assert doctest.testmod(sharegpt).failed == 0
 
 
-def test_the_root_imports_its_tools_only_when_asked():
+def test_the_root_imports_tools_and_activevln_only_when_asked():
     for path in glob.glob(os.path.join(ROOT, "*.py")):
         with open(path, encoding="utf-8") as file:
             at_once = [node for node in ast.parse(file.read()).body
                        if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not any(re.search(r"\btools\b", ast.unparse(node)) for node in at_once), path
+        assert not any(re.search(r"\b(tools|activevln)\b", ast.unparse(node))
+                       for node in at_once), path
 
 
 # ---------------------------------------------------------------- one record, in the forms in use
@@ -396,7 +397,7 @@ def test_each_answer_of_several_rounds_is_trained_given_what_stands_before(folde
     assert second.plan == (0, None) and first.plan == (1, 0)
 
     frames = {key: data.frame(key) for key in second.frames}
-    prompt, = policy.read([second], frames)
+    prompt, = policy.build_prompts([second], frames)
     chat = policy.tokenizer.apply_chat_template(
         [{"role": "system", "content": "You are seven."}, {"role": "user", "content": WORDS},
          {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "again <image>"}],
@@ -407,13 +408,12 @@ def test_each_answer_of_several_rounds_is_trained_given_what_stands_before(folde
 
 
 def test_another_system_text_is_another_loss(folder, policy):
-    import sft
     losses = []
     for more in ({}, {"system": "You are a helpful assistant."}, {"system": "Never stop."}):
         data = ShareGpt(written(folder, [record(**more)]))
-        decisions, frames = sft.load_batch(data, policy.nav, [(0, (0,))])
-        asked, mask = sft.question(policy, decisions, frames)
-        losses.append(-(policy(*asked) * mask).sum().item())
+        decisions, frames = policy.load_batch(data, [(0, (0,))])
+        inputs, mask = policy.model_inputs(decisions, frames)
+        losses.append(-(policy(*inputs) * mask).sum().item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)      # the template's own system text
     assert abs(losses[2] - losses[0]) > 1e-3
 
@@ -424,9 +424,9 @@ def test_a_record_longer_than_the_context_is_named_before_training(folder, polic
     data = ShareGpt(written(folder, [record(), record(words=words)]))
     (_, bound), (_, exact) = data.lengths(policy)
     decision = data.decision(1, 0, policy.nav)
-    prompt, = policy.read([decision], {key: data.frame(key) for key in decision.frames})
+    prompt, = policy.build_prompts([decision], {key: data.frame(key) for key in decision.frames})
     assert exact == len(prompt.ids) + len(policy._encode(ANSWER)) + 1 < 4096 < len(words)
-    prompt, = policy.read([data.decision(0, 0, policy.nav)], {"images/0.png": data.frame(
+    prompt, = policy.build_prompts([data.decision(0, 0, policy.nav)], {"images/0.png": data.frame(
         "images/0.png")})
     assert len(prompt.ids) + len(policy._encode(ANSWER)) + 1 <= bound
     engine.check_lengths(policy, data.lengths(policy), "x.json")

@@ -426,7 +426,7 @@ class ShareGpt:
 
     def exact_length(self, i: int, policy, least_answer: int) -> int:
         """Tokens of the whole of record i, from its pictures' headers."""
-        from model import fit_pixels
+        from qwen import fit_pixels
         decision = self.decision(i, len(self.records[i].rounds) - 1, policy.nav)
         frames = {}
         for key in decision.frames:
@@ -438,7 +438,7 @@ class ShareGpt:
                 raise
             size = fit_pixels(height, width, policy.nav["min_pixels"], policy.nav["max_pixels"])
             frames[key] = np.broadcast_to(np.uint8(0), (*size, 3))
-        prompt, = policy.sizes([decision], frames, group_size=0)
+        prompt, = policy.token_counts([decision], frames, group_size=0)
         answer = policy.tokenizer(decision.answer, add_special_tokens=False)["input_ids"]
         return prompt + max(len(answer) + 1, least_answer)
 

@@ -1,0 +1,812 @@
+"""
+Online GRPO: train the policy on its own walks in the simulator (multi-turn GRPO, ActiveVLN [1]).
+
+G robots walk the same episode, each to its own end, and whole walks are compared; the reward is
+where they stopped:
+
+    R_i  = 1[stopped within r of the goal] (1 - d / r)        "soft success"; others by --reward
+    A_i  = (R_i - mean(R)) / (std(R) + eps)                   over the G walks of an episode
+    loss = - sum_i sum_t [ min(rho A_i, clip(rho, 1-c, 1+c') A_i) - beta KL ] / all answer tokens
+
+An episode is one conversation (dialog.py), walked with a cache that is kept across turns and
+trained in one forward pass. The sampled ids are the ids that are trained on. Groups without success
+are walked again, up to --rerolls times; groups whose rewards all agree are dropped before the
+backward pass. --groups state compares plans instead of walks: docs/activevln.md says how and why.
+
+Run it
+    python -m activevln.grpo_online --init ckpt/sft_dialog --groups state    # one process
+    deepspeed --module activevln.grpo_online --init ckpt/sft_dialog          # every GPU there is
+    deepspeed --module activevln.grpo_online --init ckpt/r2r_dialog --sim habitat \\
+        --sim-python PATH --sims 4
+
+Reads    --init  a checkpoint of sft.py --prompt dialog;  --episodes  and  --scenes
+Writes   --out   the run directory that engine.py describes, rollouts.jsonl (walks as text: answers,
+         where they were given, reward, end) and curves.png
+Expect   success slowly up, noisily; entropy down; frac_reward_zero_std: the share of groups without
+         a gradient; end_*: how walks end, where stop should rule. Killed? The same command goes on:
+         walks are functions of (seed, step, episode, robot), but for rounding, which depends on the
+         robots that are batched together.
+
+[1] https://arxiv.org/abs/2509.12618, https://github.com/arvillion/ActiveVLN. As there: 8 episodes x
+    4 walks, lr 1e-6 constant, weight decay 0.01, clip 0.2 and 0.28, no KL, at most min(2 x expert,
+    cap) actions, 40 turns, 2 rerolls. Ours: temperature 1 (1.2), zero-std groups are dropped
+    (kept), one mean over all tokens (per micro-batch), single actions are counted (moves, up to
+    120), and --patience
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from activevln.dialog import Dialog, DialogPolicy
+from cli import Help, UserError, count, run
+from engine import (
+    Log,
+    add_machine_args,
+    add_optimizer_args,
+    all_reduce_sum,
+    cut_jsonl,
+    default_dtype,
+    finish_run,
+    gathered,
+    init_distributed,
+    is_due,
+    load_state,
+    make_engine,
+    micro_batches,
+    open_run,
+    pop_flop_counters,
+    print_memory_estimate,
+    print_start,
+    save_state,
+    set_learning_rate,
+    update_metrics,
+)
+from evaluate import (
+    EPISODES,
+    EpisodeState,
+    check_context,
+    check_episodes,
+    choose_robot,
+    episode_metrics,
+    evenly_spaced,
+    is_finite,
+    ndtw,
+    path_length,
+    run_episodes,
+)
+from grpo import (
+    PlanBatch,
+    UpdateStats,
+    add_objective_args,
+    batch_of,
+    group_advantages,
+    load_reference,
+    policy_update,
+    reference_logps,
+)
+from make_data import run_jobs
+from model import load_policy
+from reward import STOP
+from world import SimDied, SimError
+from world.episodes import (
+    VLNCE_RADIUS_M,
+    add_episode_args,
+    read_episodes,
+    read_ground_truth,
+    scenes_of,
+    turned,
+    yaw_deg,
+)
+from world.pool import SimPool, scenes_used
+from world.robots import add_robot_args, add_simulator_args, simulator_commands, visible_gpus
+
+# Flags that may change on resume, besides engine.RESUMABLE_FLAGS.
+RESUMABLE = {"sims", "sim_python", "sim_command", "sim_timeout", "sim_gpus", "retries",
+             "rollouts_every", "val_episodes"}
+PANELS = (("success", "val/success"), ("reward",), ("frac_reward_zero_std",), ("entropy",))
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    add = p.add_argument_group("files").add_argument
+    add("--init", default="ckpt/sft_dialog", help="folder of sft.py --prompt dialog: the start")
+    add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
+        "data set which the checkpoint names")
+    add("--split", default="train")
+    add_episode_args(add)
+    add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
+        "data/scene_datasets")
+    add("--out", default="ckpt/online")
+    add("--draw", nargs="+", metavar="RUN", help="only draw the learning curves of these run "
+        "folders (val/success over CPU minutes) into the picture --out X.png")
+    add = p.add_argument_group("simulator").add_argument
+    add_simulator_args(add, sims=8)
+    add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
+    add_robot_args(add, "the checkpoint's")
+    add = p.add_argument_group("rollout").add_argument
+    add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
+        "walks of an episode, or plans at each state of one walk")
+    add("--group-size", type=count, default=4, help="G, walks per episode, or plans per state")
+    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
+    add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the actions "
+        "of the expert,")
+    add("--action-cap", type=count, default=240, help="or at so many, whichever is less")
+    add("--turn-cap", type=count, default=40, help="or after so many answers")
+    add("--patience", type=int, default=25, help="or after so many actions that brought it no "
+        "nearer to the goal than it had been; 0: never")
+    add("--rerolls", type=int, default=2, help="times a group without success is walked again; "
+        "whole walks only")
+    add = p.add_argument_group("objective").add_argument
+    add("--reward", default="soft_success", help="of a whole walk: a sum such as "
+        "success+0.5*progress, of " + ", ".join(REWARD_TERMS))
+    add_objective_args(add, clip_high=0.28, kl_coef=0.0)
+    add("--batch-size", type=count, default=8, help="episodes per batch, over all processes")
+    add("--freeze-vision", action="store_true", help="train the language model only")
+    add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
+    add = p.add_argument_group("schedule").add_argument
+    add("--epochs", type=float, default=1.0)
+    add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
+    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=count, default=50)
+    add("--val-every", type=count, default=50)
+    add("--val-split", default="val_seen", help="walked greedily, if it is there")
+    add("--val-episodes", type=int, default=100)
+    add_machine_args(p)
+    add = p.add_argument_group("logging").add_argument
+    add("--rollouts-every", type=count, default=10, help="steps between those in rollouts.jsonl")
+    return p.parse_args(argv)
+
+
+# ---------------------------------------------------------------- rewards
+
+REWARD_TERMS = ("success", "soft_success", "progress", "ndtw")
+TERMINATIONS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "invalid",
+                "error")
+INVALID_ENDS = TERMINATIONS[-3:]     # the simulator's fault: not trained on, and in no mean
+
+
+def walk_scores(walk: EpisodeState, radius: float, reference: list) -> dict[str, float]:
+    """The REWARD_TERMS of an ended walk, each in [0, 1], progress in [-1, 1].
+
+    d0, d: metres to the goal at the start and at the end; reference: the ground truth's locations.
+    """
+    distances = [state["distance_to_goal"] for state in walk.states]
+    path = [state["position"] for state in walk.states]
+    stopped, d0, d = walk.end == "stop", distances[0], distances[-1]
+    success = episode_metrics(distances, path_length(path), stopped, radius)["success"]
+    d = d if is_finite(d) else math.inf                     # no way is known from there: failed
+    return {"success": success, "soft_success": 1 - d / radius if success else 0.0,
+            "progress": max(-1.0, (d0 - d) / d0) if d0 > 0 else float(stopped and d < math.inf),
+            "ndtw": ndtw(path, reference) if stopped else 0.0}
+
+
+def read_reward(text: str) -> dict[str, float]:
+    """--reward as {term: weight}.
+
+    >>> read_reward("success+0.5*progress")
+    {'success': 1.0, 'progress': 0.5}
+    """
+    weights = {}
+    for term in text.split("+"):
+        found = re.fullmatch(r" *(?:(\d+\.?\d*|\.\d+) *\* *)?(\w+) *", term)
+        if not found or found[2] not in REWARD_TERMS:
+            raise UserError(f"--reward {text}: {term!r} is none of {', '.join(REWARD_TERMS)}, nor "
+                            "a number times one of them")
+        weights[found[2]] = weights.get(found[2], 0) + float(found[1] or 1)
+    return weights
+
+
+def cost_to_goal(state: dict, robot: dict) -> float:
+    """Metres of the shortest way, plus what the robot could walk in the time of its turns.
+
+    3 m to go, first to the left, then after a metre to the left again, with turns of 30 degrees:
+    twice three turns, each as long as a step of 0.25 m.
+    >>> state = {"distance_to_goal": 3.0, "position": [0, 0, 0], "rotation": [0, 0, 0, 1]}
+    >>> robot = {"turn_deg": 30, "forward_m": 0.25}
+    >>> cost_to_goal(dict(state, way=[[0, 0, 0], [-1, 0, 0], [-1, 0, 2]]), robot)
+    4.5
+    """
+    yaw, turns = yaw_deg(state["rotation"]), 0.0
+    for (x, _, z), (next_x, _, next_z) in itertools.pairwise(state["way"]):
+        if math.hypot(next_x - x, next_z - z) < robot["forward_m"] / 2:
+            continue                           # a corner this near needs no turn of its own
+        way = math.degrees(math.atan2(x - next_x, z - next_z))
+        turns, yaw = turns + abs(turned(yaw, way)) / robot["turn_deg"], way
+    return state["distance_to_goal"] + robot["forward_m"] * round(turns, 9)
+
+
+def plan_reward(before: dict, after: dict, plan: list[int], robot: dict, radius: float) -> float:
+    """--groups state: the cost that a plan saves, and 1 for a stop within the radius.
+
+    plan: action ids; [] if malformed, whose reward is -1. before, after: the simulator's "try" of
+    its start and its end. inf or nan where no way to the goal is known.
+    """
+    if not plan:
+        return -1.0
+    right = plan[-1] == STOP and after["distance_to_goal"] < radius
+    return cost_to_goal(before, robot) - cost_to_goal(after, robot) + right
+
+
+def length_features(plans: list, answers: list) -> np.ndarray:
+    """What a group's plans are like apart from where they lead -> (G, 3): their motions, their
+    tokens, whether they stop; each less its mean over the group. Malformed plans: 0.
+
+    >>> length_features([[1, 1, 0], [1], []], [[7, 8], [7, 8, 9, 10], [8, 8, 8]])
+    array([[ 0.5, -1. ,  0.5],
+           [-0.5,  1. , -0.5],
+           [ 0. ,  0. ,  0. ]])
+    """
+    good = np.array([len(plan) > 0 for plan in plans])
+    features = np.array([[sum(a != STOP for a in plan), len(answer), STOP in plan]
+                         for plan, answer in zip(plans, answers)], float)
+    features[good] -= features[good].mean(axis=0) if good.any() else 0
+    features[~good] = 0
+    return features
+
+
+def normal_equations(groups: list) -> tuple[np.ndarray, np.ndarray]:
+    """[(features (G, F), rewards (G,)), ..] -> M (F, F), v (F,): the coefficients of the least
+    squares fit over all groups solve M @ c = v. Sums over groups, hence also over ranks.
+
+    Here one more motion earns 0.5 (and one answer in two groups does a little better than that):
+    >>> first = np.array([[-1], [0], [1]]), np.array([0.5, 1.25, 1.5])
+    >>> M, v = normal_equations([first, (np.array([[-1], [1]]), np.array([1.0, 2.0]))])
+    >>> M, v, np.linalg.solve(M, v)
+    (array([[4]]), array([2.]), array([0.5]))
+    """
+    return (sum(features.T @ features for features, _ in groups),
+            sum(features.T @ rewards for features, rewards in groups))
+
+
+def residual_rewards(walks: list, rewards: list, policy: DialogPolicy) -> list:
+    """Rewards (turns, G) per walk, less their fit to length_features over the batch on all ranks: a
+    control variate. Without it the policy soon writes the longest plans or the shortest ones, and
+    stops always or never: what such a plan earns by itself hides where it leads."""
+    groups = [[(length_features([policy.actions(answer) for answer in answers], answers),
+                np.array(some)) if some else (np.zeros((0, 3)), np.zeros(0))
+               for answers, some in zip((one.answers for one in walk.decisions), per_turn)]
+              for walk, per_turn in zip(walks, rewards)]
+    M, v = normal_equations([(np.zeros((1, 3)), np.zeros(1)), *sum(groups, [])])
+    sums = np.reshape(all_reduce_sum([*M.flat, *v], policy.device), (4, 3))
+    coefficients = np.linalg.lstsq(sums[:3], sums[3], rcond=None)[0]
+    return [[(some - features @ coefficients).round(9).tolist() for features, some in mine]
+            for mine in groups]
+
+
+def early_end(walk: EpisodeState, expert_actions: int, args) -> str | None:
+    """Why a walk that has not stopped is over, or None: the dynamic early stopping of [1]."""
+    if len(walk.actions) >= min(args.action_factor * expert_actions, args.action_cap):
+        return "actions"
+    if len(walk.decisions) >= args.turn_cap:
+        return "turns"
+    distances = [state["distance_to_goal"] for state in walk.states]
+    distances = [d if is_finite(d) else math.inf for d in distances]
+    if 0 < args.patience <= len(distances) - 1 - int(np.argmin(distances)):
+        return "no_progress"
+    return None
+
+
+# ---------------------------------------------------------------- walking
+
+
+class RolloutEnv:
+    """Episodes, their ground truth, and simulators to walk them in."""
+
+    def __init__(self, args, policy: DialogPolicy, split: str):
+        source = args.episodes or EPISODES.get(policy.nav["dataset"], EPISODES["houses"])
+        self.episodes = read_episodes(source, split, args.role, args.languages)
+        self.truths = read_ground_truth(source, split, args.role)
+        self.scenes = args.scenes or scenes_of(source)
+        self.robot = choose_robot(args, args.init, policy.nav, self.episodes[0])
+        check_episodes(self.episodes, self.truths, f"{source} ({split})")
+        check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
+                      self.robot)
+        scenes_used(args, self.robot, self.scenes, self.episodes)
+        radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}
+        if not args.success_m and len(radii) > 1:
+            raise UserError("the goals of the data have no common radius: give --success-m")
+        self.radius, self.args, self.source = args.success_m or radii.pop(), args, source
+        self.cpu_s, self.last_s = 0.0, [0.0] * args.sims   # of all simulators; last known of each
+
+    def open(self) -> SimPool:
+        args = self.args
+        own = ([int(os.environ.get("LOCAL_RANK", 0))] if visible_gpus() and not args.sim_command
+               else None)
+        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims,
+                            simulator_commands(args), args.sim_timeout, args.sim_gpus or own)
+        return self.pool
+
+    def truth(self, episode: dict) -> dict:
+        return self.truths[str(episode["episode_id"])]
+
+    def walk(self, policy: DialogPolicy, named: list, group_size: int = 1, temperature: float = 1.0,
+             tally: Counter | None = None) -> list[EpisodeState]:
+        """Walk [(name, episode), ..] to their ends, in that order.
+
+        group_size: answers sampled at each turn (--groups state); the first is walked.
+        """
+        walks = [EpisodeState(episode, episode["instruction"]["instruction_text"], name=name)
+                 for name, episode in named]
+        agent = policy.agent(temperature=temperature, seed=self.args.seed, group_size=group_size)
+        ended = {}
+
+        def should_stop(walk):
+            return early_end(walk, len(self.truth(walk.episode)["actions"]), self.args)
+
+        for walk in run_episodes(self.pool, walks, agent, sims=self.args.sims,
+                                 max_actions=sys.maxsize, retries=self.args.retries, render="last",
+                                 should_stop=should_stop,
+                                 counters=Counter() if tally is None else tally):
+            ended[walk.name], walk.dialog_cache = walk, None            # frees its memory
+        return [ended[walk.name] for walk in walks]
+
+    def scores(self, walk: EpisodeState) -> dict[str, float]:
+        """walk_scores(); zeros for a walk that the simulator has spoiled."""
+        if walk.end in INVALID_ENDS:
+            return dict.fromkeys(REWARD_TERMS, 0.0)
+        return walk_scores(walk, self.radius, self.truth(walk.episode)["locations"])
+
+    def preload(self, episodes: list, walks_each: int):
+        """Let the simulators enter the scenes of the walks that they will be given first."""
+        walks = [episode for episode in episodes for _ in range(walks_each)]
+        for i in range(self.args.sims):
+            self.pool.submit(i, "load", scene_id=walks[i % len(walks)]["scene_id"])
+
+    def preloaded(self):
+        """Wait for preload(). Errors are ignored here: the walk meets them again."""
+        for i, last in enumerate(self.last_s):
+            try:
+                self.last_s[i] = self.pool.wait(i)["cpu_s"]
+            except (SimDied, SimError):
+                continue
+            self.cpu_s += self.last_s[i] - (last if self.last_s[i] >= last else 0)  # 0: restarted
+
+    def plan_rewards(self, walks: list, policy: DialogPolicy, tally: Counter | None = None) -> list:
+        """--groups state: play every answer of every turn -> rewards per walk, (turns, G); [] where
+        no simulator could tell. tally counts such walks ("unscored"), and deaths."""
+        rewards, args, failed = {}, self.args, []
+        tally = Counter() if tally is None else tally
+
+        def job(walk):
+            plans = [[policy.actions(answer) for answer in decision.answers]
+                     for decision in walk.decisions]
+            poses = [walk.states[one.t]["position"] + walk.states[one.t]["rotation"]
+                     for one in walk.decisions]
+            moves = [sorted({without_stop(plan) for plan in some} | {()})
+                     for some in plans]                    # (): the pose itself
+            for _ in range(1 + args.retries):
+                reply = yield "try", {"episode": walk.episode, "poses": poses, "plans": moves}
+                if not isinstance(reply, SimDied):
+                    break
+                tally["deaths"] += 1
+            if isinstance(reply, Exception):
+                return failed.append(reply)
+            rewards[walk.name] = [self._group_rewards(some, dict(zip(tried, states)))
+                                  for some, tried, states in zip(plans, moves, reply["states"])]
+
+        run_jobs(self.pool, args.sims, (job(walk) for walk in walks
+                                        if walk.decisions and walk.end not in INVALID_ENDS))
+        if failed and not rewards:
+            raise UserError(f"no simulator could try the plans of any of {len(failed)} walks; the "
+                            f"first error: {failed[0]}")
+        tally["unscored"] += len(failed)
+        return [rewards.get(walk.name, []) for walk in walks]
+
+    def _group_rewards(self, plans: list, after: dict) -> list[float]:
+        """Rewards of the G plans at one turn. after: {moves: where they lead}."""
+        rewards = [plan_reward(after[()], after[without_stop(plan)], plan, self.robot, self.radius)
+                   for plan in plans]
+        return rewards if np.isfinite(rewards).all() else []
+
+
+def without_stop(plan: list[int]) -> tuple:
+    return tuple(action for action in plan if action != STOP)
+
+
+class Rollouts(NamedTuple):
+    """A rank's share of a batch, siblings adjacent."""
+    walks: list
+    scores: list            # walk_scores of each
+    rewards: list           # one number per walk; --groups state: (turns, G) per walk
+
+
+def rollout(env: RolloutEnv, policy: DialogPolicy, episodes: list, step: int, args,
+            tally: Counter) -> Rollouts:
+    """Walk the episodes, and walk those again that no sibling has solved (--rerolls)."""
+    state_groups = args.groups == "state"
+    per_episode = 1 if state_groups else args.group_size
+    groups, scores = [None] * len(episodes), [None] * len(episodes)
+    todo = range(len(episodes))
+    for attempt in range(1 if state_groups else 1 + args.rerolls):
+        tally["rerolled"] += len(todo) * (attempt > 0)
+        named = [(f"{step}.{attempt}.{episodes[i]['episode_id']}.{g}", episodes[i])
+                 for i in todo for g in range(per_episode)]
+        walks = env.walk(policy, named, args.group_size if state_groups else 1, args.temperature,
+                         tally)
+        for n, i in enumerate(todo):
+            groups[i] = walks[n * per_episode:(n + 1) * per_episode]
+            scores[i] = [env.scores(walk) for walk in groups[i]]
+        todo = [i for i in todo if not any(score["success"] for score in scores[i])]
+        if not todo:
+            break
+    walks, scores = sum(groups, []), sum(scores, [])
+    if state_groups:
+        rewards = residual_rewards(walks, env.plan_rewards(walks, policy, tally), policy)
+    else:
+        weights = read_reward(args.reward)
+        rewards = [sum(w * score[key] for key, w in weights.items()) for score in scores]
+    return Rollouts(walks, scores, rewards)
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def dialog_of(walk: EpisodeState) -> tuple[Dialog, dict]:
+    """A walk as it is trained on -> Dialog with the sampled ids, its frames."""
+    keys = tuple((walk.name, k) for k in range(len(walk.decisions)))
+    frames = {key: decision.frame for key, decision in zip(keys, walk.decisions)}
+    answers = tuple(decision.answers[0] for decision in walk.decisions)
+    return Dialog(walk.instruction, keys, answers, (True,) * len(keys)), frames
+
+
+class TrainingExample:
+    """A walk with the advantage of its own answers together, or that of each branch."""
+
+    def __init__(self, walk: EpisodeState, advantages: list[float], branches: list | None = None):
+        (self.dialog, self.frames), self.branches = dialog_of(walk), branches
+        answers = [sum(self.dialog.answers, [])] if branches is None else [
+            ids for _, ids in branches]
+        self.advantages, self.lengths = advantages, [len(ids) for ids in answers]
+
+    def token_count(self, policy: DialogPolicy) -> int:
+        count, = policy.token_counts([self.dialog], self.frames, branches=[self.branches])
+        return count
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass is given."""
+    inputs: tuple           # of the policy: dialogs, frames, branches
+    advantages: torch.Tensor    # (R,), one per row of log-probabilities
+    mask: torch.Tensor          # (R, C): exactly the sampled ids
+    in_loss: bool = True        # False: a dummy
+
+
+def zero_std(rewards: torch.Tensor) -> bool:
+    """Do the rewards of a group agree, or are they missing? Then it has no gradient."""
+    return len(rewards) == 0 or bool(rewards.max() - rewards.min() < 1e-6)
+
+
+def compare_walks(walks: list, rewards: list, args) -> tuple[list[TrainingExample], int]:
+    """B * G ended walks, siblings adjacent -> examples, and the number of groups without one: those
+    whose rewards agree, and those that the simulator has spoiled."""
+    examples, dropped = [], 0
+    for at in range(0, len(walks), args.group_size):
+        group, some = walks[at:at + args.group_size], torch.tensor(rewards[at:at + args.group_size])
+        if any(walk.end in INVALID_ENDS for walk in group) or zero_std(some):
+            dropped += 1
+            continue
+        advantages = group_advantages(some, args.group_size, scale_rewards=args.scale_rewards)
+        examples += [TrainingExample(walk, [a]) for walk, a in zip(group, advantages.tolist())]
+    return examples, dropped
+
+
+def compare_plans(walks: list, rewards: list, args) -> tuple[list[TrainingExample], int]:
+    """The same for --groups state: one group for each turn of each walk."""
+    examples, dropped = [], 0
+    for walk, per_turn in zip(walks, rewards):
+        branches, advantages = [], []
+        for turn, some in enumerate(map(torch.tensor, per_turn)):
+            if zero_std(some):
+                dropped += 1
+                continue
+            branches += [(turn, ids) for ids in walk.decisions[turn].answers]
+            advantages += group_advantages(some, args.group_size,
+                                           scale_rewards=args.scale_rewards).tolist()
+        examples += [TrainingExample(walk, advantages, branches)] if branches else []
+    return examples, dropped
+
+
+def dummy_example(walk: EpisodeState, state_groups: bool) -> TrainingExample:
+    """A walk's first turn with advantage 0, so that every rank runs the same number of forwards."""
+    dialog, frames = dialog_of(walk)
+    example = TrainingExample(walk, [0.0], [(0, dialog.answers[0])] if state_groups else None)
+    example.dialog = dialog._replace(frames=dialog.frames[:1], answers=dialog.answers[:1])
+    example.frames = dict(list(frames.items())[:1])
+    example.lengths = [len(dialog.answers[0])]
+    return example
+
+
+def collate(examples: list[TrainingExample], device, in_loss: bool = True) -> MicroBatch:
+    frames = {key: frame for example in examples for key, frame in example.frames.items()}
+    branches = [example.branches for example in examples]
+    lengths = torch.tensor([n for example in examples for n in example.lengths], device=device)
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    advantages = torch.tensor([a for example in examples for a in example.advantages],
+                              device=device)
+    inputs = ([example.dialog for example in examples], frames,
+              None if branches[0] is None else branches)
+    return MicroBatch(inputs, advantages, mask, in_loss)
+
+
+def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, args
+                       ) -> list[MicroBatch]:
+    """Examples -> one MicroBatch per forward pass; dummies where a rank has fewer than another."""
+    walked = [walk for walk in walks if walk.decisions]
+    if not walked:
+        raise UserError(f"no simulator could walk any of {len(walks)} walks; the first ended with "
+                        f"{walks[0].error or walks[0].end}")
+    dummy = dummy_example(min(walked, key=lambda walk: len(walk.decisions)), args.groups == "state")
+    return [collate(some or [dummy], policy.device, in_loss=bool(some)) for some in micro_batches(
+        examples, lambda example: example.token_count(policy), args.micro_tokens, policy.device)]
+
+
+# ---------------------------------------------------------------- logging
+
+
+def rollout_record(walk: EpisodeState, scores: dict, reward: float, advantage: float,
+                   step: int) -> dict:
+    """A walk for rollouts.jsonl. A frame is its scene and pose: it can be rendered again."""
+    return {"step": step, "episode_id": walk.episode["episode_id"],
+            "scene_id": walk.episode["scene_id"], "instruction": walk.instruction,
+            "end": walk.end, "reward": round(reward, 4), "advantage": round(advantage, 4),
+            "scores": {k: round(v, 4) for k, v in scores.items()},
+            "turns": [{"t": one.t, "position": walk.states[one.t]["position"],
+                       "rotation": walk.states[one.t]["rotation"], "answer": one.text}
+                      for one in walk.decisions]}
+
+
+def metric_sums(walks: list, scores: list, rewards: list) -> dict[str, float]:
+    """Sums over a rank's walks, by the keys of log.jsonl, for metric_means()."""
+    return {**{key: sum(score[key] for score in scores) for key in REWARD_TERMS},
+            "reward": sum(rewards),
+            "scored": sum(walk.end not in INVALID_ENDS for walk in walks),
+            "actions": sum(len(walk.actions) for walk in walks),
+            "turns": sum(len(walk.decisions) for walk in walks),
+            **{f"end_{end}": sum(walk.end == end for walk in walks) for end in TERMINATIONS}}
+
+
+def metric_means(sums: dict, others: dict, n_walks: int, device) -> dict[str, float]:
+    """metric_sums() of each rank -> means over all n_walks, and others summed over the ranks.
+    Scores and rewards are means over the valid walks, and missing if there are none."""
+    totals = all_reduce_sum([*sums.values(), *others.values()], device)
+    over_all = dict(zip(sums, totals))
+    scored, of_valid = over_all.pop("scored"), (*REWARD_TERMS, "reward")
+    means = {key: value / (scored if key in of_valid else n_walks)
+             for key, value in over_all.items() if scored or key not in of_valid}
+    return means | dict(zip(others, totals[len(sums):]))
+
+
+def draw_runs(folders: list[str], out: str):
+    """log.jsonl of several runs -> one picture: greedy success on the held-out split, and sampled
+    success while learning (mean of 20 steps), over the CPU minutes spent."""
+    if not out.endswith(".png"):
+        raise UserError(f"--out {out}: --draw wants the name of a .png file there")
+    runs = {}
+    for folder in folders:
+        try:
+            with open(os.path.join(folder, "log.jsonl")) as f:
+                runs[folder] = [json.loads(line) for line in f]
+        except OSError as error:
+            raise UserError(f"--draw {folder}: no run of ours is there ({error.strerror}: "
+                            "log.jsonl)") from error
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharex=True)
+    for axis in axes:
+        axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
+    for folder, rows in runs.items():
+        label = os.path.basename(folder.rstrip("/"))
+        points, sampled = (np.array([(r.get("minutes", 0), r[key]) for r in rows
+                                     if r.get(key) is not None]).reshape(-1, 2)
+                           for key in ("val/success", "success"))
+        axes[0].plot(*points.T, "o-", label=label)
+        width = max(1, min(20, len(sampled)))
+        axes[1].plot(sampled[width - 1:, 0],
+                     np.convolve(sampled[:, 1], np.ones(width) / width, "valid"), label=label)
+    for axis, title in zip(axes, ("greedy, held-out episodes", "sampled, while learning")):
+        axis.set(title=title, xlabel="CPU minutes", ylabel="success")
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+    figure.savefig(out + ".tmp", format="png", dpi=110)
+    os.replace(out + ".tmp", out)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- the run
+
+
+class Run(NamedTuple):
+    """What the steps of a run have in common."""
+    args: argparse.Namespace
+    rank: int
+    world_size: int
+    policy: DialogPolicy
+    engine: object          # DeepSpeed's, around the policy
+    reference: object       # the policy of --init, frozen; None without --kl-coef
+    env: RolloutEnv
+    val: RolloutEnv | None
+
+    @property
+    def walks_each(self) -> int:
+        """Walks per episode of a batch."""
+        return 1 if self.args.groups == "state" else self.args.group_size
+
+    def episodes(self, step: int) -> list[dict]:
+        """This rank's of a batch."""
+        args, n = self.args, len(self.env.episodes)
+        return [self.env.episodes[i] for i in batch_of(range(n), step, args.batch_size, args.seed)
+                ][self.rank::self.world_size]
+
+
+def setup(args, device: str) -> tuple[DialogPolicy, RolloutEnv, RolloutEnv | None]:
+    """Policy and environments (training and, if it is there, validation), from the flags."""
+    if not os.path.exists(os.path.join(args.init, "nav.json")):
+        raise UserError(f"--init {args.init} is not a checkpoint of ours (it has no nav.json); "
+                        f"make one with: python sft.py --prompt dialog --out {args.init}")
+    if args.group_size < 2:
+        raise UserError("--group-size must be 2 or more: a lone walk has no siblings to beat")
+    if args.temperature <= 0:
+        raise UserError("--temperature must be above 0: at 0 all siblings are the same walk")
+    read_reward(args.reward)
+    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    if not policy.whole_walks:
+        raise UserError(f"--init {args.init} was trained with prompt {policy.nav['prompt']!r}, one "
+                        "for each decision; here a walk is one dialog: sft.py --prompt dialog")
+    policy.vision.requires_grad_(not args.freeze_vision)
+    policy.checkpointing = args.gradient_checkpointing
+    env = RolloutEnv(args, policy, args.split)
+    found = any(os.path.exists(f"{env.source}/{args.val_split}/{args.val_split}{end}.json.gz")
+                for end in ("", "_guide"))
+    return policy, env, RolloutEnv(args, policy, args.val_split) if found else None
+
+
+def count_steps(args, env: RolloutEnv, world_size: int) -> int:
+    n = len(env.episodes)
+    if args.batch_size % world_size:
+        raise UserError(f"--batch-size {args.batch_size} does not split into {world_size} "
+                        "processes")
+    if n < args.batch_size:
+        raise UserError(f"{env.source} has {n} episodes and a batch takes {args.batch_size}; lower "
+                        "--batch-size or give more")
+    return args.max_steps or max(1, round(args.epochs * (n // args.batch_size)))
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """Greedy walks of the held-out split -> means over all ranks of the scores of valid walks, and
+    how many those are. {} without such a split."""
+    if run.val is None:
+        return {}
+    with gathered(run.engine):
+        mine = evenly_spaced(run.val.episodes, run.args.val_episodes)[run.rank::run.world_size]
+        walks = run.val.walk(run.policy, [(f"val.{i}", episode) for i, episode in enumerate(mine)],
+                             temperature=0.0)
+    valid = [run.val.scores(walk) for walk in walks if walk.end not in INVALID_ENDS]
+    sums = all_reduce_sum([len(valid), *(sum(scores[key] for scores in valid)
+                                         for key in REWARD_TERMS)], run.policy.device)
+    means = {f"val/{key}": value / sums[0] for key, value in zip(REWARD_TERMS, sums[1:]) if sums[0]}
+    return means | {"val/scored": sums[0]}
+
+
+def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
+               ) -> tuple[dict, Rollouts, list[TrainingExample]]:
+    """One batch: walk, compare, update -> metrics, and what they were made from."""
+    args, policy, tally, began = run.args, run.policy, Counter(), time.perf_counter()
+    state_groups, device = args.groups == "state", run.policy.device
+    # 1. rollout
+    with gathered(run.engine), torch.no_grad():
+        rollouts = rollout(run.env, policy, run.episodes(step), step, args, tally)
+    walking_s = time.perf_counter() - began
+    run.env.preload(next_episodes, run.walks_each)      # during the update; reports CPU time, too
+
+    # 2. advantages within groups
+    compare = compare_plans if state_groups else compare_walks
+    examples, dropped = compare(rollouts.walks, rollouts.rewards, args)
+    parts = make_micro_batches(policy, rollouts.walks, examples, args)
+    tokens, = all_reduce_sum([sum(sum(example.lengths) for example in examples)], device)
+    if print_memory:
+        print_memory_estimate(run.engine, run.reference, max(
+            policy.activations(*part.inputs[:2], branches=part.inputs[2]) for part in parts))
+
+    # 3. policy update: every token counts the same
+    batches = [PlanBatch((*part.inputs, args.temperature), part.mask, part.advantages,
+                         part.mask.sum(dim=1) * part.in_loss / max(tokens, 1)) for part in parts]
+    update = UpdateStats()
+    if tokens:
+        update = policy_update(run.engine, batches, reference_logps(run.reference, batches), args)
+    run.env.preloaded()
+
+    # 4. metrics
+    walk_rewards = [float(np.mean(sum(r, []) or 0)) for r in rollouts.rewards
+                    ] if state_groups else rollouts.rewards
+    groups = sum(map(len, rollouts.rewards)) if state_groups else len(run.episodes(step))
+    others = update._asdict() | {
+        "frac_reward_zero_std": dropped, "groups": groups,
+        **{key: tally[key] for key in ("rerolled", "deaths", "unscored")},
+        "minutes": (time.process_time() + run.env.cpu_s) / 60,
+        "walking_s": walking_s / run.world_size}
+    metrics = metric_means(metric_sums(rollouts.walks, rollouts.scores, walk_rewards), others,
+                           len(rollouts.walks) * run.world_size, device)
+    metrics["frac_reward_zero_std"] /= max(metrics["groups"], 1)
+    metrics |= {"tokens": tokens} | (update_metrics(run.engine) if tokens else {})
+    return metrics, rollouts._replace(rewards=walk_rewards), examples
+
+
+def write_rollouts(run: Run, rollouts: Rollouts, examples: list[TrainingExample], step: int):
+    """Append a batch to rollouts.jsonl. rollouts.rewards: one number per walk."""
+    # with --groups state the mean advantage of the answers that were walked: each group's first
+    stride = run.args.group_size if run.args.groups == "state" else 1
+    advantages = {example.dialog.frames[0][0]: float(np.mean(example.advantages[::stride]))
+                  for example in examples}
+    with open(f"{run.args.out}/rollouts.jsonl", "a") as f:
+        f.writelines(json.dumps(rollout_record(walk, scores, reward,
+                                               advantages.get(walk.name, 0.0), step)) + "\n"
+                     for walk, scores, reward in zip(*rollouts))
+
+
+def resume(run: Run, steps: int) -> tuple[int, float]:
+    """Load the last state -> the step to go on from, the CPU minutes spent so far."""
+    args, first, minutes = run.args, load_state(run.engine, run.args.out), 0
+    print_start(run.engine, f"{len(run.env.episodes)} episodes, {steps} steps of "
+                f"{args.batch_size} x {args.group_size} "
+                f"{'plans at each turn' if args.groups == 'state' else 'walks'}", first)
+    if run.rank == 0:
+        cut_jsonl(f"{args.out}/rollouts.jsonl", first)
+        rows = cut_jsonl(f"{args.out}/log.jsonl", first) if first else []
+        minutes = max((row.get("minutes", 0) for row in rows), default=0)
+    return first, minutes
+
+
+def main(args):
+    if args.draw:
+        return draw_runs(args.draw, args.out)
+    rank, world_size, device = init_distributed(args)
+    policy, env, val = setup(args, device)
+    open_run(args, RESUMABLE)
+    steps = count_steps(args, env, world_size)
+    engine = make_engine(policy, args)
+    run = Run(args, rank, world_size, policy, engine, load_reference(args, engine, device), env,
+              val)
+    first, minutes = resume(run, steps)
+    log = Log(engine, args.out, first, steps, ("reward", "success", "val/success"))
+    last = min(steps, args.stop_after or steps)
+    with env.open() as pool:
+        if val:
+            val.pool = pool
+            if first == 0:                                     # the policy of --init
+                log(0, **validate(run))
+        env.preload(run.episodes(first), run.walks_each)
+        env.preloaded()
+        for step in range(first, last):
+            lr = set_learning_rate(engine, step, steps, args)
+            upcoming = run.episodes(step + 1 if step + 1 < last else step)
+            metrics, rollouts, examples = train_step(run, step, upcoming, step == first)
+            # validate, log, checkpoint
+            done = step + 1
+            metrics |= {"lr": lr, "minutes": metrics["minutes"] + minutes}
+            if is_due(done, args.val_every, steps):
+                metrics |= validate(run)
+            log(done, pop_flop_counters(device, policy, run.reference), **metrics)
+            if rank == 0 and (done == 1 or is_due(done, args.rollouts_every, steps)):
+                write_rollouts(run, rollouts, examples, done)
+            if is_due(done, args.save_every, last):
+                save_state(engine, args.out, done)
+    finish_run(engine, log, args.out, "the policy for evaluate.py; see curves.png, "
+               "rollouts.jsonl, tb/", PANELS)
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
