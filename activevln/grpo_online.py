@@ -106,11 +106,16 @@ from world.episodes import (
     read_episodes,
     read_ground_truth,
     scenes_of,
-    turned,
-    yaw_deg,
 )
 from world.pool import SimPool, scenes_used
-from world.robots import add_robot_args, add_simulator_args, simulator_commands, visible_gpus
+from world.robots import (
+    add_robot_args,
+    add_simulator_args,
+    simulator_commands,
+    turn_between,
+    visible_gpus,
+    yaw_deg,
+)
 
 # Flags that may change on resume, besides engine.RESUMABLE_FLAGS.
 RESUMABLE = {"sims", "sim_python", "sim_command", "sim_timeout", "sim_gpus", "retries",
@@ -223,7 +228,7 @@ def cost_to_goal(state: dict, robot: dict) -> float:
         if math.hypot(next_x - x, next_z - z) < robot["forward_m"] / 2:
             continue                           # a corner this near needs no turn of its own
         way = math.degrees(math.atan2(x - next_x, z - next_z))
-        turns, yaw = turns + abs(turned(yaw, way)) / robot["turn_deg"], way
+        turns, yaw = turns + abs(turn_between(yaw, way)) / robot["turn_deg"], way
     return state["distance_to_goal"] + robot["forward_m"] * round(turns, 9)
 
 
