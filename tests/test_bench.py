@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from test_model import confident, make_prompt, pictures, texts, wordy  # noqa: F401 (a fixture)
+from test_model import (  # noqa: F401 (wordy is a fixture)
+    Decision,
+    confident,
+    make_prompt,
+    pictures,
+    texts,
+    wordy,
+)
 
 import engine
 import evaluate
@@ -36,8 +43,8 @@ import recording  # noqa: E402
 
 def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # noqa: F811
     """sample_with_logps() against generate() and logps() of prompts run apart: all equal."""
-    decisions = [SimpleNamespace(instruction=texts()[i], frames=tuple(range(2 + i)), prompt=None,
-                                 before=()) for i in range(2)]
+    decisions = [Decision(texts()[i], tuple(range(2 + i)), None)
+                 for i in range(2)]
     frames = dict(enumerate(pictures(3)))
     weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
 
@@ -57,7 +64,7 @@ def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # no
 
 
 def test_frames_may_be_given_as_features(wordy):  # noqa: F811
-    decisions = [SimpleNamespace(instruction=texts()[0], frames=(0, 1, 2), prompt=None, before=())]
+    decisions = [Decision(texts()[0], (0, 1, 2), None)]
     frames = dict(enumerate(pictures(3)))
     ids, mask = wordy.answers([write_plan([1, 2, 3, 0, 0, 0], wordy.phrases)])
     with torch.no_grad():
@@ -163,7 +170,7 @@ def test_flops_of_the_real_shapes_are_those_of_the_tables():
 def test_a_policy_counts_what_it_computes(wordy):  # noqa: F811
     """By hand: head, tail and answers; three times where it learns, once where it does not."""
     config, frames = wordy.model.config, pictures(2)
-    decision = SimpleNamespace(instruction=texts()[0], frames=(0, 1), prompt=None, before=())
+    decision = Decision(texts()[0], (0, 1), None)
     ids, mask = wordy.answers([write_plan([1] * 6, wordy.phrases)])
     prompt = make_prompt(wordy, frames, texts()[0])
     length, answer = len(prompt.ids), int(mask.sum())
@@ -192,8 +199,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     config["vision_config"].update(depth=6, embed_dim=160, num_heads=2, hidden_size=256)
     policy = Policy(Qwen2VLForConditionalGeneration._from_config(
         Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype), tiny.tokenizer, tiny.nav)
-    decision = SimpleNamespace(instruction=texts()[0], frames=tuple(range(6)), prompt=None,
-                               before=())
+    decision = Decision(texts()[0], tuple(range(6)), None)
     frames = dict(enumerate(pictures(6, 196, 280)))
     ids, mask = policy.answers([write_plan([1] * 6, policy.phrases)])
     own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
