@@ -7,9 +7,8 @@ a_t .. a_{t+5}, as text. The loss is the cross-entropy of the answer's tokens an
 
     L = - sum over decisions, sum_j log p(w_j | w_<j, H_t, v_t, I)   /   number of answer tokens
 
-A batch holds several decisions of each walk (--steps-per-walk): they share its instruction and most
-of its frames, and each is encoded once. The gradient of a batch is exact; what changes is which
-decisions are in it together. 1 gives independent decisions.
+A batch holds several decisions of each walk (--steps-per-walk; 1: independent decisions), for they
+share its instruction and most of its frames, and each is encoded once.
 
 --prompt dialog trains ActiveVLN's policy (activevln/dialog.py): a whole walk is one conversation,
 and one forward pass trains it. A batch then counts walks.
@@ -19,7 +18,6 @@ Run it
     deepspeed sft.py --model Qwen2-VL-2B                                     # every GPU there is
     deepspeed --num_gpus 2 sft.py --model tiny --device cpu                  # two CPU processes
     python sft.py --model Qwen2-VL-2B --data released.json --image-root DIR  # ShareGPT, as released
-    deepspeed sft.py --model Qwen2-VL-2B --prompt dialog --out ckpt/sft_dialog
 
 Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
          ShareGPT JSON;  --val-data  from make_data.py, a split that is not trained on

@@ -16,8 +16,6 @@ backward pass. --groups state compares plans instead of walks: docs/activevln.md
 Run it
     python -m activevln.grpo_online --init ckpt/sft_dialog --groups state    # one process
     deepspeed --module activevln.grpo_online --init ckpt/sft_dialog          # every GPU there is
-    deepspeed --module activevln.grpo_online --init ckpt/r2r_dialog --sim habitat \\
-        --sim-python PATH --sims 4
 
 Reads    --init  a checkpoint of sft.py --prompt dialog;  --episodes  and  --scenes
 Writes   --out   the run directory that engine.py describes, rollouts.jsonl (walks as text: answers,
@@ -27,11 +25,8 @@ Expect   success slowly up, noisily; entropy down; frac_reward_zero_std: the sha
          walks are functions of (seed, step, episode, robot), but for rounding, which depends on the
          robots that are batched together.
 
-[1] https://arxiv.org/abs/2509.12618, https://github.com/arvillion/ActiveVLN. As there: 8 episodes x
-    4 walks, lr 1e-6 constant, weight decay 0.01, clip 0.2 and 0.28, no KL, at most min(2 x expert,
-    cap) actions, 40 turns, 2 rerolls. Ours: temperature 1 (1.2), zero-std groups are dropped
-    (kept), one mean over all tokens (per micro-batch), single actions are counted (moves, up to
-    120), and --patience
+[1] https://arxiv.org/abs/2509.12618, https://github.com/arvillion/ActiveVLN.;
+    docs/activevln.md lists what differs
 """
 from __future__ import annotations
 
