@@ -19,14 +19,14 @@ class UserError(Exception):
     """A mistake that the user can correct. The message states, in a sentence, what and how."""
 
 
-def count(text: str) -> int:
+def positive_int(text: str) -> int:
     """The type of flags that count something: a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
+class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """-h shows the default of every flag that has one. argparse's own formatter leaves out flags
     without help, and adds "(default: None)" where the help already describes the default."""
 
@@ -41,7 +41,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def run(main: Callable, parse_args: Callable):
+def run_cli(main: Callable, parse_args: Callable):
     """main(parse_args()). A UserError becomes `x.py: error: <sentence>` and exit status 2; so does
     a full disk. A closed output pipe (`| head`) ends the program without a message."""
     name = os.path.basename(sys.argv[0])

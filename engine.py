@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import UserError, count, lock_folder, write_json, write_text
+from cli import UserError, lock_folder, positive_int, write_json, write_text
 from make_data import VlnEgo
 from model import save_policy
 from qwen import is_sound
@@ -99,7 +99,7 @@ def add_machine_args(parser):
     add("--micro-tokens", type=int, default=0, help="about how many tokens a process runs per "
         "micro-batch; an update takes as many as its batch needs. 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
-    add("--threads", type=count, default=1, help="CPU threads per process")
+    add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
 

@@ -50,7 +50,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import Help, UserError, count, lock_folder, run, write_json, write_text
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    lock_folder,
+    positive_int,
+    run_cli,
+    write_json,
+    write_text,
+)
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied, SimError
 from world.episodes import (
@@ -82,7 +90,8 @@ EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_prepro
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--split", default="val_unseen")
     add_episode_args(add)
@@ -97,23 +106,24 @@ def parse_args(argv=None):
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
     add = p.add_argument_group("agent").add_argument
     add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
-    add("--execute", type=count, default=3, help="actions of a plan that are carried out before "
+    add("--execute", type=positive_int, default=3,
+        help="actions of a plan that are carried out before "
         "the next (VLN-R1 does not say how many); ours: half, between fresh frames and speed. "
         "Answers of a dialog are always carried out whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
     add("--temperature", type=float, default=0.0,
         help="0: greedy; above: sampled, from seeds that belong to episode and step")
-    add("--max-actions", type=count, default=500, help="of a walk; VLN-CE's; STOP counts")
+    add("--max-actions", type=positive_int, default=500, help="of a walk; VLN-CE's; STOP counts")
     add("--blank-frames", action="store_true", help="control run: every frame is black")
     add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
         "instruction of another walk, in the same scene where one leads to another goal")
     add = p.add_argument_group("schedule").add_argument
-    add("--limit", type=count, help="so many episodes, spread evenly over the split")
+    add("--limit", type=positive_int, help="so many episodes, spread evenly over the split")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
-    add("--threads", type=count, default=1, help="CPU threads per process")
+    add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     add = p.add_argument_group("logging").add_argument
@@ -976,4 +986,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cli import Help, UserError, count, run, write_text
+from cli import DefaultsFormatter, UserError, positive_int, run_cli, write_text
 from engine import (
     Log,
     accumulate,
@@ -78,7 +78,8 @@ PANELS = (("reward", "val/reward"), ("kl",), ("frac_reward_zero_std",), ("entrop
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft", help="folder of sft.py: the start, and pi_sft")
     add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, or ShareGPT "
@@ -88,8 +89,9 @@ def parse_args(argv=None):
     add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
     add("--out", default="ckpt/grpo")
     add = p.add_argument_group("rollout").add_argument
-    add("--prompts", type=count, default=20000, help="distinct decisions drawn from all of --data")
-    add("--group-size", type=count, default=8, help="G, plans per prompt")
+    add("--prompts", type=positive_int, default=20000,
+        help="distinct decisions drawn from all of --data")
+    add("--group-size", type=positive_int, default=8, help="G, plans per prompt")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
     add = p.add_argument_group("objective").add_argument
     add("--reward", choices=tuple(REWARDS), default="tdr")
@@ -97,17 +99,19 @@ def parse_args(argv=None):
     add_objective_args(add, clip_high=0.2, kl_coef=0.04)
     add("--drop-zero-std-groups", action="store_true",
         help="leave groups out of the loss whose rewards are all equal")
-    add("--batch-size", type=count, default=8, help="prompts per batch, over all processes")
+    add("--batch-size", type=positive_int, default=8, help="prompts per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
-    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=count, default=250)
-    add("--val-every", type=count, default=250)
+    add("--max-steps", type=positive_int, help="overrides --epochs; a step is one batch")
+    add("--stop-after", type=positive_int,
+        help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=positive_int, default=250)
+    add("--val-every", type=positive_int, default=250)
     add("--val-decisions", type=int, default=256)
-    add("--samples-every", type=count, default=25, help="steps between the groups in samples.txt")
+    add("--samples-every", type=positive_int, default=25,
+        help="steps between the groups in samples.txt")
     add_machine_args(p)
     return p.parse_args(argv)
 
@@ -119,7 +123,7 @@ def add_objective_args(add, clip_high: float, kl_coef: float) -> None:
     add("--kl-coef", type=float, default=kl_coef, help="beta; 0 never loads the reference")
     add("--scale-rewards", choices=("group", "none"), default="group",
         help="divide advantages by the standard deviation of their group, or not")
-    add("--updates-per-batch", type=count, default=1, help="1 is strictly on-policy")
+    add("--updates-per-batch", type=positive_int, default=1, help="1 is strictly on-policy")
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -555,4 +559,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

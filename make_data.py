@@ -49,7 +49,15 @@ import numpy as np
 from PIL import Image, ImageOps
 
 import lsm
-from cli import Help, UserError, count, lock_folder, run, write_json, write_text
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    lock_folder,
+    positive_int,
+    run_cli,
+    write_json,
+    write_text,
+)
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied
 from world.episodes import (
@@ -85,7 +93,7 @@ CACHE_BYTES = 256 << 20  # of decoded frames a reader remembers; one stands in ~
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description="Record VLN-Ego: walk the expert, keep what it saw.",
-                                formatter_class=Help)
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
     add("--split", default="train")
@@ -98,14 +106,17 @@ def parse_args(argv=None):
         "tools.sharegpt import FOLDER")
 
     add = p.add_argument_group("data").add_argument
-    add("--limit", type=count, help="only the first N episodes")
+    add("--limit", type=positive_int, help="only the first N episodes")
     add_expert_args(add)
-    add("--horizon", type=count, default=6, help="actions per label of noisy copies; the paper's 6")
-    add("--max-actions", type=count, default=500, help="the expert gives up here; VLN-CE's 500")
+    add("--horizon", type=positive_int, default=6,
+        help="actions per label of noisy copies; the paper's 6")
+    add("--max-actions", type=positive_int, default=500,
+        help="the expert gives up here; VLN-CE's 500")
     add("--max-drift", type=float, default=0.25,
         help="metres between replay and ground truth; ours: a step. The same simulator has none")
     add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
-    add("--shard-walks", type=count, default=64, help="walks per zip: the unit of resumption")
+    add("--shard-walks", type=positive_int, default=64,
+        help="walks per zip: the unit of resumption")
 
     add = p.add_argument_group("simulator").add_argument
     add_robot_args(add, "that of the episodes' data set")
@@ -735,4 +746,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

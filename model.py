@@ -168,7 +168,7 @@ class Policy(Qwen):
 
     contract, max_horizon = NAV, 8              # _answer_texts() lists all plans there are
     whole_walks = False                         # is a training example a whole walk?
-    val_metrics = ("loss", "first", "plan")     # of validate()
+    val_metrics = ("loss", "first_action_acc", "exact_match")     # of validate()
 
     def __init__(self, model, tokenizer, nav: dict, files: dict | None = None):
         files = files or {}

@@ -23,9 +23,10 @@ Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from 
          ShareGPT JSON;  --val-data  from make_data.py, a split that is not trained on
 Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
 Expect   loss near ln(4) per action at once, then a plateau: what the instruction says of the first
-         turn is learned early, what the frames show much later. val/first is the share of decisions
-         whose next action is the expert's (always forward: about 0.64 on R2R), val/plan that of all
-         six. Of a dialog, val/right is the share of answer tokens that are the likeliest
+         turn is learned early, what the frames show much later. val/first_action_acc is the share
+         of decisions whose next action is the expert's (always forward: about 0.64 on R2R),
+         val/exact_match that of all six. Of a dialog, val/right is the share of answer tokens that
+         are the likeliest
 
 [1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3: SFT; lr 5e-6, cosine, batch 64, one epoch)
 """
@@ -37,7 +38,7 @@ import numpy as np
 import torch
 
 import lsm
-from cli import Help, UserError, count, run
+from cli import DefaultsFormatter, UserError, positive_int, run_cli
 from engine import (
     Log,
     accumulate,
@@ -71,7 +72,8 @@ from world.robots import ROBOTS
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
     add("--data", default="data/vln_ego/train", help="VLN-Ego folder, or ShareGPT .json or .jsonl")
@@ -82,23 +84,26 @@ def parse_args(argv=None):
     add = p.add_argument_group("data").add_argument
     add("--prompt", choices=[prompt.split("-")[0] for prompt in POLICIES], default="window",
         help="how the past is shown")
-    add("--horizon", type=count, help="actions per answer; default: 6, in a dialog 3 moves")
+    add("--horizon", type=positive_int, help="actions per answer; default: 6, in a dialog 3 moves")
     lsm.add_memory_args(add)
-    add("--max-pixels", type=count, default=65536, help="a frame is shrunk to at most this")
-    add("--steps-per-walk", type=count, default=8, help="decisions of one walk trained together")
+    add("--max-pixels", type=positive_int, default=65536, help="a frame is shrunk to at most this")
+    add("--steps-per-walk", type=positive_int, default=8,
+        help="decisions of one walk trained together")
     add("--vary-turns", action="store_true", help="a dialog's answers have 1 to --horizon moves, "
         "drawn at random, not always the most: a policy can then learn when to look sooner")
     add = p.add_argument_group("objective").add_argument
-    add("--batch-size", type=count, default=64, help="decisions (of dialogs: walks) per update, "
+    add("--batch-size", type=positive_int, default=64,
+        help="decisions (of dialogs: walks) per update, "
         "over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=count, help="overrides --epochs")
-    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=count, default=500)
-    add("--val-every", type=count, default=500)
+    add("--max-steps", type=positive_int, help="overrides --epochs")
+    add("--stop-after", type=positive_int,
+        help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=positive_int, default=500)
+    add("--val-every", type=positive_int, default=500)
     add("--val-decisions", type=int, default=256)
     add_machine_args(p)
     return p.parse_args(argv)
@@ -249,4 +254,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 
 from activevln.dialog import Dialog, DialogPolicy
-from cli import Help, UserError, count, run
+from cli import DefaultsFormatter, UserError, positive_int, run_cli
 from engine import (
     Log,
     add_machine_args,
@@ -119,7 +119,8 @@ PANELS = (("success", "val/success"), ("reward",), ("frac_reward_zero_std",), ("
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft_dialog", help="folder of sft.py --prompt dialog: the start")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
@@ -138,12 +139,13 @@ def parse_args(argv=None):
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
-    add("--group-size", type=count, default=4, help="G, walks per episode, or plans per state")
+    add("--group-size", type=positive_int, default=4,
+        help="G, walks per episode, or plans per state")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
     add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the actions "
         "of the expert,")
-    add("--action-cap", type=count, default=240, help="or at so many, whichever is less")
-    add("--turn-cap", type=count, default=40, help="or after so many answers")
+    add("--action-cap", type=positive_int, default=240, help="or at so many, whichever is less")
+    add("--turn-cap", type=positive_int, default=40, help="or after so many answers")
     add("--patience", type=int, default=25, help="or after so many actions that brought it no "
         "nearer to the goal than it had been; 0: never")
     add("--rerolls", type=int, default=2, help="times a group without success is walked again; "
@@ -152,20 +154,22 @@ def parse_args(argv=None):
     add("--reward", default="soft_success", help="of a whole walk: a sum such as "
         "success+0.5*progress, of " + ", ".join(REWARD_TERMS))
     add_objective_args(add, clip_high=0.28, kl_coef=0.0)
-    add("--batch-size", type=count, default=8, help="episodes per batch, over all processes")
+    add("--batch-size", type=positive_int, default=8, help="episodes per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
-    add("--max-steps", type=count, help="overrides --epochs; a step is one batch")
-    add("--stop-after", type=count, help="leave after this step of the schedule (resume later)")
-    add("--save-every", type=count, default=50)
-    add("--val-every", type=count, default=50)
+    add("--max-steps", type=positive_int, help="overrides --epochs; a step is one batch")
+    add("--stop-after", type=positive_int,
+        help="leave after this step of the schedule (resume later)")
+    add("--save-every", type=positive_int, default=50)
+    add("--val-every", type=positive_int, default=50)
     add("--val-split", default="val_seen", help="walked greedily, if it is there")
     add("--val-episodes", type=int, default=100)
     add_machine_args(p)
     add = p.add_argument_group("logging").add_argument
-    add("--rollouts-every", type=count, default=10, help="steps between those in rollouts.jsonl")
+    add("--rollouts-every", type=positive_int, default=10,
+        help="steps between those in rollouts.jsonl")
     return p.parse_args(argv)
 
 
@@ -809,4 +813,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

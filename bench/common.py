@@ -44,7 +44,7 @@ if util.find_spec("torchvision") and not torch.version.cuda:
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 import model  # noqa: E402
-from cli import Help, write_json  # noqa: E402
+from cli import DefaultsFormatter, write_json  # noqa: E402
 from engine import learning_rate  # noqa: E402
 from make_data import VlnEgo  # noqa: E402
 from reward import write_plan  # noqa: E402
@@ -55,7 +55,7 @@ FRAME_PX = {"tiny": (84, 84), "2B": (480, 640), "7B": (480, 640)}       # height
 def parser(doc, **defaults):
     """The flags that all benches have."""
     p = argparse.ArgumentParser(description=" ".join(doc.split("\n\n")[0].split()),
-                                formatter_class=Help)
+                                formatter_class=DefaultsFormatter)
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--shape", choices=tuple(FRAME_PX), default="tiny")
     p.add_argument("--threads", type=int, default=1, help="CPU threads of either side")

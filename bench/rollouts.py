@@ -29,13 +29,13 @@ from common import add_row  # noqa: E402
 
 from activevln import grpo_online  # noqa: E402
 from activevln.dialog import Dialog, DialogCache, DialogPolicy  # noqa: E402
-from cli import Help, run  # noqa: E402
+from cli import DefaultsFormatter, run_cli  # noqa: E402
 from evaluate import EpisodeState, run_episodes  # noqa: E402
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=" ".join(__doc__.split("\n\n")[0].split()),
-                                formatter_class=Help)
+                                formatter_class=DefaultsFormatter)
     p.add_argument("--ckpt", default="ckpt/sft_dialog")
     p.add_argument("--episodes", help="default: those of the checkpoint's data set")
     p.add_argument("--split", default="val_unseen")
@@ -124,4 +124,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

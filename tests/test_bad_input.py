@@ -275,6 +275,7 @@ def test_an_instruction_longer_than_the_models_context(houses, checkpoint, tmp_p
     robot = {"height": 56, "width": 56}
     for nav in (None, dict(DIALOG, dataset="houses", turn_deg=15)):
         policy = load_policy(str(checkpoint), nav, replace_contract=True)
+        policy.model.config.text_config.max_position_embeddings = 4096
         evaluate.check_context(policy, ["go straight"], robot)
         with pytest.raises(UserError, match='"go go .* tokens, its prompt .*context holds 4032'):
             evaluate.check_context(policy, ["turn left", "go " * 4000], robot)
@@ -307,7 +308,7 @@ def test_a_policy_that_gives_no_numbers_is_not_scored(houses, checkpoint, tmp_pa
     args = ["--ckpt", str(tmp_path / "lost"), "--episodes", str(houses), "--device", "cpu",
             "--out", str(tmp_path / "y"), "--sims", "1"]
     with pytest.raises(SystemExit) as left:
-        cli.run(evaluate.main, lambda: evaluate.parse_args(args))
+        cli.run_cli(evaluate.main, lambda: evaluate.parse_args(args))
     assert left.value.code == 2
     assert "log-probabilities that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "y" / "results.json").exists()
@@ -392,7 +393,7 @@ def test_a_full_disk_is_a_sentence(ego, small_disk, name, capsys):
     module, size, flags = writers(ego)[name]
     out = small_disk(size) / "out"
     with pytest.raises(SystemExit) as left:
-        cli.run(module.main, lambda: module.parse_args([*flags, "--out", str(out)]))
+        cli.run_cli(module.main, lambda: module.parse_args([*flags, "--out", str(out)]))
     assert left.value.code == 2
     said = capsys.readouterr().err
     assert "error: the disk is full (" in said and "Traceback" not in said

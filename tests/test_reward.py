@@ -119,9 +119,9 @@ def test_phrases_state_the_robots_numbers():
 
 
 def test_a_user_error_is_a_sentence_and_exit_2():
-    code = ("from cli import UserError, run\n"
+    code = ("from cli import UserError, run_cli\n"
             "def main(args): raise UserError('no house at data/x; run world.houses first')\n"
-            "run(main, lambda: None)")
+            "run_cli(main, lambda: None)")
     root = Path(__file__).resolve().parents[1]
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)

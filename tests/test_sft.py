@@ -173,9 +173,9 @@ def test_bfloat16_learns_what_float32_learns(ego, tmp_path):
 
 
 def main(ego, out, *flags):
-    """sft.py in this process, as cli.run() runs it -> exit status."""
+    """sft.py in this process, as cli.run_cli() runs it -> exit status."""
     with pytest.raises(SystemExit) as left:
-        cli.run(sft.main, lambda: sft.parse_args(
+        cli.run_cli(sft.main, lambda: sft.parse_args(
             ["--data", ego, "--out", str(out), *TINY, *map(str, flags)]))
     return left.value.code
 

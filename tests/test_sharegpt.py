@@ -418,8 +418,9 @@ def test_another_system_text_is_another_loss(folder, policy):
     assert abs(losses[2] - losses[0]) > 1e-3
 
 
-def test_a_record_longer_than_the_context_is_named_before_training(folder, policy):
+def test_a_record_longer_than_the_context_is_named_before_training(folder, policy, monkeypatch):
     import engine
+    monkeypatch.setattr(policy.model.config.text_config, "max_position_embeddings", 4096)
     words = "D. Stop, " * 700 + WORDS               # 6,300 bytes and under 4,096 tokens
     data = ShareGpt(written(folder, [record(), record(words=words)]))
     (_, bound), (_, exact) = data.lengths(policy)

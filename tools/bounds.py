@@ -33,7 +33,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from cli import Help, UserError, count, run
+from cli import DefaultsFormatter, UserError, positive_int, run_cli
 from evaluate import (
     cluster_bootstrap,
     describe_intervals,
@@ -54,14 +54,14 @@ GRID_M = 0.5
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.bounds", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.bounds", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     add = p.add_argument
     add("--split", default="val_unseen")
     add("--episodes", default="data/houses", help="folder that houses.py wrote")
-    add("--limit", type=count, help="so many episodes, spread evenly over the split")
-    add("--max-actions", type=count, default=500, help="of a walk; evaluate.py's")
-    add("--candidates", type=count, default=100, help="expert walks tried for each wording")
+    add("--limit", type=positive_int, help="so many episodes, spread evenly over the split")
+    add("--max-actions", type=positive_int, default=500, help="of a walk; evaluate.py's")
+    add("--candidates", type=positive_int, default=100, help="expert walks tried for each wording")
     return p.parse_args(argv)
 
 
@@ -230,4 +230,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 
-from cli import Help, UserError, run, write_json
+from cli import DefaultsFormatter, UserError, run_cli, write_json
 
 MEASURES = ("distance_to_goal", "success", "spl")
 TOLERANCE = 1e-4
@@ -37,7 +37,8 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.habitat_check", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.habitat_check",
+                                formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     p.add_argument("folder", metavar="FOLDER", nargs="?", help="results of evaluate.py --sim "
                    "habitat")
@@ -274,4 +275,4 @@ def make_config(job, walks, measures=MEASURES):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

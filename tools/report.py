@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import Help, UserError, run, write_json
+from cli import DefaultsFormatter, UserError, run_cli, write_json
 from evaluate import (
     TITLES,
     cluster_bootstrap,
@@ -47,7 +47,7 @@ DERIVED = ("second_radius_m", "episodes", "weights", "source")
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.report", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.report", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     p.add_argument("folders", nargs="+", metavar="FOLDER", help="results folders: what was before, "
                    "then one or more, such as seeds, of what is after; with --summary, the rows")
@@ -340,4 +340,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

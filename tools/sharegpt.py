@@ -38,7 +38,7 @@ import numpy as np
 from PIL import Image
 
 import lsm
-from cli import Help, UserError, count, lock_folder, run, write_json
+from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
 from make_data import (
     CACHE_BYTES,
     MOST_ASPECT,
@@ -647,33 +647,36 @@ def import_walks(folder: str, args) -> None:
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.sharegpt", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.sharegpt", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     commands = p.add_subparsers(dest="command", required=True)
 
     def command(name, words):
-        return commands.add_parser(name, help=words, description=words, formatter_class=Help)
+        return commands.add_parser(name, help=words, description=words,
+                                   formatter_class=DefaultsFormatter)
 
     p_import = command("import", "released walks -> a VLN-Ego folder")
     add = p_import.add_argument
     add("folder", help="the walks are at or below it")
     add("--out", default="data/released", help="the split becomes a folder in here")
     add("--split", default="train")
-    add("--shard-walks", type=count, default=64, help="walks per zip: the unit of resumption")
+    add("--shard-walks", type=positive_int, default=64,
+        help="walks per zip: the unit of resumption")
     add_robot_args(add, "none: say r2r or rxr")
 
     p_export = command("export", "a VLN-Ego folder -> pictures and JSON for LLaMA-Factory")
     add = p_export.add_argument
     add("recording", help="a folder that make_data.py wrote, e.g. data/vln_ego/train")
     add("--out", default="data/sharegpt", help="folder to write")
-    add("--horizon", type=count, default=6, help="actions per answer; the paper's 6")
+    add("--horizon", type=positive_int, default=6, help="actions per answer; the paper's 6")
     lsm.add_memory_args(add)
 
     p_nav = command("nav", "give a checkpoint that another tool trained on an export its nav.json")
     add = p_nav.add_argument
     add("export", help="the export that it was trained on")
     add("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
-    add("--max-pixels", type=count, help="what a frame was shrunk to at most in that training; "
+    add("--max-pixels", type=positive_int,
+        help="what a frame was shrunk to at most in that training; "
         "default: the export's own")
     return p.parse_args(argv)
 
@@ -688,4 +691,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import Help, UserError, run, write_json
+from cli import DefaultsFormatter, UserError, run_cli, write_json
 from evaluate import write_lines
 from reward import STOP
 from tools.report import read_results, write_out
@@ -23,7 +23,7 @@ from world.episodes import LANGUAGES, dataset_of, read_episodes
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.submit", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.submit", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     p.add_argument("folder", metavar="FOLDER", help="results folder of evaluate.py")
     p.add_argument("--out", metavar="FILE", required=True, help="JSON for R2R's leaderboard, JSON "
@@ -105,4 +105,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

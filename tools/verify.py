@@ -16,7 +16,7 @@ import argparse
 from collections import Counter
 from typing import NamedTuple
 
-from cli import Help, UserError, count, run
+from cli import DefaultsFormatter, UserError, positive_int, run_cli
 from make_data import FRAME_BYTES, add_expert_args, choose_expert, plan_walks
 from world.episodes import (
     add_episode_args,
@@ -47,7 +47,7 @@ KNOWN = {("r2r", "train", None, None): 10819, ("r2r", "val_seen", None, None): 7
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(prog="python -m tools.verify", formatter_class=Help,
+    p = argparse.ArgumentParser(prog="python -m tools.verify", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     add = p.add_argument_group("files").add_argument
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
@@ -55,7 +55,7 @@ def parse_args(argv=None):
     add_episode_args(add)
     add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
         "there, else data/scene_datasets")
-    add("--limit", type=count, help="only the first N episodes")
+    add("--limit", type=positive_int, help="only the first N episodes")
     add("--subset", action="store_true", help="fewer episodes than the published split has are "
         "meant")
     add = p.add_argument_group("recording").add_argument
@@ -221,4 +221,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

@@ -14,14 +14,15 @@ import re
 import sys
 import tempfile
 
-from cli import Help, UserError, run
+from cli import DefaultsFormatter, UserError, run_cli
 from world import SimDied, SimError
 from world.pool import SimPool
 from world.robots import ROBOTS, add_simulator_args, simulator_commands
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[1], formatter_class=Help)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
+                                formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--scenes", default="data/houses/scenes", help="folder that scene_id starts from")
     add("--scene", help="scene id; default: the first .glb below --scenes")
@@ -107,4 +108,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

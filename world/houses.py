@@ -50,7 +50,7 @@ import trimesh
 from PIL import Image
 from tqdm import tqdm
 
-from cli import Help, UserError, lock_folder, run
+from cli import DefaultsFormatter, UserError, lock_folder, run_cli
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.episodes import scene_hash
@@ -158,7 +158,7 @@ MAX_WORDS = 200  # R2R pads instruction_tokens to this
 def parse_args(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0].strip(),
-        formatter_class=Help,
+        formatter_class=DefaultsFormatter,
     )
     add = p.add_argument_group("files").add_argument
     add("--out", default="data/houses", help="folder for scenes and episodes")
@@ -786,4 +786,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    run(main, parse_args)
+    run_cli(main, parse_args)

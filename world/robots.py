@@ -17,7 +17,7 @@ import shlex
 
 import numpy as np
 
-from cli import UserError, count
+from cli import UserError, positive_int
 
 # ---------------------------------------------------------------- robots
 
@@ -93,7 +93,7 @@ def add_simulator_args(add, sims: int | None = 8) -> None:
     add("--sim-gpus", type=gpu_list, metavar="0,1", help="spread habitat over these CUDA indices; "
         "default: 0 if CUDA shows one, else none")
     if sims:
-        add("--sims", type=count, default=sims, help="simulator processes")
+        add("--sims", type=positive_int, default=sims, help="simulator processes")
         add("--sim-timeout", type=float, default=300, help="seconds without an answer after which "
             "a simulator is killed and started again")
         add("--retries", type=int, default=2, help="times a walk begins again after its simulator "
