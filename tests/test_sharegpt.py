@@ -2,19 +2,16 @@
 
 Run it   python -m pytest tests/test_sharegpt.py
 """
-import ast
 import copy
 import doctest
-import glob
 import io
 import json
 import os
-import re
 import shutil
 
 import numpy as np
 import pytest
-from conftest import ROOT, script
+from conftest import script
 from PIL import Image
 
 import make_data
@@ -61,15 +58,6 @@ def policy():
 
 def test_doctests():
     assert doctest.testmod(sharegpt).failed == 0
-
-
-def test_the_root_imports_tools_and_activevln_only_when_asked():
-    for path in glob.glob(os.path.join(ROOT, "*.py")):
-        with open(path, encoding="utf-8") as file:
-            at_once = [node for node in ast.parse(file.read()).body
-                       if isinstance(node, (ast.Import, ast.ImportFrom))]
-        assert not any(re.search(r"\b(tools|activevln)\b", ast.unparse(node))
-                       for node in at_once), path
 
 
 # ---------------------------------------------------------------- one record, in the forms in use
