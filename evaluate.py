@@ -59,7 +59,7 @@ from cli import (
     write_json,
     write_text,
 )
-from reward import FORWARD, LEFT, RIGHT, STOP
+from reward import FORWARD, LEFT, MAX_ANSWER_TOKENS, RIGHT, STOP
 from world import SimDied, SimError
 from world.episodes import (
     VLNCE_RADIUS_M,
@@ -82,8 +82,6 @@ from world.robots import (
     visible_gpus,
     yaw_of,
 )
-
-ANSWER_TOKENS = 64                      # room that check_context() leaves for an answer
 
 EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
             "rxr": "data/datasets/RxR_VLNCE_v0"}
@@ -736,7 +734,7 @@ def check_context(policy, instructions: Iterable[str], robot: dict):
     The longest: with as many remembered frames as there can be; of a dialog, its first turn.
     """
     texts = sorted(set(instructions))
-    limit = policy.model.config.text_config.max_position_embeddings - ANSWER_TOKENS
+    limit = policy.model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
     prompt = policy.longest_prompt(robot["height"], robot["width"])
     ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(range(len(texts)), key=lambda i: len(ids[i]))

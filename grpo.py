@@ -71,7 +71,7 @@ from engine import (
 from make_data import open_data
 from model import load_policy, window_prompt
 from qwen import resize
-from reward import REWARDS, STOP, Score, score, uniform_reward
+from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
 
 RESUMABLE = {"samples_every"}                # may change on resume, besides engine.RESUMABLE_FLAGS
 PANELS = (("reward", "val/reward"), ("kl",), ("frac_reward_zero_std",), ("entropy",))
@@ -246,7 +246,8 @@ def draw_prompts(sources: Sequence, n: int, seed: int) -> list[Prompt]:
 
 
 def batch_of(prompts: Sequence, step: int, per_batch: int, seed: int) -> list:
-    """The prompts of one global batch, from (seed, step) alone; each once an epoch, shuffled."""
+    """The prompts of one global batch, from (seed, step) alone; each at most once an epoch:
+    the last incomplete batch is left out."""
     epoch, at = divmod(step, len(prompts) // per_batch)
     order = np.random.default_rng((seed, epoch)).permutation(len(prompts))
     return [prompts[j] for j in order[at * per_batch:(at + 1) * per_batch]]
@@ -259,7 +260,8 @@ def sampling_seeds(seed: int, step: int, n: int) -> list[int]:
 
 
 def load_batch(sources: Sequence, nav: dict, prompts: Iterable[Prompt]) -> tuple[list, dict]:
-    """Prompts -> (decisions, {frame key: uint8 (H, W, 3)}); it runs in a loader thread."""
+    """Prompts -> (decisions, {frame key: uint8 (H, W, 3)}). The trainer calls it in a
+    loader thread, too."""
     decisions, frames = [], {}
     for k, episode, t in prompts:              # two sources may give their walks the same names
         decision = sources[k].decision(episode, t, nav)
@@ -269,7 +271,7 @@ def load_batch(sources: Sequence, nav: dict, prompts: Iterable[Prompt]) -> tuple
 
 
 class PromptBatch(NamedTuple):
-    """The prompts of one micro-batch."""
+    """Prompts that are run together: one, until split_batch merges them."""
     decisions: list
     frames: dict                         # key -> pixels, or features once they are encoded
     seeds: list                          # one per decision
@@ -465,7 +467,7 @@ def setup(args, device):
             lengths = policy.walk_lengths(data)
         else:
             data.check_plans(policy.nav)
-            lengths = data.lengths(policy, 96)                 # 96: Policy.generate's
+            lengths = data.lengths(policy, MAX_ANSWER_TOKENS)
         check_lengths(policy, lengths, path)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing

@@ -55,6 +55,7 @@ from qwen import (
 )
 from reward import (
     FORWARD,
+    MAX_ANSWER_TOKENS,
     RESERVED_MARKS,
     STOP,
     action_phrases,
@@ -123,7 +124,7 @@ class Prompt(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """N = B*G answers, <|im_end|> included."""
+    """N = B*G answers. The ids end in <|im_end|> unless they were cut off; the texts lack it."""
     completion_ids: Tensor    # (N, C)
     completion_mask: Tensor   # (N, C) bool
     texts: list[str]
@@ -397,8 +398,8 @@ class Policy(Qwen):
 
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], group_size: int = 1, temperature: float = 0.0,
-                 seeds: list[int] | None = None, draft: bool = True, max_new_tokens: int = 96,
-                 prefill: tuple | None = None) -> Rollout:
+                 seeds: list[int] | None = None, draft: bool = True,
+                 max_new_tokens: int = MAX_ANSWER_TOKENS, prefill: tuple | None = None) -> Rollout:
         """Sample G answers per prompt (temperature 0: the most likely one).
 
         seeds: one int per prompt; the j-th token of an answer is drawn with the j-th number of its

@@ -17,10 +17,10 @@ The time-decayed reward (TDR) compares a plan a with what the expert did next, a
 The next action matters most; the sixth will probably be planned again before it is due. Each
 position counts by itself: a wrong first action takes nothing from the second one (as in the paper).
 The paper gives no gamma; 0.8 is ours: the sixth position weighs a third of the first. Dividing by
-the maximum is ours too: it changes no advantage (GRPO divides by the group's standard deviation),
+the maximum is ours too: it changes no advantage that is divided by the group's standard deviation,
 and 1 means "the expert's plan". To compare, as in the paper's ablation: uniform (gamma = 1), linear
 (weights n, n-1, .. 1) and hard (all or nothing). On R2R a plan of six times "forward" already earns
-0.64; only what rises above that has been learned.
+0.647 (val_seen); only what rises above that has been learned.
 
 Run it   python -m doctest reward.py -v          # the worked examples below
 Imports  the standard library only, in Python 3.9 syntax: a simulator's interpreter loads this file
@@ -33,6 +33,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
+MAX_ANSWER_TOKENS = 96  # a plan of six moves is 54 tokens of Qwen's
 STOP, FORWARD, LEFT, RIGHT = 0, 1, 2, 3  # habitat's ids; ground-truth files use the same
 RESERVED_MARKS = ("<image>", "<|")  # an instruction must not hold the markup of frames and turns
 
@@ -121,8 +122,9 @@ Plan = Sequence[Optional[int]]            # action ids; None is a malformed or a
 def weighted_accuracy(plan: Plan, expert: Plan, weights: Sequence[float]) -> float:
     """sum_k w_k [a_k = a*_k] / sum_k w_k over the positions whose expert action is known.
 
-    A None in the plan is malformed and earns 0. A None in the expert is unknown (recordings after a
-    perturbation): both sums leave that position out. If no position is known, the result is 0.
+    A None in the plan is malformed and earns 0. A None in the expert is unknown (a ShareGPT
+    answer that is no plan): both sums leave that position out. If no position is known, the result
+    is 0.
     """
     plan = list(plan) + [None] * (len(expert) - len(plan))
     known = [(w, a == best) for w, a, best in zip(weights, plan, expert) if best is not None]

@@ -403,10 +403,10 @@ class DialogPolicy(Policy):
 
     def agent(self, execute: int | None = None, malformed: str = "stop", blank: bool = False,
               temperature: float = 0.0, seed: int = 0, group_size: int = 1) -> Callable:
-        """The agent of evaluate.py and grpo_online.py: encode, go on with the conversation, read.
+        """The agent of evaluate.py and grpo_online.py: encode frames, generate a turn, parse.
 
         execute: not used, an answer is carried out whole; group_size: answers sampled at each turn
-        (grpo_online.py compares them), of which the first is given.
+        (activevln/grpo_online.py compares them), of which the first is given.
         """
         @torch.no_grad()
         def decide(walks):

@@ -1,4 +1,4 @@
-"""The files import each other in one direction (../shared/design.md, "Arrows").
+"""The files import each other in one direction (README.md, "Imports go one way").
 
 Run it   python -m pytest tests/test_layout.py
 """

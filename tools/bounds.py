@@ -58,7 +58,7 @@ def parse_args(argv=None):
                                 description=__doc__.split("\n")[1])
     add = p.add_argument
     add("--split", default="val_unseen")
-    add("--episodes", default="data/houses", help="folder that houses.py wrote")
+    add("--episodes", default="data/houses", help="folder that world/houses.py wrote")
     add("--limit", type=positive_int, help="so many episodes, spread evenly over the split")
     add("--max-actions", type=positive_int, default=500, help="of a walk; evaluate.py's")
     add("--candidates", type=positive_int, default=100, help="expert walks tried for each wording")

@@ -141,7 +141,8 @@ def verify_scenes(episodes: list[dict], scenes: str) -> Report:
     facts = [f"scenes: {len(needed) - len(lost)} of {len(needed)} below {scenes}"]
     if lost:
         problems.append("\n    ".join([
-            f"{len(lost)} scenes are missing below {scenes}, {lost.total():,} episodes need them",
+            f"{len(lost)} scenes are missing below {scenes}, {sum(lost.values()):,} episodes need "
+            "them",
             *(f"{name}: {n:,} episodes" for name, n in lost.items())]))
     if faults:
         first = next(iter(faults))
@@ -152,8 +153,8 @@ def verify_scenes(episodes: list[dict], scenes: str) -> Report:
     bare = missing_scenes(here, scenes, navmeshes=True)
     if bare:
         problems.append("\n    ".join([
-            f"{len(bare)} scenes have no .navmesh beside their .glb, {bare.total():,} episodes need"
-            " them: download Matterport3D's habitat task data", *bare]))
+            f"{len(bare)} scenes have no .navmesh beside their .glb, {sum(bare.values()):,} "
+            "episodes need them: download Matterport3D's habitat task data", *bare]))
     elif here:
         facts.append("a .navmesh beside every .glb")
     return Report(facts, problems)

@@ -9,8 +9,8 @@ The world that the policy walks in: robots, episodes, two simulators, and the pr
     pool         many of them, locally or through ssh, docker, srun
     check        is this machine ready?
 
-Imports cli and reward only. house_sim, habitat_sim, worker and robots are also loaded by the
-simulator's interpreter: Python 3.9 syntax, numpy and pillow.
+Imports cli and reward only. episodes, house_sim, habitat_sim, worker and robots are also loaded
+by the simulator's interpreter: Python 3.9, numpy and pillow.
 """
 
 

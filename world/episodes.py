@@ -115,7 +115,8 @@ def find_episodes(path: str, split: str, role: str | None) -> str:
     if found is None:
         raise UserError(f"no episodes of split {split!r} found: looked for "
                         f"{', '.join(tries[:len(tries) // 2])} (or .json); point --episodes at the "
-                        "folder that holds them (houses.py makes one), or at the file")
+                        "folder that holds them (`python -m world.houses` makes one), or at the "
+                        "file")
     return found
 
 
@@ -364,11 +365,12 @@ def add_scene_hashes(path: str, scenes, episodes: list[dict]) -> None:
         return
     if not isinstance(scenes, dict) or not all(isinstance(v, str) for v in scenes.values()):
         raise UserError(f"{path}: 'scenes' ({short_json(scenes)}) must be {{scene_id: hash}}, as "
-                        "houses.py writes it; repair or remove it")
+                        "world/houses.py writes it; repair or remove it")
     for episode in episodes:
         if episode["scene_id"] not in scenes:
             raise UserError(f"{path}: 'scenes' lacks {episode['scene_id']} of episode "
-                            f"{episode['episode_id']}; make the data again with houses.py")
+                            f"{episode['episode_id']}; make the data again with `python -m "
+                            "world.houses`")
         episode["scene_sha256"] = scenes[episode["scene_id"]]
 
 
@@ -573,9 +575,9 @@ def check_scenes(episodes: list[dict], scenes: str) -> dict:
     and one hash of all of them and their navmeshes, so that results name their world."""
     lost = missing_scenes(episodes, scenes)
     if lost:
-        raise UserError(f"{len(lost)} scenes are missing below {scenes} ({lost.total()} episodes "
-                        f"are in them), the first is {next(iter(lost))}; give the folder that "
-                        "scene_id starts from: --scenes")
+        raise UserError(f"{len(lost)} scenes are missing below {scenes} ({sum(lost.values())} "
+                        f"episodes are in them), the first is {next(iter(lost))}; give the folder "
+                        "that scene_id starts from: --scenes")
     faults = damaged_scenes(episodes, scenes)
     for name, fault in faults.items():
         more = f" ({len(faults)} files are at fault)" if len(faults) > 1 else ""

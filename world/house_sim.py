@@ -474,8 +474,8 @@ class HouseSim:
         try:
             modified = os.stat(path).st_mtime_ns
         except OSError:
-            raise SimError(f"{path}: no such scene; make it with houses.py, or see --scenes"
-                           ) from None
+            raise SimError(f"{path}: no such scene; make it with `python -m world.houses`, or see "
+                           "--scenes"                           ) from None
         self.scene = load_scene(path, modified)
         self.nav = build_nav(path, modified, self.robot["radius_m"])
         self.fields = {}

@@ -202,7 +202,7 @@ class SimPool:
 
     @staticmethod
     def next_message(worker: Worker) -> dict | None:
-        """A second message that arrived together with the first."""
+        """Take a complete message from the bytes that have arrived; None if there is none."""
         if not worker.magic:
             return None
         message, used = decode(worker.data)

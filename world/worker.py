@@ -103,8 +103,9 @@ def decode(data) -> tuple[dict | None, int]:
 def code_hash() -> str:
     """A hash of the sources that a worker runs: the same on both sides, or their walks differ."""
     root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
-    for name in ("reward.py", "world/house_sim.py", "world/habitat_sim.py", "world/worker.py",
-                 "world/robots.py"):
+    for name in ("cli.py", "reward.py", "world/__init__.py", "world/episodes.py",
+                 "world/habitat_sim.py", "world/house_sim.py", "world/robots.py",
+                 "world/worker.py"):
         with open(os.path.join(root, name), "rb") as file:
             digest.update(file.read())
     return digest.hexdigest()[:16]
