@@ -537,9 +537,9 @@ def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_pat
 CHILD = """
 import sys; sys.path[:0] = [{root!r}, {tests!r}]
 import evaluate, helpers
-from cli import run
+from cli import run_cli
 evaluate.SimPool = helpers.{pool}
-run(evaluate.main, lambda: evaluate.parse_args({argv!r}))
+run_cli(evaluate.main, lambda: evaluate.parse_args({argv!r}))
 """
 
 
