@@ -337,7 +337,7 @@ def test_a_folder_belongs_to_one_process_until_it_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(houses_script, "plan_work", lambda args: pytest.fail("it went on"))
     run = sft.parse_args(["--out", out, "--device", "cpu"])
     engine.init_distributed(run)
-    tries = [lambda: engine.open_run(run), lambda: make_data.open_folder(out, {}),
+    tries = [lambda: engine.open_run(run), lambda: make_data.open_folder(out, {}, {}),
              lambda: evaluate.open_out(out, {}),
              lambda: houses_script.main(houses_script.parse_args(["--out", out]))]
     for attempt in tries:
