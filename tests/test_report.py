@@ -68,6 +68,17 @@ def test_a_table_has_one_action_cap_over_its_splits(tmp_path):
         call("--summary", a, b)
 
 
+def test_splits_of_one_table_may_lie_in_other_scenes_and_rows_of_a_split_may_not(tmp_path, capsys):
+    here, there = {"count": 3, "sha256": "a" * 16}, {"count": 3, "sha256": "b" * 16}
+    a = write_results(tmp_path / "a", [0, 1] * 6, scenes=here)
+    b = write_results(tmp_path / "b", [1, 1] * 6, split="val_seen", data="other", scenes=there)
+    call("--summary", a, b)
+    assert len(capsys.readouterr().out.splitlines()) > 3
+    c = write_results(tmp_path / "c", [1, 1] * 6, scenes=there)
+    with pytest.raises(UserError, match="did not measure the same thing .scenes"):
+        call("--summary", a, b, c)
+
+
 def test_what_differs_is_named(tmp_path, capsys):
     a = write_results(tmp_path / "a", [0, 1] * 6)
     b = write_results(tmp_path / "b", [1, 1] * 5 + [0, 1], ckpt="ckpt/b", weights="x", execute=6,

@@ -111,9 +111,10 @@ def read_all(folders: list[str], partial: bool) -> list[Results]:
 
 
 def check_same(a: Results, b: Results, keys=SAME):
-    """UserError unless two Results measured the same thing."""
+    """UserError unless two Results measured the same thing (or agree in `keys`, if given)."""
     scenes = sorted(key for key in {*a.run, *b.run} if key.startswith("scene"))
-    differ = [key for key in (*keys, *scenes) if a.run.get(key) != b.run.get(key)]
+    keys = (*keys, *scenes) if keys is SAME else keys
+    differ = [key for key in keys if a.run.get(key) != b.run.get(key)]
     if differ:
         texts = ", ".join(pair_of(key, a.run.get(key), b.run.get(key)) for key in differ)
         raise UserError(f"{a.folder} and {b.folder} did not measure the same thing ({texts}): "
