@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 
 class UserError(Exception):
@@ -99,6 +99,11 @@ def write_text(path: str, text: str) -> None:
 def write_json(path: str, content, indent: int | None = 2) -> None:
     """write_text() of JSON. ValueError if a number is not finite: JSON has no NaN."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def write_lines(path: str, rows: Iterable[dict]) -> None:
+    """write_text() of JSON lines, one per row. ValueError if a number is not finite."""
+    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 HELD = {}                                          # this process's locks: {file: handle}

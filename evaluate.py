@@ -57,7 +57,7 @@ from cli import (
     positive_int,
     run_cli,
     write_json,
-    write_text,
+    write_lines,
 )
 from reward import FORWARD, LEFT, MAX_ANSWER_TOKENS, RIGHT, STOP
 from world import SimDied, SimError
@@ -591,11 +591,6 @@ def known_rows(out: str) -> dict[str, dict]:
 def read_json(path: str) -> Any:
     with open(path) as file:
         return json.load(file)
-
-
-def write_lines(path: str, rows: Iterable[dict]):
-    """JSON, a line each, all or nothing."""
-    write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
 
 
 TITLES = {"success": "SR", "spl": "SPL", "oracle_success": "OS", "distance_to_goal": "NE (m)",

@@ -56,7 +56,7 @@ from cli import (
     positive_int,
     run_cli,
     write_json,
-    write_text,
+    write_lines,
 )
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied
@@ -328,10 +328,6 @@ class Shard:
         self.zip.close()
         write_lines(self.rows_path, self.rows)
         os.replace(self.zip_path + ".tmp", self.zip_path)
-
-
-def write_lines(path: str, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_lines(path: str, check: Callable = lambda row: None) -> list[dict]:

@@ -7,6 +7,7 @@ import pytest
 from conftest import GLB
 from helpers import evaluate_plane, fake_episode, walk_with, write_plane
 
+import cli
 import evaluate
 from cli import UserError
 from reward import FORWARD, STOP
@@ -160,7 +161,7 @@ def test_the_command_writes_its_file_before_it_fails(fake_habitat, monkeypatch, 
     # only these two have their goals straight ahead
     rows = [row for row in evaluate.read_rows(tmp_path / "out/episodes.jsonl")[0]
             if row["episode_id"] in (0, 5)]
-    evaluate.write_lines(tmp_path / "out/episodes.jsonl", rows)
+    cli.write_lines(tmp_path / "out/episodes.jsonl", rows)
     with pytest.raises(SystemExit, match="could not walk 1 of 2 walks .first 5: RuntimeError: no"):
         check_folder(tmp_path / "out")
     found = json.loads((tmp_path / "out/habitat_lab.json").read_text())

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 from helpers import evaluate_plane, scored_row, write_plane
 
+import cli
 import evaluate
 from cli import UserError
 from reward import FORWARD, LEFT, STOP
@@ -213,7 +214,7 @@ def test_a_metric_that_no_row_has_is_a_dash(tmp_path, capsys):
         path = os.path.join(folder, "episodes.jsonl")
         rows = [{key: value for key, value in row.items() if "dtw" not in key}
                 for row in evaluate.read_rows(path)[0]]
-        evaluate.write_lines(path, rows)
+        cli.write_lines(path, rows)
     call("--summary", *folders)
     assert " 0.00     -     -  " in capsys.readouterr().out
     call(*folders)

@@ -15,8 +15,8 @@ from conftest import script
 from PIL import Image
 
 import make_data
-from cli import UserError
-from make_data import Shard, VlnEgo, decode, write_lines
+from cli import UserError, write_lines
+from make_data import Shard, VlnEgo, decode
 from tools import sharegpt
 from tools.sharegpt import ShareGpt, read_record, released_walks
 

@@ -9,6 +9,7 @@ import pytest
 from conftest import GLB
 from helpers import FakePool, fake_episode
 
+import cli
 import evaluate
 from cli import UserError
 from reward import FORWARD, LEFT, RIGHT, STOP
@@ -123,7 +124,7 @@ def test_a_submission_is_whole_or_not_written(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="1 episodes have no result, because a simulator failed"):
         write_file(out, file)
     rows, _ = evaluate.read_rows(out / "episodes.jsonl")
-    evaluate.write_lines(out / "episodes.jsonl", [{**row, "end": "invalid"} if row["end"] == "error"
+    cli.write_lines(out / "episodes.jsonl", [{**row, "end": "invalid"} if row["end"] == "error"
                                                   else row for row in rows])
     with pytest.raises(UserError, match="1 of 5 episodes have no walk on record, the first is 1"):
         write_file(out, file)

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import DefaultsFormatter, UserError, run_cli, write_json
-from evaluate import write_lines
+from cli import DefaultsFormatter, UserError, run_cli, write_json, write_lines
 from reward import STOP
 from tools.report import read_results, write_out
 from world.episodes import LANGUAGES, dataset_of, read_episodes
