@@ -285,7 +285,7 @@ def cluster_bootstrap(columns: dict[str, Sequence], units: Sequence, resamples: 
 # ---------------------------------------------------------------- one episode, and the loop
 
 
-class Decision(NamedTuple):
+class DecisionRecord(NamedTuple):
     """One answer of the policy."""
     t: int                                # the pose it was made at: states[t]
     text: str
@@ -306,7 +306,7 @@ class EpisodeState:
     video_frames: list = field(default_factory=list)    # all frames, if keep_video
     features: list = field(default_factory=list)        # (tokens, hidden) per encoded frame
     actions: list[int] = field(default_factory=list)    # carried out so far, STOP included
-    decisions: list[Decision] = field(default_factory=list)
+    decisions: list[DecisionRecord] = field(default_factory=list)
     tokens: int = 0                       # read and written by the policy
     dialog_cache: Any = None              # of a dialog: keys and values of its turns so far
     end: str | None = None                # why it ended: see EpisodeLoop
@@ -324,7 +324,7 @@ class EpisodeState:
     def add_decision(self, text: str, plan: list[int], frame=None, answers=()):
         """An answer of the policy. Of a dialog also what was shown, and the ids of all answers
         that were sampled, the given one first."""
-        self.decisions.append(Decision(len(self.states) - 1, text, plan, frame, answers))
+        self.decisions.append(DecisionRecord(len(self.states) - 1, text, plan, frame, answers))
         self.frames.clear()
 
     def observe(self, reply: dict):
@@ -669,8 +669,8 @@ def describe_intervals(interval: dict) -> str:
 # ---------------------------------------------------------------- what is evaluated
 
 
-def speaks_dialog(nav: dict | None) -> bool:
-    return (nav or {}).get("prompt", "").startswith("dialog")      # model.policy_class needs torch
+def speaks_dialog(contract: dict | None) -> bool:
+    return (contract or {}).get("prompt", "").startswith("dialog")   # policy_class needs torch
 
 
 def choose_ckpt(args) -> tuple[str | None, dict | None]:
@@ -683,23 +683,23 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
                         "one with --ckpt, or walk a baseline with --agent oracle")
     ckpt = os.path.normpath(args.ckpt or there[0])
     try:
-        nav = read_json(os.path.join(ckpt, "nav.json"))
+        contract = read_json(os.path.join(ckpt, "nav.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
                         "written by one of the trainers") from None
-    if not (1 <= args.execute <= nav["horizon"] or speaks_dialog(nav)):
+    if not (1 <= args.execute <= contract["horizon"] or speaks_dialog(contract)):
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
-                        f"{nav['horizon']} actions at a time")
-    return ckpt, nav
+                        f"{contract['horizon']} actions at a time")
+    return ckpt, contract
 
 
-def choose_robot(args, ckpt: str | None, nav: dict | None, episode: dict) -> dict:
+def choose_robot(args, ckpt: str | None, contract: dict | None, episode: dict) -> dict:
     """Body and camera: the checkpoint's; else --robot, or that of the episodes' data set.
     UserError if a flag contradicts the checkpoint."""
-    name = args.robot or (nav["dataset"] if nav and nav["dataset"] in ROBOTS
+    name = args.robot or (contract["dataset"] if contract and contract["dataset"] in ROBOTS
                           else dataset_of(episode))
     robot = robot_from_args(args, ROBOTS[name])
-    trained = {key: nav[key] for key in robot if nav and nav.get(key) is not None}
+    trained = {key: contract[key] for key in robot if contract and contract.get(key) is not None}
     for key, value in trained.items():
         stated = args.robot or vars(args)[key] is not None
         if stated and abs(value - robot[key]) > 1e-6:
@@ -817,18 +817,19 @@ class Evaluation(NamedTuple):
 
 def prepare(args) -> Evaluation:
     """Read what the flags name. UserError if it does not fit together."""
-    ckpt, nav = choose_ckpt(args)
-    source = args.episodes or EPISODES.get(nav["dataset"] if nav else "houses", EPISODES["houses"])
+    ckpt, contract = choose_ckpt(args)
+    dataset = contract["dataset"] if contract else "houses"
+    source = args.episodes or EPISODES.get(dataset, EPISODES["houses"])
     every = read_episodes(source, args.split, args.role, args.languages)
     hidden = not any(episode["goals"] for episode in every)     # a test split: its server scores it
     truths = None if hidden else read_ground_truth(source, args.split, args.role, optional=True)
     episodes = evenly_spaced(every, args.limit or len(every))
     scenes = args.scenes or scenes_of(source)
-    robot = choose_robot(args, ckpt, nav, every[0])
+    robot = choose_robot(args, ckpt, contract, every[0])
     check_episodes(every, truths, f"{source} ({args.split})")
     used = scenes_used(args, robot, scenes, episodes)
     walked = paired(episodes, truths or {})
-    if args.turn_deg is None and not (nav and nav["dataset"] == dataset_of(every[0])):
+    if args.turn_deg is None and not (contract and contract["dataset"] == dataset_of(every[0])):
         check_turn_deg(walked, robot["turn_deg"])               # a flag is meant as it is given
     forward_steps = [walk["actions"].count(FORWARD) for walk in walked]
     if args.agent == "oracle" and hidden or args.agent == "forward" and not walked:
@@ -844,7 +845,8 @@ def prepare(args) -> Evaluation:
     device, dtype = device_and_dtype(args)
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
                 "device": device and device.split(":")[0], "dtype": dtype,
-                "weights": ckpt and fingerprint(ckpt), "nav": nav, "robot": robot, "source": source,
+                "weights": ckpt and fingerprint(ckpt), "contract": contract, "robot": robot,
+                "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0, "scenes": used,
                 "forward_steps": round(np.mean(forward_steps)) if walked else None,
@@ -894,7 +896,7 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
     gpus = args.sim_gpus
     if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
         gpus = [int(os.environ["LOCAL_RANK"])]
-    render = args.agent == "policy" and ("last" if speaks_dialog(settings["nav"]) else True)
+    render = args.agent == "policy" and ("last" if speaks_dialog(settings["contract"]) else True)
     radius = settings["radius_m"]
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,

@@ -225,13 +225,13 @@ def policy_update(engine, batches: Sequence[PlanBatch], ref_logps: Sequence[Tens
 # ---------------------------------------------------------------- prompts: which, in which order
 
 
-class Prompt(NamedTuple):
+class PromptIndex(NamedTuple):
     source: int                          # index into --data
     episode: int
     t: int
 
 
-def draw_prompts(sources: Sequence, n: int, seed: int) -> list[Prompt]:
+def draw_prompts(sources: Sequence, n: int, seed: int) -> list[PromptIndex]:
     """n distinct decisions, an equal share from each source.
 
     sources: data sets with .episodes and .steps(i). A source that has fewer gives all it has.
@@ -239,7 +239,7 @@ def draw_prompts(sources: Sequence, n: int, seed: int) -> list[Prompt]:
     rng = np.random.default_rng(seed)
     drawn = []
     for k, data in enumerate(sources):
-        every = [Prompt(k, i, t) for i in range(len(data.episodes)) for t in data.steps(i)]
+        every = [PromptIndex(k, i, t) for i in range(len(data.episodes)) for t in data.steps(i)]
         share = n // len(sources) + (k < n % len(sources))
         drawn += [every[j] for j in rng.permutation(len(every))[:share]]
     return drawn
@@ -259,13 +259,14 @@ def sampling_seeds(seed: int, step: int, n: int) -> list[int]:
     return [int(word >> np.uint64(1)) for word in words]       # torch's seeds have 63 bits
 
 
-def load_batch(sources: Sequence, nav: dict, prompts: Iterable[Prompt]) -> tuple[list, dict]:
+def load_prompts(sources: Sequence, contract: dict, prompts: Iterable[PromptIndex]
+                 ) -> tuple[list, dict]:
     """Prompts -> (decisions, {frame key: uint8 (H, W, 3)}). The trainer calls it in a
     loader thread, too."""
     decisions, frames = [], {}
     for k, episode, t in prompts:              # two sources may give their walks the same names
-        decision = sources[k].decision(episode, t, nav)
-        frames |= {(k, key): resize(sources[k].frame(key), nav) for key in decision.frames}
+        decision = sources[k].decision(episode, t, contract)
+        frames |= {(k, key): resize(sources[k].frame(key), contract) for key in decision.frames}
         decisions.append(decision._replace(frames=tuple((k, key) for key in decision.frames)))
     return decisions, frames
 
@@ -288,7 +289,7 @@ def split_batch(prompts: Sequence[PromptBatch], policy, args) -> list[PromptBatc
 # ---------------------------------------------------------------- the steps of a step
 
 
-class Rollout(NamedTuple):
+class RolloutBatch(NamedTuple):
     """G plans for each prompt of a micro-batch, those of a group adjacent."""
     decisions: list
     frames: dict
@@ -296,7 +297,7 @@ class Rollout(NamedTuple):
     sampled_logps: Tensor | None
 
 
-def rollout(engine, batches: Sequence[PromptBatch], args) -> list[Rollout]:
+def rollout(engine, batches: Sequence[PromptBatch], args) -> list[RolloutBatch]:
     """Sample --group-size plans per prompt from the current policy."""
     policy = engine.module
     if args.freeze_vision:                     # encode once, for the policy and the reference
@@ -309,10 +310,10 @@ def rollout(engine, batches: Sequence[PromptBatch], args) -> list[Rollout]:
                    and engine.zero_optimization_stage() < 3)
     if single_pass:
         decisions, frames, seeds = batches[0]
-        return [Rollout(decisions, frames, *policy.sample_with_logps(
+        return [RolloutBatch(decisions, frames, *policy.sample_with_logps(
             decisions, frames, args.group_size, args.temperature, seeds))]
     with gathered(engine), torch.no_grad():
-        return [Rollout(decisions, frames, policy.generate(
+        return [RolloutBatch(decisions, frames, policy.generate(
             policy.build_prompts(decisions, frames), args.group_size, args.temperature, seeds),
             None) for decisions, frames, seeds in batches]
 
@@ -324,7 +325,7 @@ def compute_rewards(texts: Sequence[str], decisions: Sequence, policy, args) -> 
     """
     group_size, scores = len(texts) // len(decisions), []
     for i, text in enumerate(texts):
-        expert = list(decisions[i // group_size].plan) or [None] * policy.nav["horizon"]
+        expert = list(decisions[i // group_size].plan) or [None] * policy.contract["horizon"]
         scores.append(score(text, expert, policy.phrases, args.reward, args.gamma))
     return scores
 
@@ -345,7 +346,7 @@ def loss_weights(rewards: Tensor, args) -> Tensor:
     return weights / max(total, 1)
 
 
-def plan_batches(rollouts: Sequence[Rollout], advantages: Tensor, weights: Tensor, args
+def plan_batches(rollouts: Sequence[RolloutBatch], advantages: Tensor, weights: Tensor, args
                  ) -> list[PlanBatch]:
     """Rollouts, advantages (N,) and loss weights (N,) -> what policy_update needs."""
     sizes = [len(r.plans.texts) for r in rollouts]
@@ -367,7 +368,7 @@ def score_sums(scores: Sequence[Score]) -> dict[str, float]:
             "expert_stops": sum(s.expert.count(STOP) for s in scores)}
 
 
-def step_metrics(scores: Sequence[Score], rollouts: Sequence[Rollout], rewards: Tensor,
+def step_metrics(scores: Sequence[Score], rollouts: Sequence[RolloutBatch], rewards: Tensor,
                  update: UpdateStats, args) -> dict[str, float]:
     """The log's line of a step: means over the plans of all ranks."""
     sums = score_sums(scores) | {
@@ -387,7 +388,7 @@ def format_group(decision, texts, scores, advantages, policy) -> str:
     """One prompt, its G plans and their rewards, as text. A malformed plan is quoted in full."""
     letters = {action: phrase[0] for action, phrase in policy.phrases.items()} | {None: "?"}
     words = decision.prompt or window_prompt(decision.instruction, len(decision.frames) - 1,
-                                             policy.nav)
+                                             policy.contract)
     words = "\n".join([*(text for _, text in decision.before), words])
     words = re.sub(r"(<image>\s*)+", lambda m: f"[{m.group().count('<image>')} frames]\n", words)
     lines = [words.strip(), "reward  advantage  plan",
@@ -422,13 +423,13 @@ def cut_samples(path: str, last_step: int) -> None:
 
 
 @torch.no_grad()
-def validate(engine, data, prompts: Sequence[Prompt], args) -> dict[str, float]:
+def validate(engine, data, prompts: Sequence[PromptIndex], args) -> dict[str, float]:
     """Greedy plans on held-out decisions against the expert's -> means over all ranks."""
     policy, rank, world_size = engine.module, engine.global_rank, engine.world_size
     scores = []
     with gathered(engine):
         for at in range(8 * rank, len(prompts), 8 * world_size):
-            decisions, frames = load_batch([data], policy.nav, prompts[at:at + 8])
+            decisions, frames = load_prompts([data], policy.contract, prompts[at:at + 8])
             texts = policy.generate(policy.build_prompts(decisions, frames)).texts
             scores += compute_rewards(texts, decisions, policy, args)
     sums = score_sums(scores)
@@ -457,7 +458,7 @@ def setup(args, device):
                         "activevln.grpo_online")
     for path, data in zip(args.data, sources):
         for key in ("turn_deg", "forward_m"):
-            trained = policy.nav[key]
+            trained = policy.contract[key]
             recorded = data.meta.get("robot", {}).get(key, trained)
             if abs(recorded - trained) > 1e-6:
                 raise UserError(f"{args.init} was trained with {key} {trained:g}, and --data "
@@ -466,7 +467,7 @@ def setup(args, device):
         if data.whole_walks:
             lengths = policy.walk_lengths(data)
         else:
-            data.check_plans(policy.nav)
+            data.check_plans(policy.contract)
             lengths = data.lengths(policy, MAX_ANSWER_TOKENS)
         check_lengths(policy, lengths, path)
     policy.vision.requires_grad_(not args.freeze_vision)
@@ -517,7 +518,7 @@ def main(args):
     def load(step):
         drawn = batch_of(prompts, step, args.batch_size, args.seed)
         seeds = sampling_seeds(args.seed, step, args.batch_size)
-        return [PromptBatch(*load_batch(sources, policy.nav, [prompt]), [seed])
+        return [PromptBatch(*load_prompts(sources, policy.contract, [prompt]), [seed])
                 for prompt, seed in list(zip(drawn, seeds))[rank::world_size]]
     print_memory_estimate(engine, reference, max(policy.activations(
         *part[:2], args.group_size) for part in split_batch(load(first), policy, args)))

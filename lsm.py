@@ -44,7 +44,7 @@ def pick_frames(t: int, name: str = "lsm", budget: int = 16, recent: int = 8,
     at most `budget`, no index twice.
 
     name: one of MEMORIES; recent: M; strides: d1 and d2, all in steps and for "lsm" only. The
-    keywords are the keys of nav["memory"] in a checkpoint: pick_frames(t, **nav["memory"]).
+    keywords are the keys of a contract's memory: pick_frames(t, **contract["memory"]).
 
     >>> pick_frames(30)
     [0, 2, 6, 10, 14, 18, 22, 23, 24, 25, 26, 27, 28, 29]
@@ -131,7 +131,7 @@ def add_memory_args(add) -> None:
 
 
 def memory_from_args(args) -> dict:
-    """Parsed flags -> nav["memory"], which is saved with a checkpoint."""
+    """Parsed flags -> contract["memory"], which is saved with a checkpoint."""
     if args.memory_budget < 0 or args.memory_recent < 0:
         raise UserError("--memory-budget and --memory-recent count frames: give 0 or more")
     if args.short_stride < 1 or args.long_stride < 1:

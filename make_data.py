@@ -574,17 +574,17 @@ class VlnEgo:
         walk = self.walks[self.episodes[i]["walk_id"]]
         return [t for t, label in enumerate(walk.get("labels", walk["actions"])) if label != ""]
 
-    def decision(self, i: int, t: int, nav: dict) -> Decision:
-        """Episode i at step t, with the horizon and the memory of the contract nav (model.NAV)."""
+    def decision(self, i: int, t: int, contract: dict) -> Decision:
+        """Episode i at step t, with the horizon and the memory of the contract (model.CONTRACT)."""
         episode = self.episodes[i]
-        walk, horizon = self.walks[episode["walk_id"]], nav["horizon"]
+        walk, horizon = self.walks[episode["walk_id"]], contract["horizon"]
         plan = action_chunk(walk["actions"], t, horizon)
         if "labels" in walk:
             plan = [int(digit) for digit in walk["labels"][t][:horizon]]
             if len(plan) < horizon:
                 raise UserError(f"the labels in {self.folder} hold {len(plan)} actions and the "
                                 f"policy plans {horizon}: record again with --horizon {horizon}")
-        shown = [*lsm.pick_frames(t, **nav["memory"]), t]
+        shown = [*lsm.pick_frames(t, **contract["memory"]), t]
         return Decision(episode["instruction"], tuple((walk["walk_id"], s) for s in shown),
                         tuple(plan))
 

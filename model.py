@@ -56,7 +56,7 @@ from qwen import (
 from reward import (
     FORWARD,
     MAX_ANSWER_TOKENS,
-    RESERVED_MARKS,
+    RESERVED_TOKENS,
     STOP,
     action_phrases,
     parse_control,
@@ -71,7 +71,7 @@ HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qw
 # What a checkpoint was trained for: its robot (a row of world.robots.ROBOTS, here R2R's; null where
 # the data did not say) and its prompt. 65,536 pixels is the paper's image budget [2]; the memory's
 # numbers are not public: lsm.py says why these.
-NAV = {
+CONTRACT = {
     "version": 1, "dataset": "", "prompt": "window-1", "horizon": 6,
     "turn_deg": 15, "forward_m": 0.25, "hfov_deg": 90, "camera_height_m": 1.25,
     "radius_m": 0.1, "height_m": 1.5, "sliding": True, "width": 640, "height": 480,
@@ -92,19 +92,19 @@ def policy_class(prompt: str) -> type[Policy]:
 
 def clean_instruction(instruction: str) -> str:
     """An instruction on one line. UserError if it could be read as an image or a chat mark."""
-    if any(mark in instruction for mark in RESERVED_MARKS):
+    if any(mark in instruction for mark in RESERVED_TOKENS):
         raise UserError(f"the instruction {instruction!r} holds a reserved mark "
-                        f"({' or '.join(RESERVED_MARKS)}); take it out of the episode file")
+                        f"({' or '.join(RESERVED_TOKENS)}); take it out of the episode file")
     return " ".join(instruction.split())
 
 
-def window_prompt(instruction: str, n_history: int, nav: dict) -> str:
+def window_prompt(instruction: str, n_history: int, contract: dict) -> str:
     """One decision, as text with n_history + 1 <image> placeholders: remembered frames, oldest
     first, then the current one. The instruction comes first: it is the same all along a walk."""
-    phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
+    phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
     options = ", ".join(phrases[a] for a in (1, 2, 3, STOP))
-    return (f"You are a robot walking through a building. Choose your next {nav['horizon']} actions"
-            f" from: {options}.\nInstruction: {clean_instruction(instruction)}\n"
+    return (f"You are a robot walking through a building. Choose your next {contract['horizon']} "
+            f"actions from: {options}.\nInstruction: {clean_instruction(instruction)}\n"
             f"Seen before: {'<image>' * n_history}\nNow: <image>")
 
 
@@ -167,17 +167,17 @@ class Policy(Qwen):
     files: {name: bytes} of the folder it was loaded from (KEPT_FILES), for save_policy().
     """
 
-    contract, max_horizon = NAV, 8              # _answer_texts() lists all plans there are
+    default_contract, max_horizon = CONTRACT, 8     # _answer_texts() lists all plans there are
     whole_walks = False                         # is a training example a whole walk?
     val_metrics = ("loss", "first_action_acc", "exact_match")     # of validate()
 
-    def __init__(self, model, tokenizer, nav: dict, files: dict | None = None):
+    def __init__(self, model, tokenizer, contract: dict, files: dict | None = None):
         files = files or {}
         processor = image_processor(files, model.config.vision_config)
         super().__init__(model, processor["image_mean"], processor["image_std"])
         self.tokenizer, self.files, self.processor = tokenizer, files, processor
         self.nan_logits = False          # was a sampled token's distribution not finite?
-        self.set_contract(nav)
+        self.set_contract(contract)
         token = tokenizer.convert_tokens_to_ids
         self.image_token, self.end_token = token("<|image_pad|>"), token("<|im_end|>")
         # The policy may not write image tokens: these ids have probability zero in sampling and in
@@ -188,16 +188,17 @@ class Policy(Qwen):
         self._token_cache = {}                                  # text piece -> ids
         self._chat_parts = None                                 # the chat template around a text
 
-    def set_contract(self, nav: dict):
+    def set_contract(self, contract: dict):
         """Set the navigation contract (turn angle, step length, horizon ..)."""
-        self.nav, self.phrases = nav, action_phrases(nav["turn_deg"], nav["forward_m"])
+        self.contract = contract
+        self.phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
         self._grammar = None                                    # built when first needed
 
     # ------------------------------------------------------------ text and frames -> tokens
 
     def encode_frames(self, frames: list[np.ndarray]) -> list[Tensor]:
         """uint8 (H, W, 3) arrays, of any sizes -> (rows, cols, H) tensors, differentiable."""
-        return self.encode([resize(np.asarray(f), self.nav) for f in frames])
+        return self.encode([resize(np.asarray(f), self.contract) for f in frames])
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._token_cache:
@@ -270,7 +271,7 @@ class Policy(Qwen):
         return ids, mask
 
     def instruction_prompt(self, instruction: str, n_history: int) -> str:
-        return window_prompt(instruction, n_history, self.nav)
+        return window_prompt(instruction, n_history, self.contract)
 
     def build_prompts(self, decisions: list, frames: dict) -> list[Prompt]:
         """One Prompt per decision (make_data.Decision: its frames are keys, the current one last).
@@ -520,7 +521,7 @@ class Policy(Qwen):
     def _answer_texts(self) -> list[str]:
         """All plans of `horizon` actions in which only stops follow a stop."""
         plans = [[]]
-        for _ in range(self.nav["horizon"]):
+        for _ in range(self.contract["horizon"]):
             plans = [plan + [a] for plan in plans for a in (
                 [STOP] if plan[-1:] == [STOP] else sorted(self.phrases))]
         return [write_plan(plan, self.phrases) for plan in plans]
@@ -529,11 +530,12 @@ class Policy(Qwen):
 
     def load_batch(self, data, units: list, vary_turns: bool = False) -> tuple[list, dict]:
         """sft.py's units [(episode, (t, ..)), ..] -> decisions, {frame key: uint8 (H, W, 3)}."""
-        decisions = [data.decision(episode, t, self.nav) for episode, steps in units for t in steps]
+        decisions = [data.decision(episode, t, self.contract)
+                     for episode, steps in units for t in steps]
         return decisions, self.load_frames(data, decisions)
 
     def load_frames(self, data, examples: list) -> dict:
-        return {key: resize(data.frame(key), self.nav) for e in examples for key in e.frames}
+        return {key: resize(data.frame(key), self.contract) for e in examples for key in e.frames}
 
     def tokenize_answers(self, decisions: list) -> list:
         """Examples as token_counts() and model_inputs() take them. (Dialogs need their ids.)"""
@@ -553,7 +555,7 @@ class Policy(Qwen):
         prompts = self.build_prompts(decisions, frames)
         ids, mask = self.tokenize_targets(decisions)
         loss = -self.logps(prompts, ids, mask).sum().item()
-        plans = [parse_plan(text, self.phrases, self.nav["horizon"])
+        plans = [parse_plan(text, self.phrases, self.contract["horizon"])
                  for text in self.generate(prompts).texts]
         right = [[a == b for a, b in zip(plan, d.plan)] for plan, d in zip(plans, decisions)]
         return [(loss, mask.sum().item()), (sum(r[0] for r in right if r), len(right)),
@@ -562,7 +564,7 @@ class Policy(Qwen):
     def token_counts(self, decisions: list, frames: dict, group_size: int = 1) -> list[int]:
         """Tokens of each decision with its answers. frames: as load_batch() made them, or features.
         """
-        answer = len(self._encode(write_plan([1] * self.nav["horizon"], self.phrases))) + 1
+        answer = len(self._encode(write_plan([1] * self.contract["horizon"], self.phrases))) + 1
         return [len(p.ids) + group_size * answer
                 for p in self.build_prompts(decisions, self._blank_features(frames))]
 
@@ -583,24 +585,24 @@ class Policy(Qwen):
         """The longest example of a VLN-Ego folder -> [(name of its episode, tokens)]: the longest
         instruction with as many frames as the memory keeps."""
         wordy = max(range(len(data.episodes)), key=lambda i: len(data.episodes[i]["instruction"]))
-        decision = data.decision(wordy, data.steps(wordy)[0], self.nav)
-        decision = decision._replace(frames=tuple(range(self.nav["memory"]["budget"] + 1)))
+        decision = data.decision(wordy, data.steps(wordy)[0], self.contract)
+        decision = decision._replace(frames=tuple(range(self.contract["memory"]["budget"] + 1)))
         return self._named_lengths(data, [wordy], [decision])
 
     def _named_lengths(self, data, indices: list[int], examples: list) -> list[tuple[str, int]]:
-        frame = self._blank_frame(self.nav["height"] or 480, self.nav["width"] or 640)
+        frame = self._blank_frame(self.contract["height"] or 480, self.contract["width"] or 640)
         counts = self.token_counts(examples, {key: frame for e in examples for key in e.frames})
         return [(f"episode {data.episodes[i].get('episode_id', i)}", count)
                 for i, count in zip(indices, counts)]
 
     def _blank_frame(self, height: int, width: int) -> Tensor:
-        h, w = fit_pixels(height, width, self.nav["min_pixels"], self.nav["max_pixels"])
+        h, w = fit_pixels(height, width, self.contract["min_pixels"], self.contract["max_pixels"])
         return torch.empty(h // 28, w // 28, 0)
 
     def longest_prompt(self, height: int, width: int) -> Prompt:
         """The longest prompt of a one-word instruction: with all the frames that memory can hold.
         height, width: of the camera."""
-        past = max(len(pick_frames(t, **self.nav["memory"])) for t in range(500))
+        past = max(len(pick_frames(t, **self.contract["memory"])) for t in range(500))
         return self.prompt(self.instruction_prompt("x", past),
                            [self._blank_frame(height, width)] * (past + 1))
 
@@ -622,7 +624,7 @@ class Policy(Qwen):
             prompts = []
             for walk in walks:
                 t = len(walk.features) - 1
-                past = pick_frames(t, **self.nav["memory"])
+                past = pick_frames(t, **self.contract["memory"])
                 prompts.append(self.prompt(self.instruction_prompt(walk.instruction, len(past)),
                                            [walk.features[i] for i in (*past, t)]))
             # 3. write
@@ -639,10 +641,10 @@ class Policy(Qwen):
         return decide
 
     @classmethod
-    def tiny_corpus(cls, texts: list[str], nav: dict) -> tuple[list[str], list[str]]:
+    def tiny_corpus(cls, texts: list[str], contract: dict) -> tuple[list[str], list[str]]:
         """Prompts and answers from which tiny's tokenizer is learned."""
-        phrases = action_phrases(nav["turn_deg"], nav["forward_m"])
-        return ([window_prompt(text, 0, nav) for text in texts],
+        phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
+        return ([window_prompt(text, 0, contract) for text in texts],
                 [write_plan([a, a], phrases) for a in sorted(phrases)])
 
 
@@ -654,21 +656,22 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "mer
                    "chat_template.jinja")
 KEPT_FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
               "generation_config.json")
-IMAGE_MARKS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
+VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 
-def load_policy(name: str, nav: dict | None = None, device: str = "cpu", dtype: str = "float32",
-                texts: list[str] | None = None, seed: int = 0, replace_contract: bool = False,
-                atomic_patterns: list[str] | None = None) -> Policy:
+def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
+                dtype: str = "float32", texts: list[str] | None = None, seed: int = 0,
+                replace_contract: bool = False, atomic_patterns: list[str] | None = None
+                ) -> Policy:
     """A folder, a hub id, a short name of HUB_NAMES, or "tiny" (built from `texts`) -> Policy.
 
-    nav: the contract of a model that has none; the checkpoint's own nav.json is used otherwise,
-    unless replace_contract. texts, atomic_patterns: of tiny's tokenizer.
+    contract: for a model that has none; otherwise the checkpoint's own nav.json is used, unless
+    replace_contract. texts, atomic_patterns: of tiny's tokenizer.
     UserError when the weights are not there, not whole, not finite, or need another forward pass.
     """
     if name == "tiny":
         patterns = ATOMIC_PATTERNS if atomic_patterns is None else atomic_patterns
-        tiny = build_tiny(texts or [], nav or NAV, seed, patterns)
+        tiny = build_tiny(texts or [], contract or CONTRACT, seed, patterns)
         return tiny.to(device, getattr(torch, dtype))
     from transformers import AutoTokenizer
     source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
@@ -689,11 +692,11 @@ def load_policy(name: str, nav: dict | None = None, device: str = "cpu", dtype: 
             "copy the folder here and pass --model FOLDER; or use --model tiny") from error
     check_tokenizer(tokenizer, model, source)
     files = {file: read_file(source, file) for file in (*KEPT_FILES, "nav.json")}
-    contract = files.pop("nav.json")
-    own = read_contract(source, contract) if contract else None
-    nav = nav if replace_contract and nav else own or nav or NAV
-    policy = policy_class(nav["prompt"])(
-        model.to(device), tokenizer, nav,
+    stored = files.pop("nav.json")
+    own = read_contract(source, stored) if stored else None
+    contract = contract if replace_contract and contract else own or contract or CONTRACT
+    policy = policy_class(contract["prompt"])(
+        model.to(device), tokenizer, contract,
         {file: content for file, content in files.items() if content is not None})
     check_template(policy, source)
     return policy
@@ -715,23 +718,23 @@ def is_like(value, example) -> bool:
 def read_contract(source: str, content: bytes) -> dict:
     """The bytes of nav.json -> dict, complete and of a version that this code has."""
     path = os.path.join(source, "nav.json")
-    nav = read_object(path, content)
-    for key, known in (("version", [NAV["version"]]), ("prompt", list(POLICIES))):
-        if nav.get(key) not in known:
-            raise UserError(f"{path}: {key} is {nav.get(key)!r} and this code speaks "
+    contract = read_object(path, content)
+    for key, known in (("version", [CONTRACT["version"]]), ("prompt", list(POLICIES))):
+        if contract.get(key) not in known:
+            raise UserError(f"{path}: {key} is {contract.get(key)!r} and this code speaks "
                             f"{known[0]!r}; run the code that trained it, or train again")
-    for key, like in policy_class(nav["prompt"]).contract.items():
-        value = nav.get(key)
-        if not (is_like(value, like) or value is None and key in nav and key in NULLABLE):
+    for key, like in policy_class(contract["prompt"]).default_contract.items():
+        value = contract.get(key)
+        if not (is_like(value, like) or value is None and key in contract and key in NULLABLE):
             raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
                             "nav.json again from the checkpoint")
-    return nav
+    return contract
 
 
 def check_tokenizer(tokenizer, model, source: str):
     """UserError if the tokenizer lacks a mark of the prompt, or does not fit the model."""
     token = tokenizer.convert_tokens_to_ids
-    lacking = [mark for mark in ("<|im_start|>", "<|im_end|>", *IMAGE_MARKS)
+    lacking = [mark for mark in ("<|im_start|>", "<|im_end|>", *VISION_TOKENS)
                if tokenizer(mark, add_special_tokens=False)["input_ids"] != [token(mark)]]
     most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     ids = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
@@ -774,10 +777,10 @@ def save_policy(policy: Policy, folder: str, state_dict: dict | None = None):
         if file != "processor_config.json":       # its picture settings would outrank those below
             with open(os.path.join(temporary, file), "wb") as f:
                 f.write(content)
-    pixels = {"min_pixels": policy.nav["min_pixels"], "max_pixels": policy.nav["max_pixels"]}
+    pixels = {key: policy.contract[key] for key in ("min_pixels", "max_pixels")}
     processor = {**policy.processor, **pixels, "size": {
         "shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
-    for file, content in (("preprocessor_config.json", processor), ("nav.json", policy.nav)):
+    for file, content in (("preprocessor_config.json", processor), ("nav.json", policy.contract)):
         write_json(os.path.join(temporary, file), content)
     for file, change in (("config.json", for_version_4), ("tokenizer_config.json", plain_classes)):
         path = os.path.join(temporary, file)
@@ -844,7 +847,7 @@ QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
               r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
-def tiny_tokenizer(texts: list[str], nav: dict, atomic_patterns: list[str],
+def tiny_tokenizer(texts: list[str], contract: dict, atomic_patterns: list[str],
                    vocab_size: int = 1536):
     """A byte-level BPE learned on the data set's own words -> PreTrainedTokenizerFast."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -854,7 +857,7 @@ def tiny_tokenizer(texts: list[str], nav: dict, atomic_patterns: list[str],
         pre_tokenizers.Split(Regex("|".join([*atomic_patterns, QWEN_SPLIT])), behavior="isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     bpe.decoder = decoders.ByteLevel()
-    prompts, answers = policy_class(nav["prompt"]).tiny_corpus(sorted(set(texts)), nav)
+    prompts, answers = policy_class(contract["prompt"]).tiny_corpus(sorted(set(texts)), contract)
     corpus = [prompt.replace("<image>", "") for prompt in prompts]
     corpus += ["system\n", "You are a helpful assistant.", "user\n", "assistant\n", *answers
                ] * max(len(corpus), 8)
@@ -868,10 +871,10 @@ def tiny_tokenizer(texts: list[str], nav: dict, atomic_patterns: list[str],
         model_input_names=["input_ids", "attention_mask"])       # no token_type_ids: Qwen2 has none
 
 
-def build_tiny(texts: list[str], nav: dict, seed: int, atomic_patterns: list[str]) -> Policy:
+def build_tiny(texts: list[str], contract: dict, seed: int, atomic_patterns: list[str]) -> Policy:
     """Qwen2-VL's classes at 1/2000 of the size, random weights, deterministic from the seed."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    tokenizer = tiny_tokenizer(texts, nav, atomic_patterns)
+    tokenizer = tiny_tokenizer(texts, contract, atomic_patterns)
     token = tokenizer.convert_tokens_to_ids
     hidden = 128
     config = Qwen2VLConfig(
@@ -898,4 +901,4 @@ def build_tiny(texts: list[str], nav: dict, seed: int, atomic_patterns: list[str
     torch.random.set_rng_state(state)
     model.generation_config.eos_token_id = token("<|im_end|>")
     model.generation_config.pad_token_id = token("<|endoftext|>")
-    return policy_class(nav["prompt"])(model, tokenizer, nav)
+    return policy_class(contract["prompt"])(model, tokenizer, contract)

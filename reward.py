@@ -35,7 +35,7 @@ from typing import NamedTuple, Optional
 
 MAX_ANSWER_TOKENS = 96  # a plan of six moves is 54 tokens of Qwen's
 STOP, FORWARD, LEFT, RIGHT = 0, 1, 2, 3  # habitat's ids; ground-truth files use the same
-RESERVED_MARKS = ("<image>", "<|")  # an instruction must not hold the markup of frames and turns
+RESERVED_TOKENS = ("<image>", "<|")  # an instruction must not hold the markup of frames and turns
 
 
 # ---------------------------------------------------------------- the language of plans

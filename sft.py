@@ -164,7 +164,7 @@ def validate(policy: Policy, data, units: list, rank: int, world_size: int) -> d
 def setup(args, device: str):
     """Data, contract and policy, from the flags."""
     kind = policy_class(args.prompt)
-    horizon = args.horizon or kind.contract["horizon"]
+    horizon = args.horizon or kind.default_contract["horizon"]
     if not 1 <= horizon <= kind.max_horizon:
         raise UserError(f"--horizon {horizon}: give 1 to 8 actions per answer, 1 to 3 in a dialog")
     data = open_data(args.data, args.image_root)
@@ -172,13 +172,13 @@ def setup(args, device: str):
         raise UserError(f"--prompt dialog needs whole walks and {args.data} holds single answers; "
                         "give a VLN-Ego folder (make_data.py --import-walk reads released walks)")
     robot = data.meta.get("robot", {})
-    nav = dict(kind.contract, dataset=data.meta.get("dataset", ""), horizon=horizon,
+    contract = dict(kind.default_contract, dataset=data.meta.get("dataset", ""), horizon=horizon,
                max_pixels=args.max_pixels)
-    if "memory" in nav:
-        nav["memory"] = lsm.memory_from_args(args)
-    nav.update({k: robot.get(k) for k in ROBOTS["r2r"]          # a JSON does not name its camera
-                if k in robot or k not in ("turn_deg", "forward_m")})
-    policy = load_policy(args.model, nav, device, default_dtype(args), seed=args.seed,
+    if "memory" in contract:
+        contract["memory"] = lsm.memory_from_args(args)
+    contract.update({k: robot.get(k) for k in ROBOTS["r2r"]     # a JSON does not name its camera
+                     if k in robot or k not in ("turn_deg", "forward_m")})
+    policy = load_policy(args.model, contract, device, default_dtype(args), seed=args.seed,
                          texts=[e["instruction"].replace("<image>", "") for e in data.episodes],
                          replace_contract=True)
     check_lengths(policy, policy.walk_lengths(data, args.vary_turns) if data.whole_walks

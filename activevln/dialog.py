@@ -28,12 +28,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model import NAV, Policy, Prompt, clean_instruction
+from model import CONTRACT, Policy, Prompt, clean_instruction
 from qwen import Cache, Segment, resize
 from reward import FORWARD, LEFT, RIGHT, STOP
 
 # The contract: each turn is answered with up to `horizon` moves of 1 to `merge` equal actions.
-DIALOG = {**{key: NAV[key] for key in NAV if key != "memory"},
+DIALOG = {**{key: CONTRACT[key] for key in CONTRACT if key != "memory"},
           "prompt": "dialog-1", "horizon": 3, "merge": 3}
 
 
@@ -52,6 +52,10 @@ def merged_phrases(turn_deg: float, forward_m: float, merge: int = 3) -> dict:
     return {**{(action, n): f"{verb} {round(n * size, 3):g} {unit}"
                for action, (verb, size, unit) in words.items() for n in range(1, merge + 1)},
             (STOP, 1): "stop"}
+
+
+def contract_phrases(contract: dict) -> dict:
+    return merged_phrases(contract["turn_deg"], contract["forward_m"], contract["merge"])
 
 
 def parse_answer(text: str, merged: dict, horizon: int) -> list[int]:
@@ -73,12 +77,12 @@ def parse_answer(text: str, merged: dict, horizon: int) -> list[int]:
     return [action for action, n in keys for _ in range(n)]
 
 
-def dialog_prompt(instruction: str, nav: dict) -> str:
+def dialog_prompt(instruction: str, contract: dict) -> str:
     """The first turn of a dialog; every later turn is an <image> and nothing else."""
-    moves = ", ".join(merged_phrases(nav["turn_deg"], nav["forward_m"], nav["merge"]).values())
+    moves = ", ".join(contract_phrases(contract).values())
     return (f"You are a robot walking through a building. At each view, write your next 1 to "
-            f"{nav['horizon']} moves from: {moves}.\nInstruction: {clean_instruction(instruction)}"
-            "\n<image>")
+            f"{contract['horizon']} moves from: {moves}.\n"
+            f"Instruction: {clean_instruction(instruction)}\n<image>")
 
 
 # ---------------------------------------------------------------- data
@@ -155,13 +159,13 @@ class PackedSegment(NamedTuple):
 class DialogPolicy(Policy):
     """A policy whose training examples are whole walks, and which answers turn by turn."""
 
-    contract, max_horizon = DIALOG, 3
+    default_contract, max_horizon = DIALOG, 3
     whole_walks = True
     val_metrics = ("loss", "right")             # right: share of answer tokens that are the argmax
 
-    def set_contract(self, nav: dict):
-        super().set_contract(nav)
-        self.merged = merged_phrases(nav["turn_deg"], nav["forward_m"], nav["merge"])
+    def set_contract(self, contract: dict):
+        super().set_contract(contract)
+        self.merged = contract_phrases(contract)
 
     # ------------------------------------------------------------ text and frames -> tokens
 
@@ -180,7 +184,7 @@ class DialogPolicy(Policy):
             self._chat("")                                      # renders the template once
             before, after = self._chat_parts[2:]
         else:
-            before, after = self._chat(dialog_prompt(instruction, self.nav)).split("<image>")
+            before, after = self._chat(dialog_prompt(instruction, self.contract)).split("<image>")
         return self._assemble([before + "<|vision_start|>", "<|vision_end|>" + after], [feature])
 
     def longest_prompt(self, height: int, width: int) -> Prompt:
@@ -208,7 +212,7 @@ class DialogPolicy(Policy):
     def _answer_texts(self) -> list[str]:
         """All answers: 1 to `horizon` moves, a stop only at the end."""
         plans, texts = [[]], []
-        for _ in range(self.nav["horizon"]):
+        for _ in range(self.contract["horizon"]):
             plans = [p + [m] for p in plans if p[-1:] != ["stop"] for m in self.merged.values()]
             texts += [", ".join(plan) for plan in plans]
         return texts
@@ -217,7 +221,7 @@ class DialogPolicy(Policy):
         """Ids of an answer -> the actions to carry out; [] if it is malformed."""
         if answer[-1] != self.end_token:
             return []
-        return parse_answer(self.text(answer), self.merged, self.nav["horizon"])
+        return parse_answer(self.text(answer), self.merged, self.contract["horizon"])
 
     # ------------------------------------------------------------ training: log-probabilities
 
@@ -356,12 +360,12 @@ class DialogPolicy(Policy):
     def dialog(self, data, i: int, seed: int, vary: bool = False) -> Dialog:
         """Episode i of a VLN-Ego folder, its actions merged by (seed, i): each seed gives other
         turns."""
-        episode, nav = data.episodes[i], self.nav
+        episode, contract = data.episodes[i], self.contract
         walk = data.walks[episode["walk_id"]]
         in_loss = [str(action) == label[:1] for action, label in
                    zip(walk["actions"], walk.get("labels", map(str, walk["actions"])))]
         turns = merge_walk(walk["actions"], in_loss, np.random.default_rng((seed, i)),
-                           nav["horizon"], nav["merge"], vary=vary)
+                           contract["horizon"], contract["merge"], vary=vary)
         return Dialog(episode["instruction"], tuple((walk["walk_id"], turn.t) for turn in turns),
                       tuple(", ".join(self.merged[move] for move in turn.moves) for turn in turns),
                       tuple(turn.in_loss for turn in turns))
@@ -410,7 +414,7 @@ class DialogPolicy(Policy):
         """
         @torch.no_grad()
         def decide(walks):
-            frames = [resize(walk.frames[-1], self.nav) for walk in walks]
+            frames = [resize(walk.frames[-1], self.contract) for walk in walks]
             features = self.encode_frames([np.zeros_like(f) if blank else f for f in frames])
             seeds = [random.Random(f"{seed} {walk.name} {len(walk.decisions)}").getrandbits(62)
                      for walk in walks] if temperature > 0 else None
@@ -426,9 +430,9 @@ class DialogPolicy(Policy):
         return decide
 
     @classmethod
-    def tiny_corpus(cls, texts: list[str], nav: dict) -> tuple[list[str], list[str]]:
-        moves = merged_phrases(nav["turn_deg"], nav["forward_m"], nav["merge"]).values()
-        return [dialog_prompt(text, nav) for text in texts], [f"{m}, {m}" for m in moves]
+    def tiny_corpus(cls, texts: list[str], contract: dict) -> tuple[list[str], list[str]]:
+        moves = contract_phrases(contract).values()
+        return [dialog_prompt(text, contract) for text in texts], [f"{m}, {m}" for m in moves]
 
 
 def append_branches(segment: Segment, starts: list[AnswerStart], branches: list

@@ -309,11 +309,11 @@ class RolloutEnv:
     """Episodes, their ground truth, and simulators to walk them in."""
 
     def __init__(self, args, policy: DialogPolicy, split: str):
-        source = args.episodes or EPISODES.get(policy.nav["dataset"], EPISODES["houses"])
+        source = args.episodes or EPISODES.get(policy.contract["dataset"], EPISODES["houses"])
         self.episodes = read_episodes(source, split, args.role, args.languages)
         self.truths = read_ground_truth(source, split, args.role)
         self.scenes = args.scenes or scenes_of(source)
-        self.robot = choose_robot(args, args.init, policy.nav, self.episodes[0])
+        self.robot = choose_robot(args, args.init, policy.contract, self.episodes[0])
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
         check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
                       self.robot)
@@ -667,8 +667,8 @@ def setup(args, device: str) -> tuple[DialogPolicy, RolloutEnv, RolloutEnv | Non
     read_reward(args.reward)
     policy = load_policy(args.init, device=device, dtype=default_dtype(args))
     if not policy.whole_walks:
-        raise UserError(f"--init {args.init} was trained with prompt {policy.nav['prompt']!r}, one "
-                        "for each decision; here a walk is one dialog: sft.py --prompt dialog")
+        raise UserError(f"--init {args.init} was trained on {policy.contract['prompt']!r} prompts,"
+                        " one for each decision; here a walk is one dialog: sft.py --prompt dialog")
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     env = RolloutEnv(args, policy, args.split)

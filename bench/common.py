@@ -137,7 +137,7 @@ def shaped(policy, shape):
     big = Qwen2VLForConditionalGeneration._from_config(
         Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=torch.bfloat16)
     big.generation_config = policy.model.generation_config
-    return model.Policy(big, policy.tokenizer, policy.nav)
+    return model.Policy(big, policy.tokenizer, policy.contract)
 
 
 def phrase_policy(args, late, steps=500):
@@ -146,8 +146,8 @@ def phrase_policy(args, late, steps=500):
     if os.path.exists(os.path.join(folder, "nav.json")):
         return folder
     data = VlnEgo(late)
-    nav = dict(model.NAV, dataset="houses", turn_deg=data.meta["robot"]["turn_deg"])
-    policy = model.load_policy("tiny", nav, texts=[e["instruction"] for e in data.episodes],
+    contract = dict(model.CONTRACT, dataset="houses", turn_deg=data.meta["robot"]["turn_deg"])
+    policy = model.load_policy("tiny", contract, texts=[e["instruction"] for e in data.episodes],
                                atomic_patterns=[])    # no phrase is a token of its own
     if args.shape != "tiny":
         policy = shaped(policy, args.shape)
@@ -161,8 +161,8 @@ def phrase_policy(args, late, steps=500):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, rate, 0.1, "cosine")
         drawn = [units[k] for k in rng.integers(len(units), size=17)]
-        decision = data.decision(*drawn[0], nav)      # any plan will do: only the language matters
-        plans = [data.decision(*unit, nav).plan for unit in drawn[1:]]
+        decision = data.decision(*drawn[0], contract)      # any plan: only the text counts
+        plans = [data.decision(*unit, contract).plan for unit in drawn[1:]]
         ids, mask = policy.answers([write_plan(plan, policy.phrases) for plan in plans])
         logps = policy([decision], {k: data.frame(k) for k in decision.frames}, ids, mask, 16)
         optimizer.zero_grad()

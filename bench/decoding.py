@@ -44,7 +44,7 @@ def main(args):
     policy = load_policy(args.ckpt or phrase_policy(args, late), device=args.device).eval()
     data = VlnEgo(late)
     units = grpo.draw_prompts([data], args.prompts, 1)
-    prompts = policy.build_prompts(*grpo.load_batch([data], policy.nav, units))
+    prompts = policy.build_prompts(*grpo.load_prompts([data], policy.contract, units))
     drafted, plain, same = count(policy, prompts)
     what = args.ckpt or "phrases split as by Qwen2"
     add_row(args, f"decoding, {what}", drafted, plain, "token by token", "passes", same,

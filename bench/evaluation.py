@@ -41,7 +41,7 @@ def parse_args(argv=None):
 
 def hf_inputs(policy, words, frames):
     """What transformers' processor would make of a prompt and its frames."""
-    small = [resize(frame, policy.nav) for frame in frames]
+    small = [resize(frame, policy.contract) for frame in frames]
     sizes = [(f.shape[0] // 28, f.shape[1] // 28) for f in small]
     ids = policy.prompt(words, [torch.empty(*size, 0) for size in sizes]).ids
     pixels = [patchify(torch.from_numpy(f.copy())[None])[0] for f in small]
@@ -63,8 +63,8 @@ def hf_agent(policy, model, execute=3):
             walk.features += walk.frames             # here: the pictures themselves, all of them
             walk.frames.clear()
             t = len(walk.features) - 1
-            past = pick_frames(t, **policy.nav["memory"])
-            inputs = hf_inputs(policy, window_prompt(walk.instruction, len(past), policy.nav),
+            past = pick_frames(t, **policy.contract["memory"])
+            inputs = hf_inputs(policy, window_prompt(walk.instruction, len(past), policy.contract),
                                [walk.features[i] for i in (*past, t)])
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=96,
                                  suppress_tokens=policy.banned)[0, inputs["input_ids"].shape[1]:]
@@ -121,7 +121,7 @@ def main(args):
          lambda: walk_all(args, prepared, hf_agent(policy, theirs), 1)], args.repeats)
     rows = [side[0][1] for side in (ours, peer)]
     same = sum(comparable(rows[0][name]) == comparable(rows[1][name]) for name in rows[1])
-    frames = policy.nav["memory"]["budget"] + 1
+    frames = policy.contract["memory"]["budget"] + 1
     sr = [np.mean([row["success"] for row in side.values()]) for side in rows]
     ours, peer = ([rate for rate, _ in side] for side in (ours, peer))
     add_row(args, f"evaluation, {args.sims} robots", ours, peer,

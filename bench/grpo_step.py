@@ -39,10 +39,11 @@ def trl_trainer(folder, late, args, steps, callbacks=()):
     """TRL's GRPOTrainer on the prompts that grpo.py would draw."""
     import datasets
     from trl import GRPOConfig, GRPOTrainer
-    data, policy = VlnEgo(late), load_policy(folder)       # only its nav and phrases are used
+    data, policy = VlnEgo(late), load_policy(folder)       # only its contract and phrases are used
     drawn = grpo.draw_prompts([data], args.prompts * 16, 0)
-    decisions = [data.decision(i, t, policy.nav) for _, i, t in drawn]
-    rows = [{"prompt": conversation(window_prompt(d.instruction, len(d.frames) - 1, policy.nav)),
+    decisions = [data.decision(i, t, policy.contract) for _, i, t in drawn]
+    contract = policy.contract
+    rows = [{"prompt": conversation(window_prompt(d.instruction, len(d.frames) - 1, contract)),
              "images": [Image.fromarray(data.frame(key)) for key in d.frames],
              "expert": list(d.plan), "number": i} for i, d in enumerate(decisions)]
 

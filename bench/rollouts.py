@@ -59,7 +59,7 @@ class Plain:
     agent = DialogPolicy.agent
 
     def __init__(self, policy):
-        self.policy, self.nav = policy, policy.nav
+        self.policy, self.contract = policy, policy.contract
         self.encode_frames, self.text, self.actions = (
             policy.encode_frames, policy.text, policy.actions)
 

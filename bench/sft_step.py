@@ -42,7 +42,7 @@ class Samples(torch.utils.data.Dataset):
     """The decisions of sft.py's batches, in its order, as rows for the Trainer."""
 
     def __init__(self, ego, folder, args, steps):
-        self.data, self.policy = VlnEgo(ego), load_policy(folder)       # its nav, its words
+        self.data, self.policy = VlnEgo(ego), load_policy(folder)       # its contract, its words
         self.processor = load_processor(folder)
         order = sft.Order(self.data, 0, args.steps_per_walk, args.batch_size // args.steps_per_walk)
         self.units, self.batches = [], []       # a walk's last group may be smaller than the others
@@ -55,8 +55,8 @@ class Samples(torch.utils.data.Dataset):
         return len(self.units)
 
     def __getitem__(self, k):
-        d = self.data.decision(*self.units[k], self.policy.nav)
-        words = window_prompt(d.instruction, len(d.frames) - 1, self.policy.nav)
+        d = self.data.decision(*self.units[k], self.policy.contract)
+        words = window_prompt(d.instruction, len(d.frames) - 1, self.policy.contract)
         text = self.processor.apply_chat_template(conversation(words), add_generation_prompt=True)
         answer = write_plan(d.plan, self.policy.phrases) + "<|im_end|>"
         images = [Image.fromarray(self.data.frame(key)) for key in d.frames]

@@ -23,7 +23,7 @@ import sft
 from activevln import grpo_online
 from activevln.dialog import DIALOG
 from cli import UserError
-from model import NAV, load_policy, save_policy
+from model import CONTRACT, load_policy, save_policy
 from tools import report
 from world import SimError
 from world import houses as houses_script
@@ -43,8 +43,8 @@ def houses(ego, tmp_path):
 def checkpoint(tmp_path_factory):
     """An untrained policy of a robot that turns 15 degrees."""
     folder = tmp_path_factory.mktemp("ckpt")
-    save_policy(load_policy("tiny", nav=dict(NAV, dataset="houses", turn_deg=15), texts=["go"]),
-                str(folder))
+    contract = dict(CONTRACT, dataset="houses", turn_deg=15)
+    save_policy(load_policy("tiny", contract=contract, texts=["go"]), str(folder))
     return folder
 
 
@@ -112,9 +112,9 @@ def test_a_damaged_frame_store(ego, tmp_path, spoil):
 
 def test_an_answer_of_garbage_is_counted_not_guessed(houses, checkpoint, tmp_path):
     """An untrained policy babbles: every plan is unreadable, ends its walk, and is reported."""
-    nav = json.loads((checkpoint / "nav.json").read_text())
+    contract = json.loads((checkpoint / "nav.json").read_text())
     shutil.copytree(checkpoint, tmp_path / "babbler")
-    (tmp_path / "babbler" / "nav.json").write_text(json.dumps(dict(nav, turn_deg=30)))
+    (tmp_path / "babbler" / "nav.json").write_text(json.dumps(dict(contract, turn_deg=30)))
     script("evaluate.py", "--ckpt", tmp_path / "babbler", "--episodes", houses, "--out",
            tmp_path / "y", "--sims", 1, "--device", "cpu", "--limit", 2)
     results = json.loads((tmp_path / "y" / "results.json").read_text())
@@ -184,7 +184,7 @@ def test_episodes_of_one_world_on_scenes_of_another(houses, tmp_path):
         patch.setattr(grpo_online, "check_context", lambda *anything: None)
         with pytest.raises(UserError, match=sentence):
             grpo_online.RolloutEnv(args, SimpleNamespace(
-                nav=dict(NAV, dataset="houses", turn_deg=30)), "train")
+                contract=dict(CONTRACT, dataset="houses", turn_deg=30)), "train")
     assert not os.path.exists(tmp_path / "x") and not os.path.exists(tmp_path / "y")
 
 
@@ -273,8 +273,8 @@ def test_an_instruction_longer_than_the_models_context(houses, checkpoint, tmp_p
         if episode["episode_id"] == 2:
             episode["instruction"]["instruction_text"] = "go " * 1999
     robot = {"height": 56, "width": 56}
-    for nav in (None, dict(DIALOG, dataset="houses", turn_deg=15)):
-        policy = load_policy(str(checkpoint), nav, replace_contract=True)
+    for contract in (None, dict(DIALOG, dataset="houses", turn_deg=15)):
+        policy = load_policy(str(checkpoint), contract, replace_contract=True)
         policy.model.config.text_config.max_position_embeddings = 4096
         evaluate.check_context(policy, ["go straight"], robot)
         with pytest.raises(UserError, match='"go go .* tokens, its prompt .*context holds 4000'):
@@ -302,7 +302,7 @@ def test_a_policy_that_gives_no_numbers_is_not_scored(houses, checkpoint, tmp_pa
     with torch.no_grad():
         for weight in policy.parameters():
             weight.mul_(1e17)
-    policy.nav["turn_deg"] = 30
+    policy.contract["turn_deg"] = 30
     (tmp_path / "lost").mkdir()
     save_policy(policy, str(tmp_path / "lost"))
     args = ["--ckpt", str(tmp_path / "lost"), "--episodes", str(houses), "--device", "cpu",

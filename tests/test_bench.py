@@ -27,7 +27,7 @@ import grpo
 import model
 from lsm import pick_frames
 from make_data import VlnEgo
-from model import NAV, Policy, load_policy
+from model import CONTRACT, Policy, load_policy
 from qwen import decoder_flops, vision_flops
 from reward import write_plan
 
@@ -97,8 +97,8 @@ def test_passes_fall_and_plans_stay(wordy):  # noqa: F811
 def test_evaluation_decides_as_generate_does(ego, tmp_path):
     """One walk's frames through both agents of bench/evaluation.py: the same words."""
     data = VlnEgo(ego)
-    nav = dict(NAV, turn_deg=30, memory=dict(NAV["memory"], budget=3))
-    policy = load_policy("tiny", nav, texts=[e["instruction"] for e in data.episodes])
+    contract = dict(CONTRACT, turn_deg=30, memory=dict(CONTRACT["memory"], budget=3))
+    policy = load_policy("tiny", contract, texts=[e["instruction"] for e in data.episodes])
     os.makedirs(tmp_path / "ckpt")
     model.save_policy(policy, str(tmp_path / "ckpt"))
     ours, theirs = evaluation.load_sides(SimpleNamespace(ckpt=str(tmp_path / "ckpt"), device="cpu"))
@@ -119,7 +119,7 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     evaluation.main(args)                                          # and whole walks of them
     row = json.loads((tmp_path / "rows").read_text())
     assert row["equal"] and row["check"].startswith("2 of 2 episodes")
-    assert len(pick_frames(3, **nav["memory"])) == 3
+    assert len(pick_frames(3, **contract["memory"])) == 3
 
 
 def test_the_collector_sees_what_is_recorded(ego, tmp_path):
@@ -189,7 +189,7 @@ def test_activations_are_what_autograd_keeps(dtype):
     """A model of Qwen2-VL-2B's proportions, narrower, on 280x196 pixels; with and without layers
     that are recomputed."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    tiny = load_policy("tiny", nav=dict(NAV, turn_deg=30), texts=texts())
+    tiny = load_policy("tiny", contract=dict(CONTRACT, turn_deg=30), texts=texts())
     config = tiny.model.config.to_dict()
     config["text_config"].pop("layer_types", None)
     config["text_config"].update(
@@ -198,7 +198,8 @@ def test_activations_are_what_autograd_keeps(dtype):
                                                  "mrope_section": [8, 12, 12]})
     config["vision_config"].update(depth=6, embed_dim=160, num_heads=2, hidden_size=256)
     policy = Policy(Qwen2VLForConditionalGeneration._from_config(
-        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype), tiny.tokenizer, tiny.nav)
+        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype),
+        tiny.tokenizer, tiny.contract)
     decision = Decision(texts()[0], tuple(range(6)), None)
     frames = dict(enumerate(pictures(6, 196, 280)))
     ids, mask = policy.answers([write_plan([1] * 6, policy.phrases)])

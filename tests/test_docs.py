@@ -138,9 +138,9 @@ def test_links_and_files_that_are_named_exist():
 
 
 def test_the_contract_is_the_one_that_is_written():
-    from model import NAV
+    from model import CONTRACT
     shown, = (json.loads(text) for language, text in FENCES if language == "json")
-    assert shown == {**NAV, "dataset": "r2r"}
+    assert shown == {**CONTRACT, "dataset": "r2r"}
 
 
 def test_every_logged_key_has_its_line():

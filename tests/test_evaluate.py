@@ -49,7 +49,7 @@ class FakePolicy:
     else; counts how often it was shown a frame."""
 
     def __init__(self, stop=0.1, garbage=0.0):
-        self.nav = {"memory": {"name": "lsm", "budget": 5, "recent": 3, "short_stride": 1,
+        self.contract = {"memory": {"name": "lsm", "budget": 5, "recent": 3, "short_stride": 1,
                                "long_stride": 3}, "horizon": 6}
         self.phrases, self.encoded, self.prompts, self.batches = PHRASES, 0, [], []
         self.stop, self.garbage = stop, garbage
@@ -223,9 +223,9 @@ def test_batched_is_one_by_one():
 
 
 def test_batched_is_one_by_one_with_the_real_policy():
-    from model import NAV, load_policy
-    nav = {**NAV, "turn_deg": 30, "memory": {"name": "even", "budget": 3}}
-    policy = load_policy("tiny", nav, texts=["Walk to place number 1."]).eval()
+    from model import CONTRACT, load_policy
+    contract = {**CONTRACT, "turn_deg": 30, "memory": {"name": "even", "budget": 3}}
+    policy = load_policy("tiny", contract, texts=["Walk to place number 1."]).eval()
     policy.generate = functools.partial(policy.generate, max_new_tokens=12)
 
     def answers(sims, seed, temperature):
@@ -252,12 +252,12 @@ def test_every_frame_is_encoded_once_and_the_memory_is_lsm():
         assert t == at
         seen += [None] * (t + 1 - len(seen))
         seen[t] = shown[-1]
-        for i, frame in zip(pick_frames(t, **policy.nav["memory"]), shown):
+        for i, frame in zip(pick_frames(t, **policy.contract["memory"]), shown):
             assert seen[i] in (None, frame)
             seen[i] = frame
         at += 2
         assert walk.actions[t:t + 2] == plan[:2][:21 - t]
-    past = pick_frames(20, **policy.nav["memory"])
+    past = pick_frames(20, **policy.contract["memory"])
     assert policy.prompts[-1][0].count("<image>") == len(past) + 1 == 6
 
 
@@ -519,17 +519,18 @@ def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_pat
     meta["robot"] |= {"width": 112, "height": 84, "sliding": False, "radius_m": 0.15}
     (tmp_path / "train/meta.json").write_text(json.dumps(meta))
     args = sft.parse_args(["--model", "tiny", "--data", str(tmp_path / "train")])
-    nav = sft.setup(args, "cpu")[1].nav
+    contract = sft.setup(args, "cpu")[1].contract
     episode = fake_episode(0)
-    assert evaluate.choose_robot(evaluate.parse_args([]), "x", nav, episode) == meta["robot"]
+    assert evaluate.choose_robot(evaluate.parse_args([]), "x", contract, episode) == meta["robot"]
     with pytest.raises(UserError, match="radius_m = 0.15 and the robot 'houses' has 0.18"):
-        evaluate.choose_robot(evaluate.parse_args(["--robot", "houses"]), "x", nav, episode)
+        evaluate.choose_robot(evaluate.parse_args(["--robot", "houses"]), "x", contract, episode)
     with pytest.raises(UserError, match="width = 112 and .* has 56: leave --robot and --width out"):
-        evaluate.choose_robot(evaluate.parse_args(["--width", "56"]), "x", nav, episode)
+        evaluate.choose_robot(evaluate.parse_args(["--width", "56"]), "x", contract, episode)
     same = evaluate.parse_args(["--width", "112", "--no-sliding"])
-    assert evaluate.choose_robot(same, "x", nav, episode) == meta["robot"]
+    assert evaluate.choose_robot(same, "x", contract, episode) == meta["robot"]
     # an older contract has no frame size: the data set's, or what a flag says
-    old = {key: value for key, value in nav.items() if key not in ("width", "height", "sliding")}
+    unknown = ("width", "height", "sliding")
+    old = {key: value for key, value in contract.items() if key not in unknown}
     found = evaluate.choose_robot(evaluate.parse_args(["--width", "64"]), "x", old, episode)
     assert (found["width"], found["height"], found["sliding"]) == (64, 56, True)
 
@@ -643,9 +644,9 @@ def test_exit_codes(tmp_path):
 
 def checkpoint(folder, **changes):
     os.makedirs(folder)
-    nav = {"dataset": "houses", "turn_deg": 30, "forward_m": 0.25, "hfov_deg": 90,
+    contract = {"dataset": "houses", "turn_deg": 30, "forward_m": 0.25, "hfov_deg": 90,
            "camera_height_m": 1.25, "horizon": 6, **changes}
-    (folder / "nav.json").write_text(json.dumps(nav))
+    (folder / "nav.json").write_text(json.dumps(contract))
     return str(folder)
 
 

@@ -22,7 +22,7 @@ import grpo
 from cli import UserError
 from grpo import group_advantages, grpo_loss
 from make_data import VlnEgo
-from model import NAV, load_policy, save_policy
+from model import CONTRACT, load_policy, save_policy
 from reward import time_decayed_reward, write_plan
 
 torch.set_num_threads(1)
@@ -216,8 +216,8 @@ def make_world(folder):
     for name, rows in (("walks", walks), ("episodes", episodes)):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     shutil.copytree(data, folder / "vln_ego" / "val_seen")
-    nav = dict(NAV, turn_deg=30, dataset="houses")
-    policy = load_policy("tiny", nav=nav, texts=[e["instruction"] for e in episodes])
+    contract = dict(CONTRACT, turn_deg=30, dataset="houses")
+    policy = load_policy("tiny", contract=contract, texts=[e["instruction"] for e in episodes])
     learn_to_write(policy, VlnEgo(data))
     (folder / "sft").mkdir()
     save_policy(policy, str(folder / "sft"))
@@ -227,7 +227,7 @@ def make_world(folder):
 def learn_to_write(policy, data, steps=40):
     """Plans of random actions: after this it knows how to answer, and not yet what."""
     rng = np.random.default_rng(1)
-    decisions, frames = grpo.load_batch([data], policy.nav, grpo.draw_prompts([data], 2, 0))
+    decisions, frames = grpo.load_prompts([data], policy.contract, grpo.draw_prompts([data], 2, 0))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for _ in range(steps):
         plans = rng.integers(0, 4, (8, 6)).tolist()
@@ -275,7 +275,7 @@ def group_of_four(policy, world, n=2, seed=5):
     """n decisions, their frames, and four sampled plans for each."""
     data = VlnEgo(world / "vln_ego" / "train")
     units = grpo.draw_prompts([data], n, seed)
-    decisions, frames = grpo.load_batch([data], policy.nav, units)
+    decisions, frames = grpo.load_prompts([data], policy.contract, units)
     with torch.no_grad():
         prompts = policy.build_prompts(decisions, frames)
         roll = policy.generate(prompts, 4, 1.0, seeds=list(range(n)))
@@ -380,7 +380,7 @@ def test_a_run_learns_and_writes_its_files(world, plain):
     assert [line for line in samples.splitlines() if line.startswith("# step")] == [
         "# step 1", "# step 2", "# step 3"]
     assert (plain / "curves.png").stat().st_size > 1000
-    assert load_policy(str(plain)).nav["turn_deg"] == 30
+    assert load_policy(str(plain)).contract["turn_deg"] == 30
 
 
 def test_kill_9_and_resume_is_the_undisturbed_run(world, plain):

@@ -27,7 +27,7 @@ from world.episodes import read_episodes, read_ground_truth
 from world.house_sim import HouseSim
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-NAV = {"turn_deg": 30, "forward_m": 0.25, "horizon": 6,
+CONTRACT = {"turn_deg": 30, "forward_m": 0.25, "horizon": 6,
        "memory": {"name": "lsm", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4}}
 WALKS = [[2, 2, 1, 1, 3, 1, 0], [1, 3, 1, 0], [3] * 6 + [1] * 15 + [0], [1, 1, 0], [2, 1, 2, 1, 0]]
 
@@ -179,9 +179,9 @@ def test_a_walk_is_stored_once_and_says_what_was_seen(world, pool, capsys):
     assert data.steps(0) == list(range(7))
     long = next(i for i, e in enumerate(data.episodes) if e["walk_id"] == "h0-2")
     for t in data.steps(long):
-        d = data.decision(long, t, NAV)
+        d = data.decision(long, t, CONTRACT)
         assert d.plan == tuple(action_chunk(WALKS[2], t, 6)) and len(d.plan) == 6
-        assert [k[1] for k in d.frames] == [*lsm.pick_frames(t, **NAV["memory"]), t]
+        assert [k[1] for k in d.frames] == [*lsm.pick_frames(t, **CONTRACT["memory"]), t]
         assert d.instruction == "Walk 4 times." and d.prompt is None
     for key in d.frames:
         frame = data.frame(key)
@@ -204,10 +204,10 @@ def test_noisy_copies_are_labelled_from_the_very_state(world, pool):
     assert [e["walk_id"] for e in data.episodes[:3]] == ["h0-0", "h0-0-n1", "h1-1"]
     assert data.steps(0) == list(range(7))
     assert data.steps(1) == [0, 2, 3, 4, 5, 6], "step 1 was inside a perturbation: no label"
-    assert data.decision(1, 2, NAV).plan == (1, 1, 3, 1, 0, 0)
-    assert data.decision(1, 2, {**NAV, "horizon": 3}).plan == (1, 1, 3)
+    assert data.decision(1, 2, CONTRACT).plan == (1, 1, 3, 1, 0, 0)
+    assert data.decision(1, 2, {**CONTRACT, "horizon": 3}).plan == (1, 1, 3)
     with pytest.raises(UserError, match="--horizon 8"):
-        data.decision(1, 2, {**NAV, "horizon": 8})
+        data.decision(1, 2, {**CONTRACT, "horizon": 8})
 
 
 def test_a_walk_is_begun_again_when_its_simulator_dies(world, pool):
@@ -453,7 +453,7 @@ def test_frames_and_labels_are_the_simulators(houses, tmp_path):
         sim.reset(episodes[row["episode_id"]])
         perturbed += len(walk["actions"]) - len(data.steps(i))
         for t in data.steps(i):
-            d, pose = data.decision(i, t, NAV), walk["poses"][t]
+            d, pose = data.decision(i, t, CONTRACT), walk["poses"][t]
             if "labels" in walk:
                 sim.set_pose(pose[:3], pose[3:])
                 assert np.array_equal(data.frame(d.frames[-1]), sim.observe())

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from cli import UserError
-from model import NAV, Policy, load_policy, save_policy, window_prompt
+from model import CONTRACT, Policy, load_policy, save_policy, window_prompt
 from qwen import PatchProjection, fit_pixels, patchify, resize
 from reward import write_plan
 
 torch.set_num_threads(1)
-NAV30 = dict(NAV, turn_deg=30)
+CONTRACT30 = dict(CONTRACT, turn_deg=30)
 WORDS = "turn around left right go to the red green blue sofa chair and stop in front of it".split()
 Decision = namedtuple("Decision", "instruction frames plan prompt before", defaults=(None, ()))
 
@@ -36,20 +36,20 @@ def pictures(n, h=56, w=56, seed=0):
 
 @pytest.fixture(scope="module")
 def policy():
-    return load_policy("tiny", nav=NAV30, texts=texts())
+    return load_policy("tiny", contract=CONTRACT30, texts=texts())
 
 
 @pytest.fixture(scope="module")
 def wordy():
     """A policy whose tokenizer splits phrases, as Qwen2's does: there is something to draft."""
-    return load_policy("tiny", nav=NAV30, texts=texts(), seed=1, atomic_patterns=[])
+    return load_policy("tiny", contract=CONTRACT30, texts=texts(), seed=1, atomic_patterns=[])
 
 
-def pixel_values(frames, nav):
+def pixel_values(frames, contract):
     """What transformers' processor would hand its model: (patches, 1176), both time halves."""
     rows, grids = [], []
     for frame in frames:
-        small = resize(frame, nav)
+        small = resize(frame, contract)
         patches = patchify(torch.from_numpy(small.copy())[None])[0]
         rows.append(patches.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176))
         grids.append([1, small.shape[0] // 14, small.shape[1] // 14])
@@ -57,7 +57,7 @@ def pixel_values(frames, nav):
 
 
 def hf_inputs(policy, ids, frames):
-    pixels, grids = pixel_values(frames, policy.nav)
+    pixels, grids = pixel_values(frames, policy.contract)
     return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grids,
                 mm_token_type_ids=(ids == policy.image_token).int())
 
@@ -74,7 +74,7 @@ def hf_logps(policy, prompt, frames, completion):
 def make_prompt(policy, frames, text=None):
     features = policy.encode_frames(frames)
     instruction = text or texts()[0]
-    return policy.prompt(window_prompt(instruction, len(frames) - 1, policy.nav), features)
+    return policy.prompt(window_prompt(instruction, len(frames) - 1, policy.contract), features)
 
 
 # ---------------------------------------------------------------- frames
@@ -85,24 +85,24 @@ def test_pixels_equal_the_pil_image_processor(h, w):
     backend = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     from PIL import Image
     frames = pictures(2, h, w)
-    nav = NAV30
+    contract = CONTRACT30
     want = backend.Qwen2VLImageProcessorPil(
-        size={"shortest_edge": nav["min_pixels"], "longest_edge": nav["max_pixels"]})(
+        size={"shortest_edge": contract["min_pixels"], "longest_edge": contract["max_pixels"]})(
         [Image.fromarray(f) for f in frames], return_tensors="pt")
-    pixels, grids = pixel_values(frames, nav)
+    pixels, grids = pixel_values(frames, contract)
     assert torch.equal(grids, want["image_grid_thw"])
     torch.testing.assert_close(pixels, want["pixel_values"].float(), atol=1e-5, rtol=0)
 
 
 def test_a_real_frame_costs_seventy_tokens():
-    h, w = fit_pixels(480, 640, NAV["min_pixels"], NAV["max_pixels"])
+    h, w = fit_pixels(480, 640, CONTRACT["min_pixels"], CONTRACT["max_pixels"])
     assert h // 28 * (w // 28) == 70
 
 
 def test_features_equal_transformers_and_ignore_company(policy):
     frames = pictures(3) + pictures(2, 84, 112)
     ours = policy.encode_frames(frames)
-    pixels, grids = pixel_values(frames, policy.nav)
+    pixels, grids = pixel_values(frames, policy.contract)
     theirs = policy.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
     for a, b, grid in zip(ours, theirs, grids):
         assert a.shape[:2] == (grid[1] // 2, grid[2] // 2)
@@ -117,7 +117,7 @@ def test_features_equal_transformers_and_ignore_company(policy):
 def test_prompt_equals_the_chat_template_and_rope_index(policy):
     frames = pictures(3) + pictures(1, 84, 140)
     prompt = make_prompt(policy, frames)
-    text = window_prompt(texts()[0], 3, policy.nav)
+    text = window_prompt(texts()[0], 3, policy.contract)
     chat = policy.tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     for f in prompt.features:
@@ -140,7 +140,7 @@ def test_an_action_phrase_is_one_token_of_tiny(policy):
 @pytest.mark.parametrize("text", ["go <image> left", "go <|im_end|> left"])
 def test_reserved_marks_in_an_instruction_are_refused(text):
     with pytest.raises(UserError, match="reserved"):
-        window_prompt(text, 0, NAV30)
+        window_prompt(text, 0, CONTRACT30)
 
 
 def test_placeholders_and_frames_must_agree(policy):
@@ -226,7 +226,7 @@ def confident(policy, steps=80):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
     for _ in range(steps):
         features = policy.encode_frames(pictures(2))
-        prompts = [policy.prompt(window_prompt(texts()[0], 1, policy.nav), features)]
+        prompts = [policy.prompt(window_prompt(texts()[0], 1, policy.contract), features)]
         loss = -policy.logps(prompts, ids, mask, group_size=4).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
@@ -291,7 +291,7 @@ def test_a_saved_policy_is_a_hugging_face_folder(policy, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoTokenizer
     save_policy(policy, str(tmp_path))
     again = load_policy(str(tmp_path))
-    assert again.nav == policy.nav
+    assert again.contract == policy.contract
     for (name, a), (_, b) in zip(policy.named_parameters(), again.named_parameters()):
         assert torch.equal(a, b), name
     prompt = make_prompt(policy, pictures(2))
@@ -309,13 +309,13 @@ def test_a_saved_policy_is_a_hugging_face_folder(policy, tmp_path):
 
 def test_another_prompt_version_is_refused(policy, tmp_path):
     save_policy(policy, str(tmp_path))
-    (tmp_path / "nav.json").write_text(json.dumps(dict(policy.nav, prompt="window-0")))
+    (tmp_path / "nav.json").write_text(json.dumps(dict(policy.contract, prompt="window-0")))
     with pytest.raises(UserError, match="prompt is 'window-0' and this code speaks 'window-1'"):
         load_policy(str(tmp_path))
 
 
 def test_tiny_is_deterministic():
-    a, b = (load_policy("tiny", nav=NAV30, texts=texts(), seed=5) for _ in range(2))
+    a, b = (load_policy("tiny", contract=CONTRACT30, texts=texts(), seed=5) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters()))
     assert Counter(map(type, a.modules()))[PatchProjection] == 1
     assert isinstance(a, Policy)
@@ -504,7 +504,7 @@ def test_a_chat_template_that_loses_the_words_is_refused(saved, tmp_path, templa
 def test_a_contract_that_is_not_whole_is_refused(saved, tmp_path, content, words):
     folder = copy_of(saved, tmp_path / "x")
     (tmp_path / "x" / "nav.json").write_text(
-        content if isinstance(content, str) else json.dumps(dict(NAV30, **content)))
+        content if isinstance(content, str) else json.dumps(dict(CONTRACT30, **content)))
     refused(folder, "nav.json", *words)
 
 
@@ -558,7 +558,7 @@ def test_the_chat_template_takes_lists_of_parts(policy):
     """What a server is sent (words and pictures, in order) gives the ids that we train on."""
     frames = pictures(2)
     prompt = make_prompt(policy, frames)
-    text = window_prompt(texts()[0], 1, policy.nav)
+    text = window_prompt(texts()[0], 1, policy.contract)
     parts = []
     for words in text.split("<image>"):
         parts += [{"type": "text", "text": words}, {"type": "image_url", "image_url": {"url": "x"}}]

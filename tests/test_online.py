@@ -37,14 +37,15 @@ from model import load_policy, save_policy
 from reward import FORWARD, LEFT, STOP
 
 torch.set_num_threads(1)
-NAV30 = dict(DIALOG, turn_deg=30, dataset="houses")
+CONTRACT30 = dict(DIALOG, turn_deg=30, dataset="houses")
 
 
 @pytest.fixture(scope="module")
 def policy(ego):
     """Tiny, random weights but for this: it has learned what an answer looks like, not which."""
     data = VlnEgo(ego)
-    policy = load_policy("tiny", nav=NAV30, texts=[e["instruction"] for e in data.episodes])
+    texts = [e["instruction"] for e in data.episodes]
+    policy = load_policy("tiny", contract=CONTRACT30, texts=texts)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     moves = list(policy.merged.values())
     rng = np.random.default_rng(0)
@@ -150,7 +151,7 @@ def hf_walk_logps(policy, dialog, frames):
                   {"role": "assistant", "content": policy.text(answer)}]
     picture = "<|vision_start|><|image_pad|><|vision_end|>"
     chat = policy.tokenizer.apply_chat_template(turns, tokenize=False)
-    opening = dialog_prompt(dialog.instruction, policy.nav).replace("<image>", picture)
+    opening = dialog_prompt(dialog.instruction, policy.contract).replace("<image>", picture)
     chat = chat.replace("\x00", opening, 1).replace("\x00", picture)
     chat = chat.replace("<|image_pad|>", "<|image_pad|>" * 4)
     ids = policy.tokenizer(chat, return_tensors="pt", add_special_tokens=False)["input_ids"]
@@ -209,8 +210,8 @@ def test_sft_learns_dialogs_and_resumes(ego, tmp_path):
     losses = [row["loss"] for row in log_of(tmp_path / "a")]
     assert losses[-1] < 0.8 * losses[0] and farthest(
         weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
-    nav = json.loads((tmp_path / "a" / "nav.json").read_text())
-    assert nav["prompt"] == "dialog-1" and nav["merge"] == 3 and "memory" not in nav
+    contract = json.loads((tmp_path / "a" / "nav.json").read_text())
+    assert contract["prompt"] == "dialog-1" and contract["merge"] == 3 and "memory" not in contract
 
 
 # ---------------------------------------------------------------- walking
@@ -538,7 +539,7 @@ def test_a_run_learns_and_writes_its_files(init, plain):
     told = [json.loads(line) for line in open(plain / "rollouts.jsonl")]
     assert len(told) == 12 and {"episode_id", "turns", "reward", "end"} <= set(told[0])
     assert (plain / "curves.png").stat().st_size > 1000
-    assert load_policy(str(plain)).nav["prompt"] == "dialog-1"
+    assert load_policy(str(plain)).contract["prompt"] == "dialog-1"
 
 
 def test_kill_9_and_resume_gives_the_same_next_update(ego, init, plain, tmp_path):
@@ -634,7 +635,7 @@ def test_user_errors_are_one_sentence(ego, init, tmp_path, wrong, says):
 
 def test_the_agent_of_evaluate_obeys_malformed(policy):
     class Unreadable:
-        nav, merged, end_token = policy.nav, policy.merged, policy.end_token
+        contract, merged, end_token = policy.contract, policy.merged, policy.end_token
         text, actions, encode_frames = policy.text, policy.actions, policy.encode_frames
         agent = DialogPolicy.agent
         def generate_turn(self, caches, *_):

@@ -177,7 +177,7 @@ def test_a_simulator_that_dies_while_another_is_awaited_is_reported_with_its_num
 def worker_with(does):
     """A worker with one more verb, in a process that runs `does` first; it has started."""
     code = f"from world import worker; {does}; worker.serve()"
-    process = pool_module.Worker([sys.executable, "-c", code])
+    process = pool_module.WorkerProcess([sys.executable, "-c", code])
     process.send({"verb": "start", "kind": "house", "robot": ROBOT, "gpu": None, "scenes": "."})
     return process
 
@@ -275,13 +275,13 @@ def test_a_worker_that_dies_midway_is_started_again(scenes):
 
 
 def test_commands_and_gpus_are_used_in_turn(scenes, monkeypatch):
-    sent, send = [], pool_module.Worker.send
+    sent, send = [], pool_module.WorkerProcess.send
 
     def spy(worker, message):
         sent.append(message["gpu"])
         send(worker, message)
 
-    monkeypatch.setattr(pool_module.Worker, "send", spy)
+    monkeypatch.setattr(pool_module.WorkerProcess, "send", spy)
     commands = [[sys.executable, *flags, "-m", "world.worker"] for flags in ((), ("-u",))]
     with SimPool("house", ROBOT, scenes, 5, commands, gpus=[0, 1]) as pool:
         assert sent == [0, 0, 1, 1, 0]                  # two commands, each with two GPUs

@@ -26,7 +26,7 @@ EGO = f"{DATA}/vln_ego_sample"
 WALK = f"{EGO}/rgb_images_r2r_debug/ep_2849/traj_1871"
 pytestmark = pytest.mark.skipif(not os.path.isdir(DATA), reason="no real data beside the repo")
 
-NAV = {"turn_deg": 15, "forward_m": 0.25, "horizon": 6,
+CONTRACT = {"turn_deg": 15, "forward_m": 0.25, "horizon": 6,
        "memory": {"name": "even", "budget": 16, "recent": 8, "short_stride": 1, "long_stride": 4}}
 
 
@@ -161,8 +161,8 @@ def test_released_labels_are_a_step_late(moved, actions):
     _, moved = moved
     released = ShareGpt(f"{EGO}/r2r_16_images_4act_debug.json", f"{EGO}/rgb_images_r2r_debug")
     assert len(released) == 65 and released.meta["robot"] == {"turn_deg": 30.0, "forward_m": 0.25}
-    nav = {"turn_deg": 30, "forward_m": 0.25, "horizon": 4}     # the words say 30
-    plans = [list(released.decision(i, 0, nav).plan) for i in range(65)]
+    contract = {"turn_deg": 30, "forward_m": 0.25, "horizon": 4}     # the words say 30
+    plans = [list(released.decision(i, 0, contract).plan) for i in range(65)]
     assert all(plan == action_chunk(actions, t + 1, 4) for t, plan in enumerate(plans))
     assert sum(plan == action_chunk(actions, t, 4) for t, plan in enumerate(plans)) == 13
     assert sum(m == plan[0] for m, plan in zip(moved, plans)) == 36
@@ -174,15 +174,15 @@ def test_released_labels_are_a_step_late(moved, actions):
 def test_released_json_is_read_as_it_is():
     released = ShareGpt(f"{EGO}/r2r_16_images_4act_debug.json", f"{EGO}/rgb_images_r2r_debug")
     assert released.dropped == 3, "VLN-Ego/data/r2r_training_rgb"
-    nav = {"turn_deg": 30, "forward_m": 0.25, "horizon": 4}
+    contract = {"turn_deg": 30, "forward_m": 0.25, "horizon": 4}
     for t in range(65):
-        d = released.decision(t, 0, nav)
+        d = released.decision(t, 0, contract)
         steps = [int(key.rsplit("_", 1)[1][:-4]) for key in d.frames]
         assert steps == [*lsm.pick_frames(t, "even"), t], "its history is our 'even'"
         assert d.prompt.count("<image>") == len(d.frames) and "doorway.'." in d.prompt
     with open(f"{WALK}/step_64.jpg", "rb") as f:
         assert np.array_equal(released.frame(d.frames[-1]), make_data.decode(f.read(), ""))
-    assert released.decision(0, 0, {**nav, "turn_deg": 15}).plan == (), "its words are not 15's"
+    assert not released.decision(0, 0, {**contract, "turn_deg": 15}).plan, "its words are not 15's"
     with pytest.raises(UserError, match="step_0.jpg .* --image-root"):
         ShareGpt(f"{EGO}/r2r_16_images_4act_debug.json")
 
@@ -200,7 +200,7 @@ def test_imported_walk_keeps_the_pictures_and_gets_the_right_labels(tmp_path, ac
     assert (robot["turn_deg"], robot["width"], robot["height"]) == (15, 640, 480)
     assert data.steps(0) == list(range(65))
     for t in range(65):
-        d = data.decision(0, t, NAV)
+        d = data.decision(0, t, CONTRACT)
         assert d.plan == tuple(action_chunk(actions, t, 6))
         with open(f"{WALK}/step_{t}.jpg", "rb") as f:
             assert data.frame_bytes(d.frames[-1]) == f.read()

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 
 from make_data import VlnEgo
-from model import NAV, load_policy
+from model import CONTRACT, load_policy
 from tools.sharegpt import ShareGpt
 
 SAMPLE = os.path.join(ROOT, "..", "shared", "data", "vln_ego_sample")
@@ -46,15 +46,15 @@ def test_fifty_steps_on_the_real_walk(imported, tmp_path, source):
         losses = [json.loads(line)["loss"] for line in f]
     assert len(losses) == 50 and np.isfinite(losses).all()
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
-    nav = json.load(open(tmp_path / "nav.json"))
+    contract = json.load(open(tmp_path / "nav.json"))
     # The released words say 30 degrees; the robot turned 15, and our own format says so.
-    assert nav["turn_deg"] == (30 if source == "released" else 15)
+    assert contract["turn_deg"] == (30 if source == "released" else 15)
 
 
 def test_a_real_frame_is_seventy_tokens_on_both_ways_in(imported):
     for data in (ShareGpt(RELEASED, FRAMES), VlnEgo(imported)):
-        nav = dict(NAV, turn_deg=15)
-        policy = load_policy("tiny", nav=nav, texts=["go"])
+        contract = dict(CONTRACT, turn_deg=15)
+        policy = load_policy("tiny", contract=contract, texts=["go"])
         episode, t = (20, 0) if isinstance(data, ShareGpt) else (0, 20)
         decisions, frames = policy.load_batch(data, [(episode, (t,))])
         prompt, = policy.build_prompts(decisions, frames)

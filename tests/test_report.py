@@ -22,7 +22,7 @@ from world.robots import ROBOTS
 
 RUN = {"split": "val", "role": "guide", "languages": None, "limit": None, "data": "d0",
        "robot": {"turn_deg": 30}, "radius_m": 1.0, "second_radius_m": 3.0, "max_actions": 150,
-       "seed": 0, "ckpt": "ckpt/a", "weights": "w", "execute": 3, "nav": {"horizon": 6}}
+       "seed": 0, "ckpt": "ckpt/a", "weights": "w", "execute": 3, "contract": {"horizon": 6}}
 
 
 def write_results(folder, values, ended=True, **changes):
@@ -83,11 +83,11 @@ def test_splits_of_one_table_may_lie_in_other_scenes_and_rows_of_a_split_may_not
 def test_what_differs_is_named(tmp_path, capsys):
     a = write_results(tmp_path / "a", [0, 1] * 6)
     b = write_results(tmp_path / "b", [1, 1] * 5 + [0, 1], ckpt="ckpt/b", weights="x", execute=6,
-                      nav={"horizon": 8}, dtype="bfloat16", source="elsewhere")
+                      contract={"horizon": 8}, dtype="bfloat16", source="elsewhere")
     call(a, b)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == ("differs: ckpt ckpt/a -> ckpt/b, execute 3 -> 6, nav.horizon 6 -> 8, "
-                       "dtype none -> bfloat16")
+    assert printed[0] == ("differs: ckpt ckpt/a -> ckpt/b, execute 3 -> 6, contract.horizon 6 -> "
+                       "8, dtype none -> bfloat16")
     assert printed[1].startswith("SR        0.500 ->   0.917   difference +0.417 [+0.")
     assert printed[1].endswith("   12 pairs")
     call(a, write_results(tmp_path / "c", [0, 1] * 6, weights="x"))

@@ -22,7 +22,7 @@ import engine
 import sft
 from cli import UserError
 from make_data import VlnEgo
-from model import NAV, load_policy
+from model import CONTRACT, load_policy
 
 torch.set_num_threads(1)
 TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",
@@ -80,7 +80,7 @@ def test_the_loss_is_the_answers_cross_entropy(ego):
     from test_model import hf_logps
     data = VlnEgo(ego)
     policy = load_policy("tiny", texts=[e["instruction"] for e in data.episodes],
-                         nav=dict(NAV, turn_deg=30))
+                         contract=dict(CONTRACT, turn_deg=30))
     decisions, frames = policy.load_batch(data, [(0, (0, 3)), (1, (2,))])
     ids, mask = policy.tokenize_targets(decisions)
     ours = -policy(decisions, frames, ids, mask).sum() / mask.sum()

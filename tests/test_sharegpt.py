@@ -22,7 +22,7 @@ from tools.sharegpt import ShareGpt, read_record, released_walks
 
 ANSWER = "A. Move forward 25 cm, D. Stop"
 WORDS = "Turn left 30 degrees or move forward 25 cm.\nNow: <image>"
-NAV = {"turn_deg": 30, "forward_m": 0.25, "horizon": 2}
+CONTRACT = {"turn_deg": 30, "forward_m": 0.25, "horizon": 2}
 
 
 def record(words=WORDS, answer=ANSWER, images=("images/0.png",), **more):
@@ -51,7 +51,7 @@ def written(folder, records, name="x.json"):
 @pytest.fixture(scope="module")
 def policy():
     pytest.importorskip("torch")
-    from model import NAV as CONTRACT
+    from model import CONTRACT as CONTRACT
     from model import load_policy
     return load_policy("tiny", dict(CONTRACT, turn_deg=30, horizon=2), texts=["go to the door"])
 
@@ -181,7 +181,7 @@ def test_any_json_type_in_any_field_is_read_or_refused_in_a_sentence(folder, for
             place[last] = value
             try:
                 data = ShareGpt(written(folder, [record(), changed]))
-                assert data.frame(data.decision(1, 0, NAV).frames[0]).shape == (56, 56, 3)
+                assert data.frame(data.decision(1, 0, CONTRACT).frames[0]).shape == (56, 56, 3)
             except UserError as error:
                 assert "record 1" in str(error)
                 refused += 1
@@ -200,9 +200,9 @@ def test_an_array_and_json_lines_are_read_under_either_name(folder, name, bom):
     for text in (json.dumps(records), json.dumps(records, indent=1), lines):
         (folder / name).write_text(bom + text, encoding="utf-8", newline="")
         data = make_data.open_data(str(folder / name))
-        assert [data.frame(data.decision(i, 0, NAV).frames[0])[0, 0, 0] for i in range(3)] == [
+        assert [data.frame(data.decision(i, 0, CONTRACT).frames[0])[0, 0, 0] for i in range(3)] == [
             0, 1, 2]
-        assert data.decision(0, 0, NAV).plan == (1, 0)
+        assert data.decision(0, 0, CONTRACT).plan == (1, 0)
         assert any("not used: id" in note for note in data.notes)
 
 
@@ -379,7 +379,7 @@ def test_each_answer_of_several_rounds_is_trained_given_what_stands_before(folde
     both["conversations"] += later
     data = ShareGpt(written(folder, [both, record(images=["images/2.png"])]))
     assert [data.steps(i) for i in range(2)] == [[0, 1], [0]]
-    first, second = (data.decision(0, t, NAV) for t in (0, 1))
+    first, second = (data.decision(0, t, CONTRACT) for t in (0, 1))
     assert first.frames == ("images/0.png",) and first.before == (("system", "You are seven."),)
     assert second.frames == ("images/0.png", "images/1.png") and second.answer == "D. Stop"
     assert second.plan == (0, None) and first.plan == (1, 0)
@@ -412,11 +412,11 @@ def test_a_record_longer_than_the_context_is_named_before_training(folder, polic
     words = "D. Stop, " * 700 + WORDS               # 6,300 bytes and under 4,096 tokens
     data = ShareGpt(written(folder, [record(), record(words=words)]))
     (_, bound), (_, exact) = data.lengths(policy)
-    decision = data.decision(1, 0, policy.nav)
+    decision = data.decision(1, 0, policy.contract)
     prompt, = policy.build_prompts([decision], {key: data.frame(key) for key in decision.frames})
     assert exact == len(prompt.ids) + len(policy._encode(ANSWER)) + 1 < 4096 < len(words)
-    prompt, = policy.build_prompts([data.decision(0, 0, policy.nav)], {"images/0.png": data.frame(
-        "images/0.png")})
+    prompt, = policy.build_prompts([data.decision(0, 0, policy.contract)],
+                                   {"images/0.png": data.frame("images/0.png")})
     assert len(prompt.ids) + len(policy._encode(ANSWER)) + 1 <= bound
     engine.check_lengths(policy, data.lengths(policy), "x.json")
     path = written(folder, [record(), record(words="à la porte ! " * 900 + WORDS)])
@@ -433,9 +433,10 @@ def test_a_special_token_of_this_tokenizer_is_refused(folder, policy, monkeypatc
 
 def test_answers_that_no_plan_can_be_compared_with(folder):
     data = ShareGpt(written(folder, [record(answer="go left"), record()]))
-    data.check_plans(NAV)
+    data.check_plans(CONTRACT)
     with pytest.raises(UserError, match="no answer is a plan .*Turn left 15 degrees"):
-        ShareGpt(written(folder, [record(answer="go left")])).check_plans({**NAV, "turn_deg": 15})
+        ShareGpt(written(folder, [record(answer="go left")])).check_plans(
+            {**CONTRACT, "turn_deg": 15})
 
 
 def test_the_robot_is_that_of_the_words(folder):
@@ -538,12 +539,12 @@ def export(ego, folder, *flags):
 def test_sharegpt_there_and_back(ego, tmp_path, policy):
     export(ego, tmp_path / "share")
     data, read = VlnEgo(ego), ShareGpt(tmp_path / "share" / "vln_ego.json")
-    nav = json.loads((tmp_path / "share" / "nav.json").read_text())
+    contract = json.loads((tmp_path / "share" / "nav.json").read_text())
     assert read.meta["robot"] == {"turn_deg": 30.0, "forward_m": 0.25}
     pairs = [(i, t) for i in range(len(data)) for t in data.steps(i)]
     assert len(read) == len(pairs) == 8
     for k, (i, t) in enumerate(pairs):
-        ours, theirs = data.decision(i, t, nav), read.decision(k, 0, nav)
+        ours, theirs = data.decision(i, t, contract), read.decision(k, 0, contract)
         assert theirs.plan == ours.plan and ours.instruction in theirs.prompt
         for mine, other in zip(ours.frames, theirs.frames):
             with open(read.find(other), "rb") as file:
@@ -563,16 +564,17 @@ def test_the_contract_of_what_another_tool_trained_on_the_export(ego, tmp_path, 
     args = evaluate.parse_args(["--ckpt", str(ckpt), "--device", "cpu"])
     with pytest.raises(UserError, match="nav.json"):
         evaluate.choose_ckpt(args)
-    command("nav", share, "--ckpt", ckpt)
-    folder, nav = evaluate.choose_ckpt(args)
-    assert (nav["horizon"], nav["turn_deg"], nav["dataset"], nav["width"]) == (4, 30, "houses", 56)
-    assert nav["memory"]["budget"] == 2 and load_policy(folder).nav == nav
-    command("nav", share, "--ckpt", ckpt)     # once more changes nothing
+    command("contract", share, "--ckpt", ckpt)
+    folder, contract = evaluate.choose_ckpt(args)
+    assert [contract[key] for key in ("horizon", "turn_deg", "dataset", "width")] == [
+        4, 30, "houses", 56]
+    assert contract["memory"]["budget"] == 2 and load_policy(folder).contract == contract
+    command("contract", share, "--ckpt", ckpt)     # once more changes nothing
     with pytest.raises(UserError, match="is there and differs"):
-        command("nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
+        command("contract", share, "--ckpt", ckpt, "--max-pixels", 9000)
     os.remove(ckpt / "nav.json")
-    command("nav", share, "--ckpt", ckpt, "--max-pixels", 9000)
-    assert load_policy(str(ckpt)).nav == {**nav, "max_pixels": 9000}
+    command("contract", share, "--ckpt", ckpt, "--max-pixels", 9000)
+    assert load_policy(str(ckpt)).contract == {**contract, "max_pixels": 9000}
 
 
 def test_a_contract_for_a_folder_that_is_no_model(ego, tmp_path):
@@ -580,18 +582,18 @@ def test_a_contract_for_a_folder_that_is_no_model(ego, tmp_path):
     export(ego, share)
     ckpt.mkdir()
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        command("nav", share, "--ckpt", ckpt)
+        command("contract", share, "--ckpt", ckpt)
     (ckpt / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="LoRA adapter alone"):
-        command("nav", share, "--ckpt", ckpt)
+        command("contract", share, "--ckpt", ckpt)
     (ckpt / "config.json").write_text("[]")
     with pytest.raises(UserError, match="config.json holds no JSON object"):
-        command("nav", share, "--ckpt", ckpt)
+        command("contract", share, "--ckpt", ckpt)
     with pytest.raises(UserError, match="nav.json holds no JSON object"):
-        command("nav", tmp_path, "--ckpt", ckpt)
+        command("contract", tmp_path, "--ckpt", ckpt)
     (share / "nav.json").write_text('{"version": 1}')
     with pytest.raises(UserError, match="not a contract .*horizon"):
-        command("nav", share, "--ckpt", ckpt)
+        command("contract", share, "--ckpt", ckpt)
     assert not (ckpt / "nav.json").exists()
 
 

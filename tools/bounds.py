@@ -45,6 +45,7 @@ from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world import houses
 from world.episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of
+from world.house_sim import distances
 from world.robots import ROBOTS
 
 CUES = re.compile(r"turn (slightly|a bit|around|back)?(?: ?to the)? ?(left|right)"
@@ -104,9 +105,9 @@ def arrivals(sim, episode, sequences, radius):
         walking = np.flatnonzero(now == FORWARD)
         if len(walking):
             steps = sim.robot["forward_m"] * simulator.heading(yaws[walking])
-            spots[walking], _ = simulator.moves(sim.nav, spots[walking], steps,
+            spots[walking], _ = simulator.moves(sim.graph, spots[walking], steps,
                                                 sim.robot["sliding"])
-    metres = [simulator.distances(sim.nav, sim.field(goal), spots)[0] for goal in sim.goals]
+    metres = [distances(sim.graph, sim.distances_to(goal), spots)[0] for goal in sim.goals]
     return np.min(metres, axis=0) < radius
 
 
@@ -152,7 +153,7 @@ def likely_goals(sim, house, episode):
         fronts = houses.in_front_of(sim, house, thing)
         if not len(fronts):
             continue
-        metres = simulator.distances(sim.nav, sim.field(start), fronts)[0]
+        metres = distances(sim.graph, sim.distances_to(start), fronts)[0]
         best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
         weight = 1.0 if not others else (
             level["cross"] / others if thing.room != here else 1 - level["cross"])
@@ -175,7 +176,7 @@ def pictures_only(sim, episode, radius):
     grid = np.stack(np.meshgrid(x, z), axis=-1).reshape(-1, 2)
     spots = np.vstack([[goal for _, goal, _ in goals], grid[sim.free(grid)]])
     weights = np.array([weight for _, _, weight in goals])
-    near = np.array([simulator.distances(sim.nav, sim.field((x, 0, z)), spots)[0] < radius
+    near = np.array([distances(sim.graph, sim.distances_to((x, 0, z)), spots)[0] < radius
                      for _, (x, z), _ in goals])                        # (goals, spots)
     return float((weights @ near).max() / weights.sum()), len(goals)
 

@@ -128,7 +128,7 @@ def pair_of(key: str, before, after) -> str:
 
 
 def flat(settings: dict, prefix: str = "") -> dict:
-    """{"nav": {"horizon": 6}} -> {"nav.horizon": 6}"""
+    """{"contract": {"horizon": 6}} -> {"contract.horizon": 6}"""
     found = {}
     for key, value in settings.items():
         inner = flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}

@@ -14,11 +14,11 @@ are used as they stand, the released files' shift by one step included (make_dat
 
 Run it   python -m tools.sharegpt import rgb_images_r2r_train --robot r2r --out data/released
          python -m tools.sharegpt export data/vln_ego/train --out data/sharegpt
-         python -m tools.sharegpt nav data/sharegpt --ckpt llama_factory/output
+         python -m tools.sharegpt contract data/sharegpt --ckpt llama_factory/output
 Reads    import: folders ep_*/traj_* of the released VLN-Ego [2];  export: what make_data.py wrote;
-         nav: an export and a model that was trained on it
+         contract: an export and a model that was trained on it
 Writes   import: a VLN-Ego folder;  export: LLaMA-Factory's JSON, pictures, and nav.json, the
-         contract of what is trained on it;  nav: --ckpt/nav.json, so that evaluate.py runs it
+         contract of what is trained on it;  contract: --ckpt/nav.json, so that evaluate.py runs it
 
 [1] LLaMA-Factory, data/README.md (ShareGPT format)   [2] VLN-R1, arXiv 2506.17221
 """
@@ -362,13 +362,13 @@ class ShareGpt:
     def steps(self, i: int) -> list[int]:
         return list(range(len(self.records[i].rounds)))
 
-    def decision(self, i: int, t: int, nav: dict) -> Decision:
-        """Record i up to its round t. The plan is the answer, read in nav's phrases: None at
+    def decision(self, i: int, t: int, contract: dict) -> Decision:
+        """Record i up to its round t. The plan is the answer, read in contract's phrases: None at
         unreadable positions, () if none can be read."""
         record = self.records[i]
         human, answer = record.rounds[t]
-        plan = parse_plan(answer, action_phrases(nav["turn_deg"], nav["forward_m"]),
-                          nav["horizon"])
+        plan = parse_plan(answer, action_phrases(contract["turn_deg"], contract["forward_m"]),
+                          contract["horizon"])
         before = [("system", record.system)] if record.system else []
         for question, earlier in record.rounds[:t]:
             before += [("user", question), ("assistant", earlier)]
@@ -391,13 +391,14 @@ class ShareGpt:
         """A picture's path as in its record -> the file's path."""
         return os.path.join(self.root, *split_path(key, self.image_root)[self.dropped:])
 
-    def check_plans(self, nav: dict) -> None:
+    def check_plans(self, contract: dict) -> None:
         """UserError if no answer can be read as a plan: then GRPO has nothing to compare with."""
-        if not any(self.decision(i, t, nav).plan for i in range(len(self)) for t in self.steps(i)):
-            phrases = ", ".join(action_phrases(nav["turn_deg"], nav["forward_m"]).values())
+        units = ((i, t) for i in range(len(self)) for t in self.steps(i))
+        if not any(self.decision(i, t, contract).plan for i, t in units):
+            phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
             raise UserError(f"{self.json_path}: no answer is a plan in the policy's words "
-                            f"({phrases}), so no plan can be rewarded; give the data it learned "
-                            "from")
+                            f"({', '.join(phrases.values())}), so no plan can be rewarded; give "
+                            "the data it learned from")
 
     def lengths(self, policy, least_answer: int = 0) -> list[tuple[str, int]]:
         """Tokens of each record, as engine.check_lengths wants them -> [(name, tokens), ..].
@@ -409,7 +410,7 @@ class ShareGpt:
         special = "|".join(re.escape(token.content) for token in
                            policy.tokenizer.added_tokens_decoder.values() if token.special)
         context = policy.model.config.text_config.max_position_embeddings
-        budget = policy.nav["max_pixels"]
+        budget = policy.contract["max_pixels"]
         most = max(budget / 28 ** 2, math.sqrt(MOST_ASPECT * budget) / 28 + 1)    # a thin picture
         found = []
         for i, record in enumerate(self.records):
@@ -427,7 +428,7 @@ class ShareGpt:
     def exact_length(self, i: int, policy, least_answer: int) -> int:
         """Tokens of the whole of record i, from its pictures' headers."""
         from qwen import fit_pixels
-        decision = self.decision(i, len(self.records[i].rounds) - 1, policy.nav)
+        decision = self.decision(i, len(self.records[i].rounds) - 1, policy.contract)
         frames = {}
         for key in decision.frames:
             try:
@@ -436,7 +437,8 @@ class ShareGpt:
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 self.read(key)                      # says what is wrong with it
                 raise
-            size = fit_pixels(height, width, policy.nav["min_pixels"], policy.nav["max_pixels"])
+            size = fit_pixels(height, width, policy.contract["min_pixels"],
+                              policy.contract["max_pixels"])
             frames[key] = np.broadcast_to(np.uint8(0), (*size, 3))
         prompt, = policy.token_counts([decision], frames, group_size=0)
         answer = policy.tokenizer(decision.answer, add_special_tokens=False)["input_ids"]
@@ -446,7 +448,7 @@ class ShareGpt:
 # ---------------------------------------------------------------- export
 
 
-def write_sharegpt(data: VlnEgo, folder: str, nav: dict) -> int:
+def write_sharegpt(data: VlnEgo, folder: str, contract: dict) -> int:
     """Write a VlnEgo as picture files and the JSON that LLaMA-Factory reads. -> number of records
 
     Writes <folder>/vln_ego.json, dataset_info.json (LLaMA-Factory's register), nav.json (the
@@ -454,7 +456,7 @@ def write_sharegpt(data: VlnEgo, folder: str, nav: dict) -> int:
     bytes. One record a line: R2R's train split is gigabytes.
     """
     from model import window_prompt  # brings torch: only for this
-    phrases, n = action_phrases(nav["turn_deg"], nav["forward_m"]), 0
+    phrases, n = action_phrases(contract["turn_deg"], contract["forward_m"]), 0
     suffix = "." + data.meta["image_format"]
     for walk_id, walk in data.walks.items():
         os.makedirs(f"{folder}/images/{walk_id}", exist_ok=True)
@@ -462,8 +464,8 @@ def write_sharegpt(data: VlnEgo, folder: str, nav: dict) -> int:
             with open(f"{folder}/images/{walk_id}/{t:04d}{suffix}", "wb") as f:
                 f.write(data.frame_bytes((walk_id, t)))
     with open(f"{folder}/vln_ego.json.tmp", "w", encoding="utf-8") as f:
-        for d in (data.decision(i, t, nav) for i in range(len(data)) for t in data.steps(i)):
-            human = window_prompt(d.instruction, len(d.frames) - 1, nav)
+        for d in (data.decision(i, t, contract) for i in range(len(data)) for t in data.steps(i)):
+            human = window_prompt(d.instruction, len(d.frames) - 1, contract)
             f.write(("[\n" if n == 0 else ",\n") + json.dumps({
                 "conversations": [{"from": "human", "value": human},
                                   {"from": "gpt", "value": write_plan(d.plan, phrases)}],
@@ -474,21 +476,21 @@ def write_sharegpt(data: VlnEgo, folder: str, nav: dict) -> int:
     write_json(f"{folder}/dataset_info.json", {"vln_ego": {
         "file_name": "vln_ego.json", "formatting": "sharegpt",
         "columns": {"messages": "conversations", "images": "images"}}})
-    write_json(f"{folder}/nav.json", nav)
+    write_json(f"{folder}/nav.json", contract)
     return n
 
 
 def export(args) -> None:
-    from model import NAV, fit_pixels
+    from model import CONTRACT, fit_pixels
     lock_folder(args.out)
     data = VlnEgo(args.recording)
-    nav = {**NAV, **data.meta["robot"], "horizon": args.horizon,
+    contract = {**CONTRACT, **data.meta["robot"], "horizon": args.horizon,
            "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
-    n = write_sharegpt(data, args.out, nav)
-    pixels = fit_pixels(nav["height"], nav["width"], nav["min_pixels"], nav["max_pixels"])
+    n = write_sharegpt(data, args.out, contract)
+    pixels = fit_pixels(*(contract[k] for k in ("height", "width", "min_pixels", "max_pixels")))
     print(f"{args.out}/vln_ego.json: {n:,} records of {len(data):,} episodes; for LLaMA-Factory: "
           f"template qwen2_vl, image_max_pixels {math.prod(pixels)}; then python -m tools.sharegpt "
-          f"nav {args.out} --ckpt FOLDER gives the trained model its nav.json")
+          f"contract {args.out} --ckpt FOLDER gives the trained model its nav.json")
 
 
 # ---------------------------------------------------------------- the contract of an export
@@ -504,14 +506,14 @@ def read_object(path: str, mend: str) -> dict:
 
 def give_contract(args) -> None:
     """Write the export's contract into a checkpoint that another tool trained on it."""
-    from model import NAV
-    nav = read_object(os.path.join(args.export, "nav.json"),
+    from model import CONTRACT
+    contract = read_object(os.path.join(args.export, "nav.json"),
                       "a folder that python -m tools.sharegpt export wrote")
-    absent = [key for key in NAV if key not in nav]
-    if absent or nav["prompt"] != NAV["prompt"] or nav["version"] != NAV["version"]:
+    absent = [key for key in CONTRACT if key not in contract]
+    if absent or any(contract[key] != CONTRACT[key] for key in ("prompt", "version")):
         raise UserError(f"{args.export}/nav.json is not a contract that this code can obey "
                         f"({', '.join(absent) or 'another version'}); export the recording again")
-    nav["max_pixels"] = args.max_pixels or nav["max_pixels"]
+    contract["max_pixels"] = args.max_pixels or contract["max_pixels"]
     config, adapter, path = (os.path.join(args.ckpt, name) for name in (
         "config.json", "adapter_config.json", "nav.json"))
     if not os.path.exists(config) and os.path.exists(adapter):
@@ -520,11 +522,12 @@ def give_contract(args) -> None:
     model_type = read_object(config, "the folder of a trained model").get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{config} names no model_type; give a model's folder")
-    if os.path.exists(path) and read_object(path, "another --ckpt, or remove that file") != nav:
+    fix = "another --ckpt, or remove that file"
+    if os.path.exists(path) and read_object(path, fix) != contract:
         raise UserError(f"{path} is there and differs; remove it to write that of {args.export}")
-    write_json(path, nav)
-    print(f"wrote {path}: {nav['horizon']} actions, turns of {nav['turn_deg']:g} degrees, frames "
-          f"of at most {nav['max_pixels']:,} pixels")
+    write_json(path, contract)
+    print(f"wrote {path}: {contract['horizon']} actions, turns of {contract['turn_deg']:g} "
+          f"degrees, frames of at most {contract['max_pixels']:,} pixels")
 
 
 # ---------------------------------------------------------------- the released walks
@@ -671,8 +674,8 @@ def parse_args(argv=None):
     add("--horizon", type=positive_int, default=6, help="actions per answer; the paper's 6")
     lsm.add_memory_args(add)
 
-    p_nav = command("nav", "give a checkpoint that another tool trained on an export its nav.json")
-    add = p_nav.add_argument
+    p_contract = command("contract", "give the nav.json of an export to what was trained on it")
+    add = p_contract.add_argument
     add("export", help="the export that it was trained on")
     add("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
     add("--max-pixels", type=positive_int,

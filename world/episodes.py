@@ -38,7 +38,7 @@ import zlib
 from collections import Counter
 
 from cli import UserError
-from reward import FORWARD, LEFT, RESERVED_MARKS, RIGHT, STOP
+from reward import FORWARD, LEFT, RESERVED_TOKENS, RIGHT, STOP
 from world.robots import turn_between, yaw_deg
 
 ROLES = ("guide", "follower")                                   # who walked: VLN-CE's task.py
@@ -275,7 +275,7 @@ def text_problem(value) -> str | None:
     if len(value.split()) > MAX_WORDS or len(value) > MAX_LETTERS:
         return f"it has {len(value.split()):,} words, {len(value):,} letters; at most " \
                f"{MAX_WORDS:,} and {MAX_LETTERS:,} are sensible"
-    reserved = [word for word in RESERVED_MARKS if word in value]
+    reserved = [word for word in RESERVED_TOKENS if word in value]
     return f"it holds {reserved[0]}, which the prompt reserves" if reserved else None
 
 

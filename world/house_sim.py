@@ -276,7 +276,7 @@ class VisibilityGraph(NamedTuple):
 
 
 class GoalDistances(NamedTuple):
-    """One goal, and how far it is: the stations are the goal itself and then every corner."""
+    """One goal, and how far it is: the waypoints are the goal itself and then every corner."""
 
     points: np.ndarray  # (1 + M, 2)
     cost: np.ndarray  # (1 + M,) metres from there to the goal, inf if there is no way
@@ -296,9 +296,9 @@ def crossings(lo, hi, start, step):
     return np.where(hit, np.maximum(enter, 0), np.inf), z0 > x0
 
 
-def blocked(nav: VisibilityGraph, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+def blocked(graph: VisibilityGraph, start: np.ndarray, end: np.ndarray) -> np.ndarray:
     """Does the segment pass through a rectangle's inside? (..., 2), (..., 2) -> (...) bool."""
-    return np.isfinite(crossings(nav.lo, nav.hi, start, end - start)[0]).any(axis=-1)
+    return np.isfinite(crossings(graph.lo, graph.hi, start, end - start)[0]).any(axis=-1)
 
 
 def inside_any(lo: np.ndarray, hi: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -308,7 +308,7 @@ def inside_any(lo: np.ndarray, hi: np.ndarray, points: np.ndarray) -> np.ndarray
 
 
 @functools.lru_cache(maxsize=8)
-def build_nav(path: str, modified: int, radius_m: float) -> VisibilityGraph:
+def build_visibility_graph(path: str, modified: int, radius_m: float) -> VisibilityGraph:
     """The visibility graph of a house. Only lines on which a tight string could lie are kept: at
     each end it touches the corner, rather than running into it or away from it."""
     scene = load_scene(path, modified)
@@ -331,19 +331,19 @@ def build_nav(path: str, modified: int, radius_m: float) -> VisibilityGraph:
     # which corners see each other
     m = len(corners)
     edges = np.full((m, m), np.inf)
-    nav = VisibilityGraph(lo, hi, corners, outward, edges, edges)
+    graph = VisibilityGraph(lo, hi, corners, outward, edges, edges)
     taut = is_taut(corners - corners[:, None], outward)
     i, j = np.nonzero(np.triu(taut & taut.T, 1))
     for part in range(0, len(i), 512):
         a, b = i[part:part + 512], j[part:part + 512]
-        clear = ~blocked(nav, corners[a], corners[b])
+        clear = ~blocked(graph, corners[a], corners[b])
         a, b = a[clear], b[clear]
         edges[a, b] = edges[b, a] = np.hypot(*(corners[a] - corners[b]).T)
     dist = edges.copy()
     np.fill_diagonal(dist, 0)
     for k in range(m):  # Floyd-Warshall
         np.minimum(dist, dist[:, k:k + 1] + dist[k], out=dist)
-    return nav._replace(dist=dist)
+    return graph._replace(dist=dist)
 
 
 def is_taut(step: np.ndarray, outward: np.ndarray) -> np.ndarray:
@@ -355,41 +355,41 @@ def is_taut(step: np.ndarray, outward: np.ndarray) -> np.ndarray:
     return (x * z <= 0) | (np.minimum(abs(x), abs(z)) < 2 * CORNER_M)
 
 
-def snap(nav: VisibilityGraph, point) -> np.ndarray | None:
+def snap(graph: VisibilityGraph, point) -> np.ndarray | None:
     """The point itself if it is free, else the nearest free one within SNAP_M, else None. (x, z)"""
     point = np.asarray(point, np.float64)
-    lo, hi = nav.lo - CONTACT_M / 2, nav.hi + CONTACT_M / 2
+    lo, hi = graph.lo - CONTACT_M / 2, graph.hi + CONTACT_M / 2
     if not inside_any(lo, hi, point):
         return point
     beside = np.tile(point, (4, len(lo), 1))
-    beside[0, :, 0], beside[1, :, 0] = nav.lo[:, 0] - CONTACT_M, nav.hi[:, 0] + CONTACT_M
-    beside[2, :, 1], beside[3, :, 1] = nav.lo[:, 1] - CONTACT_M, nav.hi[:, 1] + CONTACT_M
+    beside[0, :, 0], beside[1, :, 0] = graph.lo[:, 0] - CONTACT_M, graph.hi[:, 0] + CONTACT_M
+    beside[2, :, 1], beside[3, :, 1] = graph.lo[:, 1] - CONTACT_M, graph.hi[:, 1] + CONTACT_M
     beside = beside.reshape(-1, 2)
     beside = np.vstack([beside[~inside_any(lo, hi, beside)], [np.inf, np.inf]])
     away = np.hypot(*(beside - point).T)
     return beside[away.argmin()] if away.min() <= SNAP_M else None
 
 
-def goal_distances(nav: VisibilityGraph, goal) -> GoalDistances:
+def goal_distances(graph: VisibilityGraph, goal) -> GoalDistances:
     """GoalDistances of one goal (x, z). A query at any point is then one step of visibility."""
-    goal = snap(nav, goal)
+    goal = snap(graph, goal)
     if goal is None:
         return GoalDistances(np.zeros((1, 2)), np.array([np.inf]))
-    sight = np.hypot(*(nav.corners - goal).T)
-    sight[blocked(nav, nav.corners, goal[None])] = np.inf
-    return GoalDistances(np.vstack([goal, nav.corners]),
-                         np.append(0, (nav.dist + sight).min(axis=1, initial=np.inf)))
+    sight = np.hypot(*(graph.corners - goal).T)
+    sight[blocked(graph, graph.corners, goal[None])] = np.inf
+    return GoalDistances(np.vstack([goal, graph.corners]),
+                         np.append(0, (graph.dist + sight).min(axis=1, initial=np.inf)))
 
 
-def distances(nav: VisibilityGraph, field: GoalDistances, points: np.ndarray) -> tuple:
-    """Geodesic metres from each point (Q, 2) to the field's goal: (Q,), inf if there is no way; and
-    the station (Q,) to head for first, -1 if none. The few most promising stations are tried first:
-    the first visible one in order of total length is the answer."""
-    step = field.points - points[:, None]  # (Q, 1 + M, 2)
-    total = np.hypot(step[..., 0], step[..., 1]) + field.cost
-    if len(field.points) > 1:
-        total[:, 1:][~is_taut(step[:, 1:], nav.outward)] = np.inf
-    result, station = np.full(len(points), np.inf), np.full(len(points), -1)
+def distances(graph: VisibilityGraph, to_goal: GoalDistances, points: np.ndarray) -> tuple:
+    """Geodesic metres from each point (Q, 2) to the goal: (Q,), inf if there is no way; and
+    the waypoint (Q,) to head for first, -1 if none. The few most promising waypoints are tried
+    first: the first visible one in order of total length is the answer."""
+    step = to_goal.points - points[:, None]  # (Q, 1 + M, 2)
+    total = np.hypot(step[..., 0], step[..., 1]) + to_goal.cost
+    if len(to_goal.points) > 1:
+        total[:, 1:][~is_taut(step[:, 1:], graph.outward)] = np.inf
+    result, waypoint = np.full(len(points), np.inf), np.full(len(points), -1)
     todo = np.flatnonzero(np.isfinite(total).any(axis=1))
     for tries in (4, 24, total.shape[1]):
         if len(todo) == 0:
@@ -397,31 +397,31 @@ def distances(nav: VisibilityGraph, field: GoalDistances, points: np.ndarray) ->
         tries = min(tries, total.shape[1])
         best = np.argpartition(total[todo], tries - 1, axis=1)[:, :tries]
         length = np.take_along_axis(total[todo], best, axis=1)  # (todo, tries)
-        length[blocked(nav, points[todo][:, None], field.points[best])] = np.inf
+        length[blocked(graph, points[todo][:, None], to_goal.points[best])] = np.inf
         winner = length.argmin(axis=1)[:, None]
         shortest = np.take_along_axis(length, winner, axis=1)[:, 0]
         found = np.isfinite(shortest)
         result[todo[found]] = shortest[found]
-        station[todo[found]] = np.take_along_axis(best, winner, axis=1)[found, 0]
+        waypoint[todo[found]] = np.take_along_axis(best, winner, axis=1)[found, 0]
         todo = todo[~found]
-    return result, station
+    return result, waypoint
 
 
-def shortest_path(nav: VisibilityGraph, field: GoalDistances, start) -> list:
-    """[(x, z) ...] from start to the field's goal, both included; [] if there is no way."""
-    at = int(distances(nav, field, np.asarray(start)[None])[1][0])
-    points = [] if at < 0 else [np.asarray(start), field.points[at]]
-    direct = np.hypot(*(field.points - field.points[0]).T)
+def shortest_path(graph: VisibilityGraph, to_goal: GoalDistances, start) -> list:
+    """[(x, z) ...] from start to the goal, both included; [] if there is no way."""
+    at = int(distances(graph, to_goal, np.asarray(start)[None])[1][0])
+    points = [] if at < 0 else [np.asarray(start), to_goal.points[at]]
+    direct = np.hypot(*(to_goal.points - to_goal.points[0]).T)
     while at > 0:
-        if field.cost[at] - direct[at] < 1e-9:  # the straight line is free
+        if to_goal.cost[at] - direct[at] < 1e-9:  # the straight line is free
             at = 0
         else:
-            at = 1 + int((nav.edges[at - 1] + field.cost[1:]).argmin())
-        points.append(field.points[at])
+            at = 1 + int((graph.edges[at - 1] + to_goal.cost[1:]).argmin())
+        points.append(to_goal.points[at])
     return points
 
 
-def moves(nav: VisibilityGraph, start: np.ndarray, steps: np.ndarray, sliding: bool) -> tuple:
+def moves(graph: VisibilityGraph, start: np.ndarray, steps: np.ndarray, sliding: bool) -> tuple:
     """Where a body at start (2,) or (Q, 2) ends up for each wished step (Q, 2); did it bump? (Q,)
 
     It goes up to the first thing it touches; with sliding, what is left of the step goes on along
@@ -430,12 +430,12 @@ def moves(nav: VisibilityGraph, start: np.ndarray, steps: np.ndarray, sliding: b
     left, bumped = np.array(steps, np.float64), np.zeros(len(steps), bool)
     position = np.array(np.broadcast_to(start, left.shape))
     reach = np.hypot(*left.T).max() + 1e-3
-    close = ((nav.lo < position.max(axis=0) + reach)
-             & (nav.hi > position.min(axis=0) - reach)).all(axis=1)
+    close = ((graph.lo < position.max(axis=0) + reach)
+             & (graph.hi > position.min(axis=0) - reach)).all(axis=1)
     if not close.any():
         return position + left, bumped
     # stop half a contact from the rectangle and step back as much: rounding cannot get one inside
-    lo, hi = nav.lo[close] - CONTACT_M / 2, nav.hi[close] + CONTACT_M / 2
+    lo, hi = graph.lo[close] - CONTACT_M / 2, graph.hi[close] + CONTACT_M / 2
     rows = np.arange(len(steps))
     for _ in range(3 if sliding else 1):
         enter, axis = crossings(lo, hi, position, left)
@@ -465,7 +465,7 @@ class HouseSim:
     def __init__(self, robot: dict, scenes_dir: str, gpu: int | None = None):
         self.robot, self.scenes_dir = robot, scenes_dir
         self.turn = math.radians(robot["turn_deg"])
-        self.scene = self.nav = None
+        self.scene = self.graph = None
         self.goals, self.collided, self.half_turn = [], False, 1
 
     def load(self, scene_id: str) -> None:
@@ -477,7 +477,7 @@ class HouseSim:
             raise SimError(f"{path}: no such scene; make it with `python -m world.houses`, or see "
                            "--scenes"                           ) from None
         self.scene = load_scene(path, modified)
-        self.nav = build_nav(path, modified, self.robot["radius_m"])
+        self.graph = build_visibility_graph(path, modified, self.robot["radius_m"])
         self.fields = {}
 
     def reset(self, episode: dict) -> None:
@@ -494,7 +494,7 @@ class HouseSim:
     def set_pose(self, position, rotation) -> None:
         """Stand there. SimError if that is inside a wall or an object."""
         x, y, z = map(float, position)
-        spot = snap(self.nav, (x, z))
+        spot = snap(self.graph, (x, z))
         if spot is None:
             raise SimError(f"{self.scene.path}: the pose {[x, y, z]} is inside an obstacle")
         self.spot, self.y, self.yaw, self.collided = spot, y, yaw_of(rotation), False
@@ -504,7 +504,7 @@ class HouseSim:
         self.collided = False
         if action == FORWARD:
             step = self.robot["forward_m"] * heading(self.yaw)
-            spots, bumped = moves(self.nav, self.spot, step[None], self.robot["sliding"])
+            spots, bumped = moves(self.graph, self.spot, step[None], self.robot["sliding"])
             self.spot, self.collided = spots[0], bool(bumped[0])
         elif action in (LEFT, RIGHT):
             self.yaw = wrap(self.yaw + (self.turn if action == LEFT else -self.turn))
@@ -575,28 +575,29 @@ class HouseSim:
     def info(self) -> dict:
         """Facts for world/check.py."""
         return {"boxes": len(self.scene.roles), "textures": list(self.scene.textures.shape),
-                "obstacles": len(self.nav.lo), "corners": len(self.nav.corners)}
+                "obstacles": len(self.graph.lo), "corners": len(self.graph.corners)}
 
-    def field(self, goal: list[float]) -> GoalDistances:
+    def distances_to(self, goal: list[float]) -> GoalDistances:
         """The goal's distances, computed once per episode and goal."""
         key = (float(goal[0]), float(goal[2]))
         if key not in self.fields:
-            self.fields[key] = goal_distances(self.nav, key)
+            self.fields[key] = goal_distances(self.graph, key)
         return self.fields[key]
 
     def geodesic(self, goals: list) -> float:
         """Metres to walk to the nearest of the goals [[x, y, z], ...]; inf if there is no way."""
-        here = self.spot[None]
-        return min(float(distances(self.nav, self.field(goal), here)[0][0]) for goal in goals)
+        def metres(goal):
+            return distances(self.graph, self.distances_to(goal), self.spot[None])[0][0]
+        return min(float(metres(goal)) for goal in goals)
 
     def path(self, goal: list[float]) -> list:
         """The shortest way [[x, y, z], ...], both ends included; [] if there is none."""
-        points = shortest_path(self.nav, self.field(goal), self.spot)
+        points = shortest_path(self.graph, self.distances_to(goal), self.spot)
         return [[float(x), self.y, float(z)] for x, z in points]
 
     def free(self, points) -> np.ndarray:
         """Could a body stand at these (Q, 2) x, z? -> (Q,) bool"""
-        return ~inside_any(self.nav.lo, self.nav.hi, np.asarray(points, np.float64))
+        return ~inside_any(self.graph.lo, self.graph.hi, np.asarray(points, np.float64))
 
     def expert_action(self, goal: list[float] | None = None,
                       stop_radius_m: float | None = None) -> int:
@@ -610,7 +611,7 @@ class HouseSim:
         """
         goals = self.goals if goal is None else [goal]
         here, goal = min((self.geodesic([goal]), goal) for goal in goals)
-        field, step = self.field(goal), self.robot["forward_m"]
+        to_goal, step = self.distances_to(goal), self.robot["forward_m"]
         if math.isinf(here):
             raise SimError(f"{self.scene.path}: no way to the goal {list(goal)}")
         if here <= (0.75 * step if stop_radius_m is None else stop_radius_m):
@@ -619,14 +620,14 @@ class HouseSim:
         turns = np.array(sorted(range(1 - half, half), key=lambda k: (abs(k), -k))
                          + [half * self.half_turn])
         steps, effort = step * heading(self.yaw + turns * self.turn), 0.0125 * abs(turns)
-        ends, bumped = moves(self.nav, self.spot, steps, self.robot["sliding"])
-        worth = here - distances(self.nav, field, ends)[0] - effort - 0.25 * bumped
+        ends, bumped = moves(self.graph, self.spot, steps, self.robot["sliding"])
+        worth = here - distances(self.graph, to_goal, ends)[0] - effort - 0.25 * bumped
         if worth.max() <= 0 and here > step:
             # wedged, as at a door post a hair too wide: not habitat's rule any more, but the same
             # one looking two steps ahead, where a bump costs nothing
-            ends, _ = moves(self.nav, ends.repeat(len(steps), axis=0), np.tile(
+            ends, _ = moves(self.graph, ends.repeat(len(steps), axis=0), np.tile(
                 steps, (len(steps), 1)), self.robot["sliding"])
-            gain = here - distances(self.nav, field, ends)[0].reshape(len(steps), len(steps))
+            gain = here - distances(self.graph, to_goal, ends)[0].reshape(len(steps), len(steps))
             worth = gain.max(axis=1) - effort
         best = int(worth.argmax())
         if worth[best] <= 0:

@@ -454,7 +454,7 @@ def write_file(path: str, data: bytes) -> None:
 
 def free(sim, points: np.ndarray, gap: float) -> np.ndarray:
     """Which points (N, 2) leave the body at least `gap` metres to everything? -> (N,) bool"""
-    return ~simulator.inside_any(sim.nav.lo - gap, sim.nav.hi + gap, points)
+    return ~simulator.inside_any(sim.graph.lo - gap, sim.graph.hi + gap, points)
 
 
 def room_at(house: House, x: float, z: float) -> int:
@@ -510,7 +510,7 @@ def find_goal(sim, house: House, thing: Thing, start: list[float],
     fronts = in_front_of(sim, house, thing)
     if not len(fronts):
         return None
-    metres = simulator.distances(sim.nav, sim.field(start), fronts)[0]  # the same both ways
+    metres = simulator.distances(sim.graph, sim.distances_to(start), fronts)[0]  # symmetric
     best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
     nearest, furthest = LEVELS[level]["metres"]
     if not nearest <= metres[best] <= furthest:

@@ -37,7 +37,7 @@ def ending(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
 
-class Worker:
+class WorkerProcess:
     """One worker's process, seen from here."""
 
     def __init__(self, command: list[str]):
@@ -161,10 +161,10 @@ class SimPool:
 
     # ------------------------------------------------------------ start
 
-    def launch(self, i: int) -> Worker:
+    def launch(self, i: int) -> WorkerProcess:
         """Start worker i and send it its robot and scenes, without waiting for it."""
         turn, card = i % len(self.commands), i // len(self.commands)
-        worker = Worker(self.commands[turn])
+        worker = WorkerProcess(self.commands[turn])
         self.selector.register(worker, selectors.EVENT_READ, i)
         worker.send(dict(self.start, gpu=self.gpus[card % len(self.gpus)]))
         return worker
@@ -183,7 +183,7 @@ class SimPool:
             raise UserError(reply["text"])
         worker.greeting["simulator"] = reply["simulator"]
 
-    def first_reply(self, worker: Worker, name: str, deadline: float) -> dict:
+    def first_reply(self, worker: WorkerProcess, name: str, deadline: float) -> dict:
         reply = None
         with selectors.DefaultSelector() as only:
             only.register(worker, selectors.EVENT_READ)
@@ -201,7 +201,7 @@ class SimPool:
         return reply
 
     @staticmethod
-    def next_message(worker: Worker) -> dict | None:
+    def next_message(worker: WorkerProcess) -> dict | None:
         """Take a complete message from the bytes that have arrived; None if there is none."""
         if not worker.magic:
             return None
@@ -360,7 +360,7 @@ class SimPool:
         self.selector.close()
 
 
-def readable(worker: Worker) -> bool:
+def readable(worker: WorkerProcess) -> bool:
     """Has it answered meanwhile, while its caller was busy with something else?"""
     with selectors.DefaultSelector() as only:
         only.register(worker, selectors.EVENT_READ)
