@@ -1,0 +1,196 @@
+"""
+The study of stage two (docs/evidence.md): which second stage makes the SFT policy walk better, at
+about equal CPU minutes? Every run starts from an SFT policy and is judged by the same 1,200 greedy
+walks in 300 houses that no policy has seen.
+
+The list below is run by two lanes of one thread each. What is done is skipped, so that the same
+command goes on after an interruption; a training resumes from its last state. The settings were
+chosen on val_seen and on a prototype with other houses, before the 300 houses were drawn.
+
+Run it   python bench/evidence.py --list             every job, and whether it is done
+         python bench/evidence.py                    all of them: many hours
+         python bench/evidence.py --rows expert own --seeds 0
+         python bench/evidence_table.py              the tables, from docs/evidence/
+Reads    nothing
+Writes   evidence/ (data, checkpoints, results, minutes.jsonl); docs/evidence/RUN.jsonl.gz, what
+         happened in each episode of a run, and docs/evidence/minutes.json
+"""
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WORK, OUT = os.path.join(ROOT, "evidence"), os.path.join(ROOT, "docs", "evidence")
+CPU = "--device cpu --dtype float32 --beta2 0.99"
+LEARN = f"{CPU} --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every 1000"
+MEMORY = "--memory-budget 4 --memory-recent 4"
+GRPO = f"{CPU} --batch-size 64 --gamma 0.5 --scale-rewards none --val-every 50 --save-every 50"
+EXPERT = "evidence/vln_ego/train"
+KEPT = ("episode_id", "scene_id", "end", "steps", "success", "spl", "distance_to_goal")
+
+# Stage two of each row: script and flags. {sft}: the policy it starts from; {own}: its own walks.
+ROWS = {
+    "expert": f"grpo.py --data {EXPERT} --lr 1e-4 --prompts 6400 {GRPO}",
+    "own": f"grpo.py --data {{own}} --lr 1e-4 --prompts 6400 {GRPO}",
+    "own_long": f"grpo.py --data {{own}} --lr 1e-4 --prompts 19200 {GRPO}",
+    "sft": f"sft.py --data {EXPERT} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
+    "dagger": f"sft.py --data {EXPERT} {{own}} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
+    "dagger_low": f"sft.py --data {EXPERT} {{own}} --lr 1e-4 --max-steps 400 {MEMORY} {LEARN}",
+    "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
+    "expert_low": f"grpo.py --data {EXPERT} --lr 3e-5 --prompts 6400 {GRPO}",
+    "own_low": f"grpo.py --data {{own}} --lr 3e-5 --prompts 6400 {GRPO}",
+}
+
+
+class Job(NamedTuple):
+    name: str
+    needs: list[str]
+    command: str
+
+
+def own_walks(name: str, policy: str, needs: str, seed: int) -> Job:
+    """Record 1,500 greedy walks of a policy, labelled by the expert at every pose."""
+    return Job(name, [needs], f"make_data.py --policy {policy} --episodes evidence/houses --split "
+               f"train --limit 1500 --max-actions 60 --seed {seed} --out evidence/{name} "
+               "--device cpu")
+
+
+def judge(run: str, ckpt: str, needs: str) -> Job:
+    """The 1,200 walks by which a checkpoint is judged."""
+    return Job(f"walk_{run}", [needs, "unseen"], f"evaluate.py --ckpt {ckpt} --episodes "
+               "evidence/unseen --split val_unseen --device cpu --sims 8 --max-actions 150 "
+               f"--out evidence/results/{run}")
+
+
+def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Job]:
+    """Every job, in the order in which they are wanted."""
+    jobs = [Job("houses", [], "-m world.houses --out evidence/houses --train-houses 500 --jobs 1"),
+            Job("unseen", [], "-m world.houses --out evidence/unseen --seed 1000 --train-houses 1 "
+                "--unseen-houses 300 --val-episodes 1200 --jobs 1"),
+            Job("record", ["houses"], "make_data.py --episodes evidence/houses --split train "
+                "--noise 0.1 --out evidence/vln_ego")]
+    for s in sft_seeds:
+        look, sft = f"evidence/ckpt/look{s}", f"evidence/ckpt/sft{s}"
+        jobs += [Job(f"look{s}", ["record"], f"sft.py --model tiny --data {EXPERT} --out {look} "
+                     f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
+                 Job(f"sft{s}", [f"look{s}"], f"sft.py --model {look} --data {EXPERT} --out {sft} "
+                     f"{MEMORY} --lr 1e-3 --max-steps 2000 --seed {s} {LEARN}"),
+                 own_walks(f"own{s}", sft, f"sft{s}", s), judge(f"start_{s}", sft, f"sft{s}")]
+    for seed in seeds:
+        for row in rows:
+            for s in sft_seeds:
+                jobs += stage_two(row, s, seed)
+    return jobs
+
+
+def stage_two(row: str, s: int, seed: int) -> list[Job]:
+    """Train one run of a row, from SFT policy s, and judge it."""
+    run, start = f"{row}_{s}_{seed}", f"evidence/ckpt/sft{s}"
+    command = ROWS[row].format(own=f"evidence/own{s}/train")
+    flag = "--model" if command.startswith("sft.py") else "--init"
+    ckpt = f"evidence/ckpt/{run}"
+    return [Job(run, [f"own{s}"], f"{command} {flag} {start} --out {ckpt} --seed {seed}"),
+            judge(run, ckpt, run)]
+
+
+def keep_rows(run: str):
+    """What docs/evidence/ keeps of a run's episodes; equal rows give equal bytes."""
+    source = os.path.join(WORK, "results", run, "episodes.jsonl")
+    with open(source) as file:
+        rows = [json.loads(line) for line in file]
+    text = "".join(json.dumps({key: row.get(key) for key in KEPT}) + "\n" for row in rows)
+    os.makedirs(OUT, exist_ok=True)
+    with open(os.path.join(OUT, f"{run}.jsonl.gz"), "wb") as file:
+        file.write(gzip.compress(text.encode(), mtime=0))
+
+
+class Lanes:
+    """Run jobs in order, each as soon as what it needs is done, in `n` threads."""
+
+    def __init__(self, jobs: list[Job]):
+        self.jobs, self.lock = jobs, threading.Condition()
+        self.path = os.path.join(WORK, "minutes.jsonl")
+        self.minutes = {}
+        if os.path.exists(self.path):
+            with open(self.path) as file:
+                self.minutes = {row["job"]: row for row in map(json.loads, file)}
+        self.started = set(self.minutes)
+        self.failed = set()
+
+    def next_job(self) -> Job | None:
+        """The first job that can be run now; waits for one. None: there is none any more."""
+        with self.lock:
+            while True:
+                open_jobs = [job for job in self.jobs if job.name not in self.started]
+                ready = [job for job in open_jobs if all(n in self.minutes for n in job.needs)]
+                if ready:
+                    self.started.add(ready[0].name)
+                    return ready[0]
+                if not self.started - set(self.minutes) - self.failed:
+                    return None                   # nothing is running that could make one ready
+                self.lock.wait()
+
+    def run(self):
+        while job := self.next_job():
+            status, minutes = self.execute(job)
+            with self.lock:
+                if status:
+                    self.failed.add(job.name)
+                    print(f"{job.name}: status {status}, see evidence/logs/{job.name}.log")
+                else:
+                    self.minutes[job.name] = minutes
+                    with open(self.path, "a") as file:
+                        file.write(json.dumps(minutes) + "\n")
+                    print(f"{job.name}: {minutes['cpu_minutes']} CPU minutes", flush=True)
+                self.lock.notify_all()
+
+    def execute(self, job: Job) -> tuple[int, dict]:
+        """CPU minutes are those of the process and its children: another load does not count."""
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+               "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+        begin = time.monotonic()
+        with open(os.path.join(WORK, "logs", f"{job.name}.log"), "a") as log:
+            process = subprocess.Popen([sys.executable, *job.command.split()], cwd=ROOT, env=env,
+                                       stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        if not status and job.name.startswith("walk_"):
+            keep_rows(job.name.removeprefix("walk_"))
+        return status, {"job": job.name, "minutes": round((time.monotonic() - begin) / 60, 2),
+                        "cpu_minutes": round((usage.ru_utime + usage.ru_stime) / 60, 2)}
+
+
+def main(args):
+    jobs = job_list(args.rows, args.sft_seeds, args.seeds)
+    os.makedirs(os.path.join(WORK, "logs"), exist_ok=True)
+    lanes = Lanes(jobs)
+    if args.list:
+        for job in jobs:
+            print(f"{'done' if job.name in lanes.minutes else '    '} {job.name}: {job.command}")
+        return
+    threads = [threading.Thread(target=lanes.run) for _ in range(args.lanes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with open(os.path.join(OUT, "minutes.json"), "w") as file:
+        json.dump({name: row["cpu_minutes"] for name, row in sorted(lanes.minutes.items())}, file,
+                  indent=1)
+    sys.exit(bool(lanes.failed))
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description="Run the study of stage two.")
+    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
+    p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")
+    p.add_argument("--lanes", type=int, default=2)
+    p.add_argument("--list", action="store_true")
+    main(p.parse_args())

@@ -1,0 +1,119 @@
+"""
+The tables of docs/evidence.md, recomputed from docs/evidence/*.jsonl.gz by the standard library
+alone: nothing of the evaluator is imported, so that it checks what the evaluator wrote.
+
+Each run is compared with the SFT policy that it started from, on the same episodes. Intervals (95%)
+are of a bootstrap: `diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws
+runs as well, so that it also holds the spread between training seeds.
+
+Run it   python bench/evidence_table.py            print the table
+         python bench/evidence_table.py --out docs/results/evidence.json
+Reads    docs/evidence/RUN.jsonl.gz (RUN: row_SFTSEED_SEED, or start_SFTSEED), minutes.json
+"""
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import random
+from collections import defaultdict
+
+FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs",
+                      "evidence")
+RESAMPLES = 2000
+
+
+def read_run(folder: str, name: str) -> dict[str, dict]:
+    """{episode id: row} of one run. ValueError if an episode has no score, or two rows."""
+    with gzip.open(os.path.join(folder, f"{name}.jsonl.gz"), "rt") as file:
+        rows = [json.loads(line) for line in file]
+    found = {row["episode_id"]: row for row in rows}
+    unscored = [row["episode_id"] for row in rows if row["success"] not in (0, 1)]
+    if unscored or len(found) < len(rows):
+        raise ValueError(f"{name}: {unscored or 'some episodes twice'} cannot be compared")
+    return found
+
+
+def read_rows(folder: str) -> dict[str, list[tuple[str, str]]]:
+    """{row of the table: [(run, the start that it is compared with), ..]}"""
+    names = sorted(name.removesuffix(".jsonl.gz") for name in os.listdir(folder)
+                   if name.endswith(".jsonl.gz"))
+    table = defaultdict(list)
+    for name in names:
+        if not name.startswith("start_"):
+            row, sft_seed, _ = name.rsplit("_", 2)
+            table[row].append((name, f"start_{sft_seed}"))
+    return table
+
+
+def interval(values: list[float]) -> list[float]:
+    values = sorted(values)
+    return [round(values[int(q * (len(values) - 1) + 0.5)], 4) for q in (0.025, 0.975)]
+
+
+def bootstrap(runs: list[dict[str, list[float]]], draw_runs: bool, seed: int = 0) -> list[float]:
+    """runs: {house: differences of its episodes} of each run -> the interval of the mean."""
+    rng, houses = random.Random(seed), sorted(runs[0])
+    sums = [[(sum(run[h]), len(run[h])) for h in houses] for run in runs]
+    found = []
+    for _ in range(RESAMPLES):
+        some = rng.choices(sums, k=len(sums)) if draw_runs else sums
+        drawn = rng.choices(range(len(houses)), k=len(houses))
+        found.append(sum(run[k][0] for run in some for k in drawn)
+                     / sum(run[k][1] for run in some for k in drawn))
+    return interval(found)
+
+
+def mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) -> dict:
+    """One row of the table over its runs."""
+    by_house, before, after, spl, steps = [], [], [], [], []
+    for run, start in pairs:
+        a, b = read_run(folder, start), read_run(folder, run)
+        if a.keys() != b.keys():
+            raise ValueError(f"{run} and {start} walked different episodes")
+        houses = defaultdict(list)
+        for key in a:
+            houses[a[key]["scene_id"]].append(b[key]["success"] - a[key]["success"])
+        by_house.append(houses)
+        before.append(mean(one["success"] for one in a.values()))
+        after.append(mean(one["success"] for one in b.values()))
+        spl.append(mean(one["spl"] for one in b.values()))
+        steps.append(mean(one["steps"] for one in b.values()))
+    each = [round(y - x, 4) for x, y in zip(before, after)]
+    return {"name": row, "runs": len(pairs), "episodes": len(a), "houses": len(houses),
+            "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
+            "diff": round(mean(each), 4), "diff_ci": bootstrap(by_house, draw_runs=False),
+            "both_ci": bootstrap(by_house, draw_runs=True), "diff_of_runs": each,
+            "spl_after": round(mean(spl), 4), "steps_after": round(mean(steps), 2),
+            "minutes": round(mean(minutes.get(run, 0) for run, _ in pairs), 2)}
+
+
+def main(args):
+    with open(os.path.join(args.folder, "minutes.json")) as file:
+        minutes = json.load(file)
+    rows = [measure(args.folder, row, pairs, minutes)
+            for row, pairs in read_rows(args.folder).items()]
+    print(f"{'row':12s} runs  SR before  after   difference, over houses     over houses and runs"
+          "   SPL  steps  minutes")
+    for r in sorted(rows, key=lambda r: -r["diff"]):
+        (low, high), (least, most) = r["diff_ci"], r["both_ci"]
+        print(f"{r['name']:12s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
+              f"{r['diff']:+10.3f} [{low:+.3f}, {high:+.3f}]     [{least:+.3f}, {most:+.3f}]  "
+              f"{r['spl_after']:.3f}  {r['steps_after']:5.1f}  {r['minutes']:7.1f}")
+    if args.out:
+        os.makedirs(os.path.dirname(args.out), exist_ok=True)
+        with open(args.out, "w") as file:
+            json.dump({"rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description="Recompute the tables of docs/evidence.md.")
+    p.add_argument("--folder", default=FOLDER)
+    p.add_argument("--out", metavar="FILE.json")
+    main(p.parse_args())
