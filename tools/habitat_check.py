@@ -238,7 +238,7 @@ def describe(error):
 
 def make_episode(episode, scenes_dir):
     """An episode of R2R_VLNCE or RxR_VLNCE -> habitat-lab's own, without its instruction."""
-    from habitat.tasks.contract.contract import NavigationGoal
+    from habitat.tasks.nav.nav import NavigationGoal
     from habitat.tasks.vln.vln import InstructionData, VLNEpisode
 
     return VLNEpisode(
