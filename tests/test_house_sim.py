@@ -244,7 +244,7 @@ def test_colours_are_vertex_colour_times_texture(house):
 
 
 def test_the_plan_shows_walls_doors_and_furniture_where_they_are(house):
-    image, (x0, z0, x1, z1) = house.topdown(0.02)
+    image, (x0, z0, x1, z1) = house.topdown()
     assert image.shape == (round((z1 - z0) / 0.02), round((x1 - x0) / 0.02), 3)
 
     def at(x, z):

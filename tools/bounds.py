@@ -145,20 +145,15 @@ def read_house(scene):
 
 
 def likely_goals(sim, house, episode):
-    """What houses.draw_walk could have chosen from this start -> [(name, goal (2,), weight)]."""
-    level, start = houses.LEVELS[episode["info"]["level"]], episode["start_position"]
+    """What houses.draw_walk could have chosen from this start -> [(name, goal (x, z), weight)]."""
+    level, start = episode["info"]["level"], episode["start_position"]
     here, others = houses.room_at(house, *sim.spot), len(house.rooms) - 1
-    found = []
+    cross, found = houses.LEVELS[level]["cross"], []
     for thing in house.things:
-        fronts = houses.in_front_of(sim, house, thing)
-        if not len(fronts):
-            continue
-        metres = distances(sim.graph, sim.distances_to(start), fronts)[0]
-        best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
-        weight = 1.0 if not others else (
-            level["cross"] / others if thing.room != here else 1 - level["cross"])
-        if level["metres"][0] <= metres[best] <= level["metres"][1] and weight:
-            found.append((thing.name, fronts[best], weight))
+        goal = houses.find_goal(sim, house, thing, start, level)
+        weight = 1.0 if not others else cross / others if thing.room != here else 1 - cross
+        if goal and weight:
+            found.append((thing.name, (goal[0], goal[2]), weight))
     return found
 
 

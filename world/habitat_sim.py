@@ -207,14 +207,13 @@ class HabitatSim:
         return [[float(v) for v in p] for p in way.points] if self.sim.pathfinder.find_path(
             way) else []
 
-    def expert_action(self, goal: list[float] | None = None,
-                      stop_radius_m: float | None = None) -> int:
+    def expert_action(self, goal: list[float] | None = None) -> int:
         if goal is None:
             goal = min(self.goals, key=lambda goal: self.geodesic([goal]))
-        radius = 0.75 * self.robot["forward_m"] if stop_radius_m is None else stop_radius_m
-        if self.follower is None or self.follower.goal_radius != radius:
+        if self.follower is None:
             self.follower = self.sim.make_greedy_follower(
-                0, radius, stop_key=STOP, forward_key=FORWARD, left_key=LEFT, right_key=RIGHT)
+                0, 0.75 * self.robot["forward_m"], stop_key=STOP, forward_key=FORWARD,
+                left_key=LEFT, right_key=RIGHT)
         try:
             return int(self.follower.next_action_along(np.asarray(goal, np.float32)))
         except self.habitat.errors.GreedyFollowerError:
@@ -223,10 +222,10 @@ class HabitatSim:
             raise SimError(f"{self.file}: habitat's follower finds no way to {list(goal)}"
                            ) from None
 
-    def topdown(self, metres_per_pixel: float = 0.02) -> tuple[np.ndarray, list[float]]:
+    def topdown(self) -> tuple[np.ndarray, list[float]]:
         finder = self.sim.pathfinder
         lo, hi = finder.get_bounds()
-        plan = finder.get_topdown_view(metres_per_pixel, float(self.agent.get_state().position[1]))
+        plan = finder.get_topdown_view(0.02, float(self.agent.get_state().position[1]))  # m / pixel
         image = np.where(np.asarray(plan)[..., None], np.uint8(225), np.uint8(90)).repeat(3, axis=2)
         return image, [float(v) for v in (lo[0], lo[2], hi[0], hi[2])]
 

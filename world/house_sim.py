@@ -3,12 +3,13 @@ The embedded simulator: pictures, motion, geodesics and the expert in the houses
 
 It reads the boxes of a house back from its .glb and needs numpy only.
 
-Picture: the camera only yaws, so along a picture column all rays share their x and z, and along a
-    row their y. Whether a ray meets a box is decided by three intervals; the first two are tables
-    over (column, box), the third over (row, box). What is left per pixel is one maximum and one
-    comparison for each box which that column can see. Looking up or down would break this.
+Picture: the camera only yaws, so all rays of a picture column share their x and z, and all rays of
+    a row their y. A ray meets a box if three intervals overlap; the first two are tables over
+    (column, box), the third over (row, box). What is left per pixel is one maximum and one
+    comparison for each box that the column can see. A pitched camera would break this.
 Motion: the body is a square of side 2 * radius; walls and objects grown by the radius become
-    rectangles which a point may not enter.
+    rectangles that a point may not enter. Obstacles are what reaches into heights of 0.1 to 1.5 m,
+    whatever the robot's height_m.
 Geodesics: shortest paths bend only at corners of those rectangles, so distances are exact: a
     visibility graph, built once per house.
 
@@ -45,7 +46,7 @@ class Scene(NamedTuple):
     hi: np.ndarray  # (N, 3)
     roles: list  # N of floor, ceiling, wall, object, decor
     names: list  # N of "red sofa" (several boxes may share it), "blue room", ""
-    # for the picture; the last row is a place for the sky, and a face is 8 * box + 2 * axis + upper
+    # for the picture; row N is the sky, and a face is 8 * box + 2 * axis + upper
     table: tuple  # lo and hi again: each (3, N + 1) float32
     textures: np.ndarray  # (M, S, S) uint8, grey, one metre each; S is a power of two
     face_texture: np.ndarray  # (8(N + 1),) int32, index into textures
@@ -122,7 +123,7 @@ def load_scene(path: str, modified: int) -> Scene:
                     raise ValueError(f"box {node['name']!r} is not axis-aligned")
             drawn = np.stack([corners[f][:, ((2, 1), (0, 2), (0, 1))[f // 2]] for f in range(6)])
             shift = get["TEXCOORD_0"].reshape(6, 4, 2) - drawn
-            if abs(shift - np.round(shift)).max() > 1e-3:
+            if abs(shift - shift.round()).max() > 1e-3:
                 raise ValueError(f"the texture of {node['name']!r} is not in world metres")
             roles.append(role), names.append(name)
             colours.append(get["COLOR_0"].reshape(6, 4, -1)[:, 0, :3])
@@ -149,8 +150,7 @@ def load_scene(path: str, modified: int) -> Scene:
 
 
 def shade_table(colours: np.ndarray) -> np.ndarray:
-    """(N, 6, 3) uint8 -> (8(N + 1) * 256,) uint32: colour * grey / 255, as bytes; the sky is black.
-    """
+    """(N, 6, 3) uint8 -> (8(N + 1) * 256,) uint32: bytes of colour * grey / 255; black sky."""
     grey = np.arange(256, dtype=np.uint32)[:, None]
     table = np.zeros((len(colours) + 1, 8, 256, 4), np.uint8)
     table[:-1, :6, :, :3] = (colours[:, :, None] * grey + 127) // 255
@@ -160,53 +160,56 @@ def shade_table(colours: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------- the picture
 
 
-def cast(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height: int,
-         hfov_deg: float) -> tuple:
-    """What each ray meets first, for T cameras at one height. origins (T, 3), yaws (T,) radians ->
+def camera_rays(yaws: np.ndarray, width: int, height: int, hfov_deg: float) -> tuple:
+    """Rays through the pixel centres of T cameras, 1 m long along the view, as float32:
+    x (T*W,), y (H,), z (T*W,). Left is +, up is +. No component is 0, for 1 / ray."""
+    side = math.tan(math.radians(hfov_deg) / 2)
+    across = (1 - (np.arange(width) + 0.5) * (2 / width)) * side
+    ray_y = (1 - (np.arange(height) + 0.5) * (2 / height)) * side * height / width
+    ray_xz = heading(yaws)[:, None] + heading(yaws + math.pi / 2)[:, None] * across[:, None]
+    return tuple(np.where(abs(r) < 1e-7, 1e-7, r).astype(np.float32)
+                 for r in (ray_xz[..., 0].ravel(), ray_y, ray_xz[..., 1].ravel()))
+
+
+def cast(scene: Scene, origins: np.ndarray, rays: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """What each of the camera_rays() of T cameras at one height (origins: (T, 3)) meets first ->
 
     code (T*W, H) int32   4 * box + axis of the face; 4 * N where there is nothing. Columns first!
     t    (T*W, H) float32 metres along the viewing direction (a plane's distance, not the ray's)
-    rays (x (T*W,), y (H,), z (T*W,)): the ray's direction, scaled to go 1 m along the view
 
-    A distance and a code share one number: the bits of a positive float sort as the float does, so
-    the code replaces the lowest few (a relative 2^-14 of depth or so); ties go to the earlier box.
+    Distance and code are packed into one int32: the bits of a positive float sort as the float
+    does, so the code replaces the lowest bits (depth keeps a relative precision of some 2^-14).
+    A minimum over packed numbers is then the nearest box with its code; ties go to the earlier box.
     """
-    n = len(scene.roles)
+    n, (ray_x, ray_y, ray_z) = len(scene.roles), rays
     mask = np.int32((1 << (4 * n + 3).bit_length()) - 1)
 
     def pack(t, code):
         return (np.maximum(t, np.float32(0)).view(np.int32) & ~mask) | code
 
-    # 1. rays through pixel centres; left is +, up is +
-    side = math.tan(math.radians(hfov_deg) / 2)
-    across = (1 - (np.arange(width) + 0.5) * (2 / width)) * side
-    ray_y = (1 - (np.arange(height) + 0.5) * (2 / height)) * side * height / width
-    ray_xz = heading(yaws)[:, None] + heading(yaws + math.pi / 2)[:, None] * across[:, None]
-    ray_x, ray_y, ray_z = (np.where(abs(r) < 1e-7, 1e-7, r).astype(np.float32)  # never 0: 1 / ray
-                           for r in (ray_xz[..., 0].ravel(), ray_y, ray_xz[..., 1].ravel()))
-    origin_x, origin_z = (np.repeat(origins[:, a], width).astype(np.float32)[:, None]
-                          for a in (0, 2))
+    origin_x, origin_z = (np.repeat(origins[:, a], len(ray_x) // len(origins)).astype(
+        np.float32)[:, None] for a in (0, 2))
     origin_y = np.float32(origins[0, 1])
 
-    # 2. seen from above, when do each column's rays enter and leave each box? (T*W, N + sky)
+    # 1. seen from above, where do each column's rays enter and leave each box? (T*W, N + sky)
     (lo_x, lo_y, lo_z), (hi_x, hi_y, hi_z) = scene.table
     x0, x1 = slab(lo_x, hi_x, origin_x, 1 / ray_x[:, None])
     z0, z1 = slab(lo_z, hi_z, origin_z, 1 / ray_z[:, None])
     near, far = np.maximum(x0, z0), np.minimum(x1, z1)
 
-    # 3. keep what a column can see. Back faces are not drawn, so a box around the camera is not,
-    #    and behind a wall from floor to ceiling are only other rooms' floors and ceilings
+    # 2. the pairs (column, box) that can be seen. Back faces are not drawn, so a box around the
+    #    camera is not; behind a wall from floor to ceiling are only other rooms' floors, ceilings
     seen = (near < far) & (far > 0) & ((near > 0) | (lo_y > origin_y) | (hi_y < origin_y))
     if scene.screen[0] < origin_y < scene.screen[1]:
         walls = scene.walls
         screen = np.where(seen[:, walls], near[:, walls], np.float32(1e9)).min(axis=1, initial=1e9)
         seen &= (near <= screen[:, None]) | ~scene.screened
-    seen[:, n] = ~seen[:, :n].any(axis=1)  # no column may be left without a pair
+    seen[:, n] = ~seen[:, :n].any(axis=1)  # reduceat() below needs a pair in every column
     pairs = np.flatnonzero(seen)
     column, box = np.divmod(pairs, n + 1)
 
-    # 4. per pair and row: has the ray entered from the side and from above before leaving either?
-    #    Then the nearest pair of each column is what the pixel shows
+    # 3. the third interval, per (box, row), and the overlap of all three per (pair, row): a ray is
+    #    in the box from the later of its entries to the earlier of its exits
     sky = np.float32(1e30)
     near[:, n], far[:, n] = sky, sky
     y0, y1 = slab(lo_y[:, None], hi_y[:, None], origin_y, 1 / ray_y)  # (N + sky, H)
@@ -218,23 +221,26 @@ def cast(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height
     leave = np.where(y1 > 0, y1.view(np.int32) | mask, np.int32(-1))[box]
     np.minimum(leave, (far.ravel()[pairs].view(np.int32) | mask)[:, None], out=leave)
     np.copyto(enter, pack(sky, np.int32(4 * n)), where=enter > leave)
+
+    # 4. the nearest pair of each column is what the pixel shows
     first = np.flatnonzero(np.diff(column, prepend=-1))
     best = np.minimum.reduceat(enter, first, axis=0)  # (T*W, H)
-    return best & mask, (best & ~mask).view(np.float32), (ray_x, ray_y, ray_z)
+    return best & mask, (best & ~mask).view(np.float32)
 
 
-def slab(lo, hi, origin, inverse):
-    """When a ray (origin, 1 / direction) enters and leaves lo..hi along one axis; broadcasts."""
+def slab(lo, hi, origin, inverse) -> tuple[np.ndarray, np.ndarray]:
+    """Where a ray (origin, 1 / direction) enters and leaves lo..hi along one axis; broadcasts."""
     a, b = (lo - origin) * inverse, (hi - origin) * inverse
     return np.minimum(a, b), np.maximum(a, b)
 
 
 def render_views(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int, height: int,
                  hfov_deg: float) -> np.ndarray:
-    """T pictures from cameras at one height: uint8 (T, H, W, 3). Nearest texel; no fade, no lamp:
-    the light is in the colours already."""
-    code, t, (ray_x, ray_y, ray_z) = cast(scene, origins, yaws, width, height, hfov_deg)
-    # code -> face: a camera beyond the middle of a box meets the upper face of the two (+x, not -x)
+    """T pictures from cameras at one height: uint8 (T, H, W, 3), by the nearest texel. Light is
+    part of the colours. origins (T, 3) metres, yaws (T,) radians."""
+    ray_x, ray_y, ray_z = rays = camera_rays(yaws, width, height, hfov_deg)
+    code, t = cast(scene, origins, rays)
+    # code -> face: a camera beyond the middle of a box sees the upper of two faces (+x, not -x)
     codes = 4 * len(scene.roles) + 4
     upper = np.zeros((len(origins), len(scene.roles) + 1, 4), np.int32)
     upper[:, :-1, :3] = origins[:, None] > (scene.lo + scene.hi) / 2
@@ -260,7 +266,7 @@ def render_views(scene: Scene, origins: np.ndarray, yaws: np.ndarray, width: int
 
 CONTACT_M = 5e-5  # a body stops this far from what it touches: rounding a pose never puts it inside
 CORNER_M = 1e-4  # the graph's corners stand this far outside their rectangle
-SNAP_M = 0.05  # a point may be this far inside an obstacle and still counts as beside it
+SNAP_M = 0.05  # a point that is at most this far inside an obstacle is moved out of it
 
 
 class VisibilityGraph(NamedTuple):
@@ -283,10 +289,9 @@ class GoalDistances(NamedTuple):
 
 
 def crossings(lo, hi, start, step):
-    """Where on its way start..start+step (..., 2) does a point enter each of N rectangles?
-    -> enter (..., N): 0 at start, 1 at the end, inf if it does not get in; axis (..., N) bool: the
-    side it comes through, False x, True z. The slab test: no step is so long that it could tunnel.
-    """
+    """Where on the segment start..start+step (..., 2) does a point enter each of N rectangles?
+    -> enter (..., N): 0 at start, 1 at the end, inf if it does not enter; axis (..., N) bool: the
+    side, False x, True z. This is the slab test, so no step is too long for it."""
     start, step = start[..., None], np.where(step == 0, 1e-30, step)[..., None]
     inverse = 1 / step
     x0, x1 = slab(lo[:, 0], hi[:, 0], start[..., 0, :], inverse[..., 0, :])
@@ -309,26 +314,29 @@ def inside_any(lo: np.ndarray, hi: np.ndarray, points: np.ndarray) -> np.ndarray
 
 @functools.lru_cache(maxsize=8)
 def build_visibility_graph(path: str, modified: int, radius_m: float) -> VisibilityGraph:
-    """The visibility graph of a house. Only lines on which a tight string could lie are kept: at
-    each end it touches the corner, rather than running into it or away from it."""
+    """The visibility graph of a house for a body of one radius. modified: the file's mtime.
+
+    A shortest path is a tight string around corners. So an edge is kept only if the string could
+    lie on it at both ends (is_taut), which leaves far fewer segments to test against obstacles.
+    """
     scene = load_scene(path, modified)
     solid = np.array([role in ("wall", "object") for role in scene.roles])
     solid &= (scene.lo[:, 1] < 1.5) & (scene.hi[:, 1] > 0.1)
-    grow = radius_m - 1e-9  # a hair less, so that touching a side is not crossing it
+    grow = radius_m - 1e-9  # slightly less, so that touching a side is not crossing it
     lo, hi = scene.lo[solid][:, [0, 2]] - grow, scene.hi[solid][:, [0, 2]] + grow
     # a rectangle within another adds nothing; of two equal ones the first stays
     within = ((lo[:, None] >= lo) & (hi[:, None] <= hi)).all(axis=-1)
     number = np.arange(len(lo))
     keep = ~(within & (~within.T | (number < number[:, None]))).any(axis=1)
     lo, hi = lo[keep], hi[keep]
-    # corners of the union: both sides of the rectangle really end there
+    # corners of the union: none of the three points just outside a corner lies in a rectangle
     outward = np.tile([(-1, -1), (-1, 1), (1, -1), (1, 1)], (len(lo), 1))  # (4N, 2)
     corners = np.where(outward > 0, np.repeat(hi, 4, axis=0), np.repeat(lo, 4, axis=0))
     around = [inside_any(lo, hi, corners + CORNER_M * outward * turn)
               for turn in ([1, 1], [1, -1], [-1, 1])]
     keep = ~np.any(around, axis=0)
     outward, corners = outward[keep], (corners + CORNER_M * outward)[keep]
-    # which corners see each other
+    # edges: pairs of corners that see each other, 512 at a time to bound the memory
     m = len(corners)
     edges = np.full((m, m), np.inf)
     graph = VisibilityGraph(lo, hi, corners, outward, edges, edges)
@@ -339,18 +347,19 @@ def build_visibility_graph(path: str, modified: int, radius_m: float) -> Visibil
         clear = ~blocked(graph, corners[a], corners[b])
         a, b = a[clear], b[clear]
         edges[a, b] = edges[b, a] = np.hypot(*(corners[a] - corners[b]).T)
+    # all shortest paths between corners: Floyd-Warshall
     dist = edges.copy()
     np.fill_diagonal(dist, 0)
-    for k in range(m):  # Floyd-Warshall
+    for k in range(m):
         np.minimum(dist, dist[:, k:k + 1] + dist[k], out=dist)
     return graph._replace(dist=dist)
 
 
 def is_taut(step: np.ndarray, outward: np.ndarray) -> np.ndarray:
-    """Can a tight string arrive at (or leave) a corner along this step? It can where the step's two
-    components do not both point into the corner's wall, nor both away from it; a step within a hair
-    of an axis always may, for walls in line are in line only up to rounding. (..., M, 2), (M, 2)
-    """
+    """Can a tight string reach (or leave) a corner along this step? Not if both components of the
+    step point into the corner's obstacle, or both away from it: there the string would not bend. A
+    step along an axis always can, since walls in line are so only up to rounding. (..., M, 2),
+    (M, 2) -> (..., M)"""
     x, z = step[..., 0] * outward[:, 0], step[..., 1] * outward[:, 1]
     return (x * z <= 0) | (np.minimum(abs(x), abs(z)) < 2 * CORNER_M)
 
@@ -361,32 +370,38 @@ def snap(graph: VisibilityGraph, point) -> np.ndarray | None:
     lo, hi = graph.lo - CONTACT_M / 2, graph.hi + CONTACT_M / 2
     if not inside_any(lo, hi, point):
         return point
-    beside = np.tile(point, (4, len(lo), 1))
-    beside[0, :, 0], beside[1, :, 0] = graph.lo[:, 0] - CONTACT_M, graph.hi[:, 0] + CONTACT_M
-    beside[2, :, 1], beside[3, :, 1] = graph.lo[:, 1] - CONTACT_M, graph.hi[:, 1] + CONTACT_M
-    beside = beside.reshape(-1, 2)
-    beside = np.vstack([beside[~inside_any(lo, hi, beside)], [np.inf, np.inf]])
-    away = np.hypot(*(beside - point).T)
-    return beside[away.argmin()] if away.min() <= SNAP_M else None
+    outside = np.tile(point, (4, len(lo), 1))  # moved to each side of each rectangle
+    outside[0, :, 0], outside[1, :, 0] = graph.lo[:, 0] - CONTACT_M, graph.hi[:, 0] + CONTACT_M
+    outside[2, :, 1], outside[3, :, 1] = graph.lo[:, 1] - CONTACT_M, graph.hi[:, 1] + CONTACT_M
+    outside = outside.reshape(-1, 2)
+    outside = np.vstack([outside[~inside_any(lo, hi, outside)], [np.inf, np.inf]])
+    metres = np.hypot(*(outside - point).T)
+    return outside[metres.argmin()] if metres.min() <= SNAP_M else None
 
 
 def goal_distances(graph: VisibilityGraph, goal) -> GoalDistances:
-    """GoalDistances of one goal (x, z). A query at any point is then one step of visibility."""
+    """GoalDistances of one goal (x, z): the way from each corner is one to a corner that sees the
+    goal, then straight. A query at any point then needs one more segment: see distances()."""
     goal = snap(graph, goal)
     if goal is None:
         return GoalDistances(np.zeros((1, 2)), np.array([np.inf]))
-    sight = np.hypot(*(graph.corners - goal).T)
-    sight[blocked(graph, graph.corners, goal[None])] = np.inf
+    straight = np.hypot(*(graph.corners - goal).T)
+    straight[blocked(graph, graph.corners, goal[None])] = np.inf
     return GoalDistances(np.vstack([goal, graph.corners]),
-                         np.append(0, (graph.dist + sight).min(axis=1, initial=np.inf)))
+                         np.append(0, (graph.dist + straight).min(axis=1, initial=np.inf)))
 
 
-def distances(graph: VisibilityGraph, to_goal: GoalDistances, points: np.ndarray) -> tuple:
-    """Geodesic metres from each point (Q, 2) to the goal: (Q,), inf if there is no way; and
-    the waypoint (Q,) to head for first, -1 if none. The few most promising waypoints are tried
-    first: the first visible one in order of total length is the answer."""
+def distances(graph: VisibilityGraph, to_goal: GoalDistances,
+              points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Geodesic metres from each point (Q, 2) to the goal: (Q,), inf if there is no path; and the
+    waypoint (Q,) to go to first, an index into to_goal.points, -1 if none.
+
+    A path goes straight to a visible waypoint and then on at its known cost. The shortest is that
+    by the first visible waypoint in order of total length, so most queries are answered by testing
+    the 4 shortest totals for visibility; only those without a visible one go on to 24, then to all.
+    """
     step = to_goal.points - points[:, None]  # (Q, 1 + M, 2)
-    total = np.hypot(step[..., 0], step[..., 1]) + to_goal.cost
+    total = np.hypot(step[..., 0], step[..., 1]) + to_goal.cost  # lower bounds, (Q, 1 + M)
     if len(to_goal.points) > 1:
         total[:, 1:][~is_taut(step[:, 1:], graph.outward)] = np.inf
     result, waypoint = np.full(len(points), np.inf), np.full(len(points), -1)
@@ -408,7 +423,7 @@ def distances(graph: VisibilityGraph, to_goal: GoalDistances, points: np.ndarray
 
 
 def shortest_path(graph: VisibilityGraph, to_goal: GoalDistances, start) -> list:
-    """[(x, z) ...] from start to the goal, both included; [] if there is no way."""
+    """[(x, z) ...] from start to the goal, both included; [] if there is no path."""
     at = int(distances(graph, to_goal, np.asarray(start)[None])[1][0])
     points = [] if at < 0 else [np.asarray(start), to_goal.points[at]]
     direct = np.hypot(*(to_goal.points - to_goal.points[0]).T)
@@ -421,11 +436,12 @@ def shortest_path(graph: VisibilityGraph, to_goal: GoalDistances, start) -> list
     return points
 
 
-def moves(graph: VisibilityGraph, start: np.ndarray, steps: np.ndarray, sliding: bool) -> tuple:
-    """Where a body at start (2,) or (Q, 2) ends up for each wished step (Q, 2); did it bump? (Q,)
+def moves(graph: VisibilityGraph, start: np.ndarray, steps: np.ndarray,
+          sliding: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Where a body at start (2,) or (Q, 2) ends after each step (Q, 2), and did it collide? (Q,)
 
-    It goes up to the first thing it touches; with sliding, what is left of the step goes on along
-    that side (the part across it is lost), and so on twice more, for corners.
+    It stops at the first obstacle. With sliding, the rest of the step is projected onto that side
+    and goes on along it, at most twice, for corners.
     """
     left, bumped = np.array(steps, np.float64), np.zeros(len(steps), bool)
     position = np.array(np.broadcast_to(start, left.shape))
@@ -475,7 +491,7 @@ class HouseSim:
             modified = os.stat(path).st_mtime_ns
         except OSError:
             raise SimError(f"{path}: no such scene; make it with `python -m world.houses`, or see "
-                           "--scenes"                           ) from None
+                           "--scenes") from None
         self.scene = load_scene(path, modified)
         self.graph = build_visibility_graph(path, modified, self.robot["radius_m"])
         self.fields = {}
@@ -485,14 +501,13 @@ class HouseSim:
         self.load(episode["scene_id"])
         self.goals = [goal["position"] for goal in episode.get("goals") or []]
         self.set_pose(episode["start_position"], episode["start_rotation"])
-        # A goal straight behind is as near by left turns as by right ones. With "always left" the
-        # policy would learn a side that its picture does not show: so the start decides, by a hash
-        # that is the same whenever the episode is walked.
+        # A goal straight behind is as near by left turns as by right ones. "Always left" would be a
+        # rule that no picture shows, so a hash of the start decides.
         start = repr([*map(float, episode["start_position"]), round(self.yaw, 6)])
         self.half_turn = 1 if zlib.crc32(start.encode()) % 2 else -1
 
     def set_pose(self, position, rotation) -> None:
-        """Stand there. SimError if that is inside a wall or an object."""
+        """Move there. SimError if that is inside a wall or an object."""
         x, y, z = map(float, position)
         spot = snap(self.graph, (x, z))
         if spot is None:
@@ -500,7 +515,7 @@ class HouseSim:
         self.spot, self.y, self.yaw, self.collided = spot, y, yaw_of(rotation), False
 
     def act(self, action: int) -> bool:
-        """1 forward, 2 left, 3 right; True if it bumped. Stopping is the caller's affair."""
+        """1 forward, 2 left, 3 right -> did it collide? There is no action for STOP."""
         self.collided = False
         if action == FORWARD:
             step = self.robot["forward_m"] * heading(self.yaw)
@@ -517,13 +532,14 @@ class HouseSim:
         return [float(self.spot[0]), self.y, float(self.spot[1])] + rotation_of(self.yaw)
 
     def state(self) -> dict:
-        """Pose, last action's collision, metres to the nearest goal (inf: no way; None: no goal)"""
+        """Pose, collision of the last action, metres to the nearest goal (inf: no path; None: no
+        goal)."""
         pose = self.pose()
         return {"position": pose[:3], "rotation": pose[3:], "collided": self.collided,
                 "distance_to_goal": self.geodesic(self.goals) if self.goals else None}
 
     def observe(self) -> np.ndarray:
-        """What it sees: uint8 (H, W, 3)."""
+        """The view from here: uint8 (H, W, 3)."""
         return self.render([self.pose()])[0]
 
     def render(self, poses) -> np.ndarray:
@@ -534,22 +550,19 @@ class HouseSim:
         at_once = max(1, 12000 // (width * height))  # what stays in the CPU's cache
         for a in range(0, len(poses), at_once):
             part = poses[a:a + at_once]
-            if len(set(part[:, 1])) > 1:  # cameras of one height share their rows
+            if len(set(part[:, 1])) > 1:  # render_views() takes cameras of one height
                 views[a:a + at_once] = np.concatenate([self.render([pose]) for pose in part])
                 continue
-            views[a:a + at_once] = render_views(self.scene, *self.cameras(part), width, height,
+            origins = part[:, :3] + [0, self.robot["camera_height_m"], 0]
+            yaws = np.array([yaw_of(pose[3:]) for pose in part])
+            views[a:a + at_once] = render_views(self.scene, origins, yaws, width, height,
                                                 self.robot["hfov_deg"])
         return views
 
-    def cameras(self, poses):
-        """Poses (T, 7) -> origins (T, 3), yaws (T,)."""
-        origins = poses[:, :3] + [0, self.robot["camera_height_m"], 0]
-        return origins, np.array([yaw_of(pose[3:]) for pose in poses])
-
-    def topdown(self, metres_per_pixel: float = 0.02) -> tuple[np.ndarray, list[float]]:
-        """The plan of the house: uint8 (h, w, 3) and what it shows, [xmin, zmin, xmax, zmax].
+    def topdown(self) -> tuple[np.ndarray, list[float]]:
+        """The plan of the house: uint8 (h, w, 3), its bounds in metres [xmin, zmin, xmax, zmax].
         Rows go with z, so an agent of yaw 0 walks up. Walls are dark, doorways open."""
-        scene = self.scene
+        scene, metres_per_pixel = self.scene, 0.02
         low = [i for i, role in enumerate(scene.roles) if role != "ceiling" and scene.lo[i, 1] < 1]
         corner = scene.lo[low][:, [0, 2]].min(axis=0) - 0.1
         ends = scene.hi[low][:, [0, 2]].max(axis=0) + 0.1
@@ -564,7 +577,7 @@ class HouseSim:
         return image, [float(v) for v in (*corner, *far)]
 
     def random_point(self, rng) -> list[float]:
-        """A random place to stand, [x, y, z]."""
+        """A random free position, [x, y, z]."""
         floors = [i for i, role in enumerate(self.scene.roles) if role == "floor"]
         while True:
             i = rng.choice(floors)
@@ -599,37 +612,35 @@ class HouseSim:
         """Could a body stand at these (Q, 2) x, z? -> (Q,) bool"""
         return ~inside_any(self.graph.lo, self.graph.hi, np.asarray(points, np.float64))
 
-    def expert_action(self, goal: list[float] | None = None,
-                      stop_radius_m: float | None = None) -> int:
-        """habitat's greedy follower: of all "turn k times, then step", which is worth most?
+    def expert_action(self, goal: list[float] | None = None) -> int:
+        """habitat's greedy follower: the first action of the best "turn k times, then step".
 
-        Worth is the metres gained, less 0.0125 per turn, less 0.25 for a bump. It returns the first
-        action of the best, STOP within the radius (default 3/4 of a step) or if nothing is gained.
-        Left of two equals, but for a half turn: see reset(). It cannot go back and forth: a turn
-        taken makes the same choice worth more.
-        SimError if there is no way to the goal (default: the episode's nearest).
+        The score is the metres gained, less 0.0125 per turn, less 0.25 for a collision. STOP within
+        3/4 of a step, or if no score is above 0. Of two equal ones left is taken; for a half turn
+        see reset(). It cannot oscillate: a turn that was taken makes the same choice score more.
+        SimError if there is no path to the goal (default: the episode's nearest).
         """
         goals = self.goals if goal is None else [goal]
         here, goal = min((self.geodesic([goal]), goal) for goal in goals)
         to_goal, step = self.distances_to(goal), self.robot["forward_m"]
         if math.isinf(here):
             raise SimError(f"{self.scene.path}: no way to the goal {list(goal)}")
-        if here <= (0.75 * step if stop_radius_m is None else stop_radius_m):
+        if here <= 0.75 * step:
             return STOP
         half = round(math.pi / self.turn)
         turns = np.array(sorted(range(1 - half, half), key=lambda k: (abs(k), -k))
                          + [half * self.half_turn])
         steps, effort = step * heading(self.yaw + turns * self.turn), 0.0125 * abs(turns)
         ends, bumped = moves(self.graph, self.spot, steps, self.robot["sliding"])
-        worth = here - distances(self.graph, to_goal, ends)[0] - effort - 0.25 * bumped
-        if worth.max() <= 0 and here > step:
-            # wedged, as at a door post a hair too wide: not habitat's rule any more, but the same
-            # one looking two steps ahead, where a bump costs nothing
+        score = here - distances(self.graph, to_goal, ends)[0] - effort - 0.25 * bumped
+        if score.max() <= 0 and here > step:
+            # stuck, as at a door frame: look two steps ahead, with collisions at no cost (this is
+            # not in habitat's rule)
             ends, _ = moves(self.graph, ends.repeat(len(steps), axis=0), np.tile(
                 steps, (len(steps), 1)), self.robot["sliding"])
             gain = here - distances(self.graph, to_goal, ends)[0].reshape(len(steps), len(steps))
-            worth = gain.max(axis=1) - effort
-        best = int(worth.argmax())
-        if worth[best] <= 0:
+            score = gain.max(axis=1) - effort
+        best = int(score.argmax())
+        if score[best] <= 0:
             return STOP
         return FORWARD if turns[best] == 0 else LEFT if turns[best] > 0 else RIGHT

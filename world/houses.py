@@ -50,7 +50,7 @@ import trimesh
 from PIL import Image
 from tqdm import tqdm
 
-from cli import DefaultsFormatter, UserError, lock_folder, run_cli
+from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
 from world.episodes import scene_hash
@@ -165,12 +165,14 @@ def parse_args(argv=None):
     add = p.add_argument_group("houses and walks").add_argument
     add("--seed", type=int, default=0)
     add("--level", type=int, choices=sorted(LEVELS), default=1, help="1 easy .. 3 hard")
-    add("--train-houses", type=int, default=500)
-    add("--walks-per-house", type=int, default=8, help="training walks in each training house")
-    add("--unseen-houses", type=int, default=50, help="houses of val_unseen")
-    add("--val-episodes", type=int, default=200, help="in val_seen, and in val_unseen")
+    add("--train-houses", type=positive_int, default=500)
+    add("--walks-per-house", type=positive_int, default=8,
+        help="training walks in each training house")
+    add("--unseen-houses", type=positive_int, default=50, help="houses of val_unseen")
+    add("--val-episodes", type=positive_int, default=200, help="in val_seen, and in val_unseen")
     add = p.add_argument_group("machine").add_argument
-    add("--jobs", type=int, default=os.cpu_count(), help="processes; the files do not depend on it")
+    add("--jobs", type=positive_int, default=os.cpu_count(),
+        help="processes; the files do not depend on it")
     return p.parse_args(argv)
 
 
@@ -434,15 +436,15 @@ def write_glb(path: str, boxes: list[Box]) -> None:
         visual = trimesh.visual.TextureVisuals(uv * (1, -1) + (0, 1), materials[box.texture])
         visual.vertex_attributes["color"] = colour.repeat(4, axis=0)  # or COLOR_0 is dropped
         stored = corners[:, [0, 2, 1]] * (1, -1, 1)
-        drawn = lidless if box.role == "ceiling" else triangles
-        mesh = trimesh.Trimesh(stored, drawn, visual=visual, process=False)
+        sides = lidless if box.role == "ceiling" else triangles
+        mesh = trimesh.Trimesh(stored, sides, visual=visual, process=False)
         name = f"{box.role}|{box.name}|{number}"
         scene.add_geometry(mesh, node_name=name, geom_name=name)
     write_file(path, trimesh.exchange.gltf.export_glb(scene, include_normals=False))
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Bytes to a file that is there whole or not at all."""
+    """Atomic write of bytes; makes the folder."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path + ".tmp", "wb") as file:
         file.write(data)
@@ -503,10 +505,9 @@ def draw_start(rng, sim, house: House, thing: Thing, crosses: bool) -> dict | No
             "start_rotation": rotation_of(2 * math.pi / turns * int(rng.integers(turns)))}
 
 
-def find_goal(sim, house: House, thing: Thing, start: list[float],
-              level: int) -> list[float] | None:
-    """Of the points in front of the thing, the one through which the shortest way to its middle
-    goes: "walk up to it and stop" is what the sentence says. None if it is too near or too far."""
+def find_goal(sim, house: House, thing: Thing, start: list[float], level: int) -> list | None:
+    """The goal [x, y, z] of a walk to the thing: of the points in front of it the one through which
+    the shortest path to its middle goes. None if that is too near for the level, or too far."""
     fronts = in_front_of(sim, house, thing)
     if not len(fronts):
         return None
@@ -519,10 +520,10 @@ def find_goal(sim, house: House, thing: Thing, start: list[float],
 
 
 def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) -> dict | None:
-    """One walk: a start, a thing to go to, what the expert did, and the sentence for it. None if
-    the draw is no good: too short or long, no free start, an expert that strays.
+    """One walk: a start, a thing to go to, the expert's actions, and the instruction. None if the
+    draw is rejected: too short or long, no free start, or a detour by the expert.
     -> {"episode": R2R's fields without ids and tokens, "truth": R2R's ground truth}"""
-    # 1. from where, to which point in front of which thing
+    # 1. the start, and the goal in front of a thing
     thing = house.things[rng.integers(len(house.things))]
     start = draw_start(rng, sim, house, thing, crosses)
     if start is None:
@@ -532,7 +533,7 @@ def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) 
     if goal is None:
         return None
 
-    # 2. the expert's walk; it must not come back into a room, for there are no words for that
+    # 2. the expert's walk; it must not enter a room twice: no instruction can describe that
     path, metres = sim.path(goal), sim.geodesic([goal])
     actions, poses = walk(sim, goal)
     steps = np.hypot(*np.diff(poses[:, :2], axis=0).T).sum()
@@ -540,7 +541,7 @@ def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) 
     rooms = [leg["room"] for leg in legs]
     if actions[-1] != STOP or metres / max(steps, metres) < MIN_SPL or len(set(rooms)) < len(rooms):
         return None
-    if legs[0]["turn_deg"] == 0 and rng.random() < 0.5:  # or walking straight on pays too often
+    if legs[0]["turn_deg"] == 0 and rng.random() < 0.5:  # else "straight on" succeeds too often
         return None
 
     # 3. the records
@@ -560,9 +561,9 @@ def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) 
 
 
 def read_legs(house: House, goal_thing: Thing, actions, poses) -> list[dict]:
-    """What the body did, room by room. A leg begins where a room is entered; its turn is the net
-    turn before the first step (first leg), or around the door, from the step before it to the
-    fourth behind it. -> [{"room": number, "turn_deg": left +, "passed": None or (name, side)}]"""
+    """A walk, room by room. A leg begins where a room is entered. Its turn is the net turn before
+    the first step (first leg), or around the door: from the step before it to the fourth after it.
+    -> [{"room": number, "turn_deg": left +, "passed": None or (name, side)}]"""
     rooms = [room_at(house, x, z) for x, z, _ in poses]
     entered = [t for t in range(1, len(rooms)) if rooms[t] != rooms[t - 1]]
     steps = [t for t, action in enumerate(actions) if action == FORWARD]
@@ -581,8 +582,8 @@ def read_legs(house: House, goal_thing: Thing, actions, poses) -> list[dict]:
 
 
 def passed(house: House, goal_thing: Thing, room: int, poses) -> tuple[str, str] | None:
-    """The thing that came nearest, beside the body (50 to 130 degrees from straight ahead, at most
-    1.5 m off) in this part of a walk. -> (name, "left" or "right"), or None"""
+    """The thing that was passed most closely in this part of a walk: at most 1.5 m away, and 50 to
+    130 degrees from straight ahead. -> (name, "left" or "right"), or None"""
     near = []
     for thing in house.things:
         if thing.room == room and thing.name != goal_thing.name:
@@ -596,8 +597,8 @@ def passed(house: House, goal_thing: Thing, room: int, poses) -> tuple[str, str]
 
 
 def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int) -> str:
-    """The sentence for a walk. Turns have sizes in words or none, never degrees; levels above 1
-    have more wordings, and mention what was passed."""
+    """The instruction for a walk. It never gives degrees; levels above 1 have more wordings, and
+    mention what was passed."""
 
     def pick(*phrases):
         return str(rng.choice(phrases))
@@ -611,7 +612,7 @@ def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int
             ways += [f"take the door to the {room}", f"go through the door to the {room}"]
             parts.append(pick(*ways[: 4 if level == 1 else 5]))
         sizes = [least for least in LEVELS[level]["turns"] if size >= least]
-        if sizes and (number == 0 or size >= 45):  # a bend at a door is not worth a word
+        if sizes and (number == 0 or size >= 45):  # a slight turn at a door is not mentioned
             parts.append(pick(*LEVELS[level]["turns"][max(sizes)]).format(side))
         if level > 1 and leg["passed"]:
             ways = "pass the {} on your {}", "walk past the {} on the {}"
@@ -635,7 +636,7 @@ def words_of(text: str) -> list[str]:
 
 
 def vocabulary(texts: list[str]) -> dict:
-    """R2R's `instruction_vocab`, which says the same thing five times."""
+    """R2R's `instruction_vocab`."""
     words = ["<pad>", "<unk>"] + sorted({word for text in texts for word in words_of(text)})
     index = {word: i for i, word in enumerate(words)}
     return dict(word_list=words, word2idx_dict=index, stoi=index, itos=words,
@@ -646,16 +647,16 @@ def vocabulary(texts: list[str]) -> dict:
 
 
 def make_house(task: dict) -> dict[str, list]:
-    """All work for one house: draw it, write its scene, draw its walks. A worker's unit of work.
+    """Draw one house and its walks, and write its scene. One task of a process.
 
-    task = {"out", "name", "level", "draw": ints that seed it, "walks": {split: how many}, "code"}
-    -> {split: [walk]}; also kept in <out>/walks/<name>.json, from where a second run takes it.
+    task = {"out", "name", "level", "draw": ints that seed it, "walks": {split: count}, "code"}
+    -> {split: [walk]}; also written to <out>/walks/<name>.json, which a second run reads.
     """
     scene = os.path.join(task["out"], "scenes", "houses", task["name"], task["name"] + ".glb")
-    kept = os.path.join(task["out"], "walks", task["name"] + ".json")
+    cache = os.path.join(task["out"], "walks", task["name"] + ".json")
     order = {key: value for key, value in task.items() if key != "out"}
-    if os.path.exists(scene) and os.path.exists(kept):
-        with open(kept) as file:
+    if os.path.exists(scene) and os.path.exists(cache):
+        with open(cache) as file:
             done = json.load(file)
         if done["order"] == order:
             return done["walks"]
@@ -675,7 +676,7 @@ def make_house(task: dict) -> dict[str, list]:
                 draws = (draw_walk(rng, sim, house, scene_id, level, crosses) for _ in range(100))
                 walks[split] += itertools.islice(filter(None, draws), 1)
         if all(len(walks[split]) == wanted for split, wanted in task["walks"].items()):
-            write_file(kept, json.dumps({"order": order, "walks": walks}).encode())
+            write_file(cache, json.dumps({"order": order, "walks": walks}).encode())
             return walks
     raise UserError(f"no house in 100 has such walks at level {level}; try another --seed")
 
@@ -690,9 +691,8 @@ def plan_work(args) -> list[dict]:
     for first, prefix, houses in ((0, "h", args.train_houses), (1, "u", args.unseen_houses)):
         for i in range(houses):
             share = args.val_episodes // houses + (i < args.val_episodes % houses)
-            walks = {"val_unseen": share}
-            if prefix == "h":
-                walks = {"train": args.walks_per_house, "val_seen": share}
+            walks = {"train": args.walks_per_house, "val_seen": share} if prefix == "h" else {
+                "val_unseen": share}
             tasks.append({
                 "out": args.out, "name": f"{prefix}{i:05d}", "level": args.level,
                 "draw": [args.seed, first, i], "walks": walks, "code": code.hexdigest()[:16],
@@ -701,9 +701,9 @@ def plan_work(args) -> list[dict]:
 
 
 def write_split(out: str, split: str, walks: list, vocab: dict, first_trajectory: int) -> None:
-    """The two files of a split, to the letter of R2R_VLNCE v1-3: ids count from 1 and are ints in
-    the episodes and strings in the ground truth. One thing is added, which readers of R2R's files
-    do not ask for: "scenes" {scene_id: hash}, by which episodes are held to their own scenes."""
+    """The two files of a split in the schema of R2R_VLNCE v1-3: ids count from 1, as ints in the
+    episodes and as strings in the ground truth. "scenes" {scene_id: hash} is an addition, by which
+    episodes.check_scenes() finds episodes of one world on scenes of another."""
     episodes, truths = [], {}
     for number, walk in enumerate(walks):
         text = walk["episode"]["instruction"]["instruction_text"]
@@ -727,22 +727,20 @@ def write_split(out: str, split: str, walks: list, vocab: dict, first_trajectory
 
 
 def report(args, splits, vocab):
-    """What was made, in a screenful."""
-    sizes = [os.path.getsize(os.path.join(folder, name)) / 1000 for folder, _, names
-             in os.walk(os.path.join(args.out, "scenes")) for name in names]
-    print(f"{args.train_houses} + {args.unseen_houses} houses of level {args.level}, "
-          f"{np.mean(sizes):.0f} kB each; vocabulary {vocab['num_vocab']} words")
+    """Print statistics of each split and three of its instructions."""
+    print(f"{args.train_houses} + {args.unseen_houses} houses of level {args.level}; "
+          f"vocabulary {vocab['num_vocab']} words")
     for split, walks in splits.items():
         actions = collections.Counter(a for w in walks for a in w["truth"]["actions"])
         total = sum(actions.values())
-        lengths = np.array([len(w["truth"]["actions"]) for w in walks])
+        lengths = [len(w["truth"]["actions"]) for w in walks]
         metres = np.array([w["episode"]["info"]["geodesic_distance"] for w in walks])
         words = [len(words_of(w["episode"]["instruction"]["instruction_text"])) - 1 for w in walks]
         crossed = np.mean([len(w["episode"]["info"]["rooms"]) > 1 for w in walks])
-        mix = " ".join(f"{name} {100 * actions[a] / total:.0f}%" for a, name in
-                       ((STOP, "stop"), (FORWARD, "forward"), (LEFT, "left"), (RIGHT, "right")))
-        print(f"\n{split}: {len(walks)} walks, {total} actions ({mix})\n"
-              f"  actions {lengths.min()}..{lengths.max()}, median {np.median(lengths):.0f}; "
+        shares = " ".join(f"{name} {actions[a] / total:.0%}" for a, name in
+                          enumerate(("stop", "forward", "left", "right")))
+        print(f"\n{split}: {len(walks)} walks, {total} actions ({shares})\n"
+              f"  actions {min(lengths)}..{max(lengths)}, median {np.median(lengths):.0f}; "
               f"metres {metres.min():.1f}..{metres.max():.1f}, mean {metres.mean():.1f}; "
               f"words mean {np.mean(words):.1f}, most {max(words)}; "
               f"through a door {100 * crossed:.0f}%")
@@ -751,16 +749,9 @@ def report(args, splits, vocab):
 
 
 def main(args):
-    for flag in ("train_houses", "walks_per_house", "unseen_houses", "val_episodes", "jobs"):
-        if getattr(args, flag) < 1:
-            raise UserError(f"--{flag.replace('_', '-')} must be at least 1")
     lock_folder(args.out)
-    try:
-        made_by = {key: value for key, value in vars(args).items() if key not in ("out", "jobs")}
-        write_file(os.path.join(args.out, "args.json"), json.dumps(made_by, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"cannot write to --out {args.out} ({error.strerror}); name another folder"
-                        ) from None
+    made_by = {key: value for key, value in vars(args).items() if key not in ("out", "jobs")}
+    write_file(os.path.join(args.out, "args.json"), json.dumps(made_by, indent=1).encode())
 
     # 1. draw the houses, each with all its walks
     tasks = plan_work(args)
@@ -773,15 +764,13 @@ def main(args):
         with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
             done = list(tqdm(pool.map(make_house, tasks, chunksize=4), **bar))
 
-    # 2. collect the splits, agree on a vocabulary, write
+    # 2. collect the splits, build one vocabulary for all, write
     splits = {split: [w for walks in done for w in walks.get(split, [])] for split in SPLITS}
     texts = [w["episode"]["instruction"]["instruction_text"] for s in splits.values() for w in s]
     vocab, trajectory = vocabulary(texts), 1
     for split, walks in splits.items():
         write_split(args.out, split, walks, vocab, trajectory)
         trajectory += len(walks)
-
-    # 3. report
     report(args, splits, vocab)
 
 
