@@ -399,11 +399,11 @@ def run_jobs(pool: SimPool, sims: int, jobs: Iterable) -> None:
         while True:
             try:
                 if i in running:
-                    verb, request = running[i].send(reply)
+                    request, arguments = running[i].send(reply)
                 else:
                     running[i] = next(waiting)
-                    verb, request = next(running[i])
-                return pool.submit(i, verb, **request)
+                    request, arguments = next(running[i])
+                return pool.submit(i, request, **arguments)
             except StopIteration:                               # of the job, or of all jobs
                 if running.pop(i, None) is None:
                     return

@@ -130,17 +130,17 @@ class FakePool:
     def __exit__(self, *error):
         assert error[0] or not self.asked, "a request is still under way"
 
-    def submit(self, i, verb, **kwargs):
+    def submit(self, i, request, **kwargs):
         assert i not in self.asked, "one outstanding request per simulator"
-        self.asked[i] = (verb, kwargs)
+        self.asked[i] = (request, kwargs)
 
     def wait_any(self, within_s):
         if within_s < math.inf and self.rng.random() < 0.5:
             return None
         i = self.rng.choice(sorted(self.asked))
-        verb, kwargs = self.asked.pop(i)
+        request, kwargs = self.asked.pop(i)
         die_in_time()
-        return i, getattr(self, verb)(i, **kwargs)
+        return i, getattr(self, request)(i, **kwargs)
 
     def reset(self, i, episode, frame=True):
         info, name = episode["info"], episode["episode_id"]

@@ -42,8 +42,8 @@ def houses(tmp_path_factory):
 def habitat(houses, habitat_python):
     with SimPool("habitat", ROBOT, houses[0] / "scenes", 1,
                  [[habitat_python, "-m", "world.worker"]]) as pool:
-        def ask(verb, **arguments):
-            pool.submit(0, verb, **arguments)
+        def ask(request, **arguments):
+            pool.submit(0, request, **arguments)
             return pool.wait(0)
         yield ask
 

@@ -70,8 +70,8 @@ class FakePool:
     def __exit__(self, *error):
         pass
 
-    def submit(self, i, verb, episode, actions, noise, seed, waypoints, horizon, max_actions):
-        assert verb == "record" and i not in self.jobs, "one outstanding request per simulator"
+    def submit(self, i, request, episode, actions, noise, seed, waypoints, horizon, max_actions):
+        assert request == "record" and i not in self.jobs, "one outstanding request per simulator"
         self.jobs[i] = (episode, actions, noise)
 
     def wait_any(self):
@@ -301,7 +301,7 @@ def test_bad_episode_files(world):
         read_episodes(world, "train")
     for field in ("episode_id", "scene_id", "start_position", "start_rotation", "goals"):
         rewritten(lambda d, field=field: d["episodes"][3].pop(field))
-        with pytest.raises(UserError, match=f"train.json.gz: episode .* no good '{field}'"):
+        with pytest.raises(UserError, match=f"train.json.gz: episode .* an invalid '{field}'"):
             read_episodes(world, "train")
     rewritten(lambda d: d["episodes"][3]["instruction"].pop("instruction_text"))
     with pytest.raises(UserError, match="'instruction_text'"):
@@ -310,7 +310,7 @@ def test_bad_episode_files(world):
     truths = read_ground_truth(world, "train")
     truths["2"]["actions"].pop()
     write_gz(path, truths)
-    with pytest.raises(UserError, match='episode "2" has no good .actions.'):
+    with pytest.raises(UserError, match='episode "2" has an invalid .actions.'):
         read_ground_truth(world, "train")
 
 

@@ -97,7 +97,7 @@ def test_a_bad_episode_is_the_episodes_fault_and_a_bug_is_a_bug(pool):
 
 def test_messages_survive_being_cut_anywhere():
     rng = np.random.default_rng(6)
-    sent = [{"verb": "x", "far": math.inf, "n": k, "frames": rng.integers(0, 255, (k, 3, 2, 3),
+    sent = [{"request": "x", "far": math.inf, "n": k, "frames": rng.integers(0, 255, (k, 3, 2, 3),
                                                                      dtype=np.uint8),
              "empty": np.zeros((0, 4))} for k in range(4)]
     stream, data, got = b"".join(map(worker.encode, sent)), bytearray(), []
@@ -175,26 +175,28 @@ def test_a_simulator_that_dies_while_another_is_awaited_is_reported_with_its_num
 
 
 def worker_with(does):
-    """A worker with one more verb, in a process that runs `does` first; it has started."""
+    """A worker with one more request, in a process that runs `does` first; it has started."""
     code = f"from world import worker; {does}; worker.serve()"
     process = pool_module.WorkerProcess([sys.executable, "-c", code])
-    process.send({"verb": "start", "kind": "house", "robot": ROBOT, "gpu": None, "scenes": "."})
+    process.send({"request": "start", "kind": "house", "robot": ROBOT, "gpu": None, "scenes": "."})
     return process
 
 
 def next_answers(process, n):
     answers = []
     while len(answers) < n:
-        message = SimPool.next_message(process)
-        message = process.receive() if message is None else message
-        answers += [] if message is None else [message]
+        message = process.next_message()
+        if message is None:
+            process.read()
+        else:
+            answers.append(message)
     return answers
 
 
 def test_what_libraries_print_does_not_reach_the_answers():
-    process = worker_with("import os; worker.VERBS['chat'] = lambda s: "
+    process = worker_with("import os; worker.REQUESTS['chat'] = lambda s: "
                           "os.system('echo hello') or print('hi') or {}")
-    process.send({"verb": "chat"})
+    process.send({"request": "chat"})
     greeting, started, chat = next_answers(process, 3)
     assert greeting["code"] == worker.code_hash() and chat == {}
     assert started == {"simulator": "house_sim 2"}
@@ -203,9 +205,9 @@ def test_what_libraries_print_does_not_reach_the_answers():
 
 
 def test_a_worker_ends_with_its_input_even_while_it_is_busy():
-    process = worker_with("import time; worker.VERBS['sleep'] = lambda s: time.sleep(600)")
+    process = worker_with("import time; worker.REQUESTS['sleep'] = lambda s: time.sleep(600)")
     next_answers(process, 2)
-    process.send({"verb": "sleep"})
+    process.send({"request": "sleep"})
     time.sleep(0.2)
     process.process.stdin.close()
     assert process.process.wait(10) == 0
@@ -265,7 +267,7 @@ def test_a_worker_of_other_code_is_refused(scenes, tmp_path):
 
 def test_a_worker_that_dies_midway_is_started_again(scenes):
     code = ("import os; from world import worker; "
-            "worker.VERBS['die'] = lambda s: os._exit(9); worker.serve()")
+            "worker.REQUESTS['die'] = lambda s: os._exit(9); worker.serve()")
     with SimPool("house", ROBOT, scenes, 1, [[sys.executable, "-c", code]]) as pool:
         pool.submit(0, "die")
         with pytest.raises(SimDied, match="exited with 9 during 'die'.*started again"):
@@ -297,7 +299,7 @@ def test_flags_say_how_a_simulator_is_started(capsys):
         assert simulator_commands(module.parse_args([])) is None
         short = module.parse_args(["--sim-python", "py"])
         assert simulator_commands(short) == [["py", "-m", "world.worker"]]
-        with pytest.raises(UserError, match="both say how"):
+        with pytest.raises(UserError, match="both name how"):
             simulator_commands(module.parse_args(["--sim-python", "p", "--sim-command", "c"]))
         for wrong in ("0;1", "-1"):
             with pytest.raises(SystemExit):

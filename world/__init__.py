@@ -4,7 +4,7 @@ The world that the policy walks in: robots, episodes, two simulators, and the pr
     robots       body, camera and step of each data set;  poses and headings
     episodes     read and verify R2R, RxR and our own episodes
     houses       generate houses and walks in them
-    house_sim    the simulator of these houses (numpy);  habitat_sim: habitat-sim, the same verbs
+    house_sim    the simulator of these houses (numpy);  habitat_sim: habitat-sim, same methods
     worker       one simulator as a command: requests on stdin, answers on stdout
     pool         many of them, locally or through ssh, docker, srun
     check        is this machine ready?
@@ -15,7 +15,7 @@ by the simulator's interpreter: Python 3.9, numpy and pillow.
 
 
 class SimError(Exception):
-    """The episode or its scene is at fault; the message names the file. The simulator lives on."""
+    """The episode or its scene is at fault; the message names the file. The simulator goes on."""
 
 
 class SimDied(Exception):

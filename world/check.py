@@ -1,9 +1,9 @@
 """
-Is this machine ready? Load a scene, render, walk, and print what was found.
+Is this machine ready? Load a scene, render, walk, and print the facts.
 
 Run it   python -m world.check --scenes data/houses/scenes
          python -m world.check --sim habitat --robot r2r --scenes data/scene_datasets --sim-python P
-Expect   a table that ends with "ready"; or what is wrong, what helps, and exit status 2
+Expect   a table that ends with "ready"; or an error with a possible fix, and exit status 2
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-# What habitat-sim says on stderr, usually while it takes the whole process down, and what helps
+# (what habitat-sim prints on stderr, usually before it aborts the process; a possible fix)
 ADVICE = (
     ("windowless context|EGL", "OpenGL without a screen needs the driver's EGL: on a GPU machine "
      "the libraries of its driver (in a container NVIDIA_DRIVER_CAPABILITIES=all), on any other "
@@ -41,8 +41,8 @@ ADVICE = (
 
 
 def check(args, scene: str) -> None:
-    """Let one simulator load, look and walk, and print what it found. UserError if something is
-    wrong, with what to do about it."""
+    """Let one simulator load a scene, render and walk, and print the facts. UserError, with a
+    possible fix, if something is wrong."""
     os.environ.setdefault("MAGNUM_LOG", "default")  # it names the OpenGL device
     with captured_stderr() as captured:
         try:
@@ -62,10 +62,10 @@ def check(args, scene: str) -> None:
     if facts["mean_grey"] < 2:
         raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
     if facts.get("no_sliding", "").startswith("as in v0.3.4") and not ROBOTS[args.robot]["sliding"]:
-        print("this habitat-sim holds a body at a wall that it has touched, which 0.3.3 does not: "
-              "results of this robot differ between the two (docs/habitat.md)")
+        print("in this habitat-sim a body that touches a wall stays there, unlike in 0.3.3: results "
+              "of this robot differ between the two (docs/habitat.md)")
     if facts.get("navmesh") == "computed":
-        print("no .navmesh for this body lies beside the scene, so one was computed")
+        print("the scene has no .navmesh for this body, so one was computed")
     if not facts["actions"]:
         raise UserError("no two places of this scene are 2 m apart: choose another --scene, or see "
                         "the navmesh")
@@ -76,7 +76,7 @@ def check(args, scene: str) -> None:
 
 @contextlib.contextmanager
 def captured_stderr():
-    """-> a list that will hold what this process and its children have written to stderr."""
+    """Yields a list; at the end it holds what this process and its children wrote to stderr."""
     captured, stderr = [], os.dup(2)
     with tempfile.TemporaryFile("w+", errors="replace") as file:
         sys.stderr.flush()

@@ -1,8 +1,7 @@
 """
 Episodes: an instruction, a start and a goal; read, and checked when they are read.
 
-One reader for three makers, whose files are taken as they are downloaded (VLN-CE's layout [1]),
-gzipped or not:
+One reader for three data sets, as they are downloaded (VLN-CE's layout [1]), gzipped or not:
 
     data/houses/<split>/<split>.json.gz, <split>_gt.json.gz              ours, written by houses.py
     data/datasets/R2R_VLNCE_v1-3_preprocessed/<split>/   the same two names; in test only the first
@@ -11,9 +10,8 @@ gzipped or not:
                                        role: guide or follower; in test_challenge only the guide's
                                        first. Both test splits hide their goals.
 
-The makers differ in ids (ints in R2R, strings in RxR; strings in every _gt), in the language of an
-RxR instruction, and in timed_instruction, which holds NaN and is dropped. RxR has no vocabulary;
-nothing here needs one.
+They differ in ids (ints in R2R, strings in RxR; strings in every _gt), in the language of an RxR
+instruction, and in timed_instruction, which holds NaN and is dropped.
 
 The ground truth holds the expert's actions and `locations`, its positions. Measured on all 778 of
 R2R's val_seen: location 0 is the start, and each forward move adds one (turns add none), so the
@@ -81,11 +79,11 @@ def split_name(path: str) -> str:
     return name.removesuffix(ending)
 
 
-def only_file(paths: list[str], mend: str) -> str | None:
+def only_file(paths: list[str], fix: str) -> str | None:
     """The one path that is a file; None if there is none, UserError if there are two."""
     found = [path for path in paths if os.path.isfile(path)]
     if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} could both be meant; {mend}")
+        raise UserError(f"{' and '.join(found)} could both be meant; {fix}")
     return found[0] if found else None
 
 
@@ -93,7 +91,7 @@ def check_file_name(path: str, split: str, role: str | None) -> None:
     """UserError if the file that --episodes names is of another split or role than the flags."""
     stem = split_name(path)
     if stem.endswith("_gt"):
-        raise UserError(f"--episodes names the ground truth {path}; name the episodes beside it, "
+        raise UserError(f"--episodes names the ground truth {path}; name the episodes, "
                         f"{stem.removesuffix('_gt')}.json.gz")
     walker = next((r for r in ROLES if stem.endswith("_" + r)), None)
     named = stem.removesuffix(f"_{walker}")
@@ -109,26 +107,25 @@ def find_episodes(path: str, split: str, role: str | None) -> str:
         check_file_name(path, split, role)
         return path
     stems = [f"{split}_{role}"] if role else [split, f"{split}_guide"]
-    tries = [os.path.join(path, below, stem + ending) for ending in ENDINGS for stem in stems
-             for below in (split, "")]
-    found = only_file(tries, "give one of them as --episodes, or remove the other")
+    tries = [os.path.join(path, below, stem) for stem in stems for below in (split, "")]
+    found = only_file([stem + ending for ending in ENDINGS for stem in tries],
+                      "give one of them as --episodes, or remove the other")
     if found is None:
         raise UserError(f"no episodes of split {split!r} found: looked for "
-                        f"{', '.join(tries[:len(tries) // 2])} (or .json); point --episodes at the "
-                        "folder that holds them (`python -m world.houses` makes one), or at the "
-                        "file")
+                        f"{', '.join(tries)} (.json.gz or .json); point --episodes at the folder "
+                        "that holds them (`python -m world.houses` makes one), or at the file")
     return found
 
 
 def find_ground_truth(path: str, split: str, role: str | None = None) -> str | None:
-    """The file <name>_gt beside the episodes' file -> its path, or None."""
+    """The file <name>_gt in the folder of the episodes' file -> its path, or None."""
     episodes = find_episodes(path, split, role)
     stem = os.path.join(os.path.dirname(episodes), split_name(episodes) + "_gt")
     return only_file([stem + ending for ending in ENDINGS], "remove one of them")
 
 
 def no_ground_truth(path: str, split: str, role: str | None = None) -> str:
-    """The message for a split without the file that find_ground_truth() looks for."""
+    """The message for a split without ground truth."""
     episodes = find_episodes(path, split, role)
     return (f"no ground truth of split {split!r} found: looked for "
             f"{split_name(episodes)}_gt.json.gz beside {episodes}; copy it from the same release "
@@ -136,7 +133,7 @@ def no_ground_truth(path: str, split: str, role: str | None = None) -> str:
 
 
 def unique_keys(pairs: list[tuple]) -> dict:
-    """dict(pairs), for json.loads, which would silently keep the last of equal keys."""
+    """dict(pairs) for json.loads, which itself keeps the last of equal keys. ValueError instead."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -145,7 +142,7 @@ def unique_keys(pairs: list[tuple]) -> dict:
 
 
 def read_json(path: str):
-    """A file of JSON, gzipped or not, with a byte order mark or not. UserError if it is neither."""
+    """A file of JSON, gzipped or not, with a byte order mark or not. UserError if it is no JSON."""
     packed, data = False, b""
     try:
         with open(path, "rb") as file:
@@ -183,18 +180,18 @@ def is_points(value) -> bool:
 
 
 def is_heading(value) -> bool:
-    """A rotation about +y, x y z w. One in the order w x y z, or not of unit length, is none."""
+    """A unit quaternion x, y, z, w that turns about +y."""
     return (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
             and abs(math.hypot(*value) - 1) < 1e-3 and abs(value[0]) + abs(value[2]) < 1e-2)
 
 
 def is_text(value) -> bool:
-    """A string that can be written as UTF-8: JSON allows halves of surrogate pairs."""
+    """A string that can be encoded as UTF-8: JSON allows halves of surrogate pairs."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def is_name(value) -> bool:
-    """An id. Files and zip entries are named after it, so it is short and has no slashes."""
+    """An id: short and without slashes, since files and zip entries are named after it."""
     return (type(value) is int or is_text(value)) and len(str(value)) <= 80 and str(value) not in (
         "", ".", "..") and not re.search(r"[/\\\x00-\x1f]", str(value))
 
@@ -206,8 +203,8 @@ def is_scene(value) -> bool:
 
 
 def is_goals(value) -> bool:
-    """Goals, all of them finite or none: the nearest of finite and others is not defined. A goal
-    that is not finite is allowed: it cannot be reached, and is counted."""
+    """Goals, all of them finite or none: "the nearest" is then defined. Goals that are not finite
+    are allowed: they count as never reached."""
     return (isinstance(value, list) and len(value) > 0 and all(map(is_goal, value))
             and len({is_point(goal["position"]) for goal in value}) == 1)
 
@@ -236,7 +233,8 @@ def clean_scene(scene_id: str) -> str:
 
 
 NAME = "a whole number, or a string of at most 80 letters without slashes"
-FIELDS = {      # of an episode: may it be absent or null?, its test, in words
+# Fields of an episode: (may it be absent or null?, its test, what is wanted)
+FIELDS = {
     "episode_id": (False, is_name, NAME),
     "trajectory_id": (True, is_name, NAME),
     "scene_id": (False, is_scene, "a path below --scenes, not absolute and without '..'"),
@@ -249,6 +247,9 @@ FIELDS = {      # of an episode: may it be absent or null?, its test, in words
 }
 INSTRUCTION_FIELDS = {"language": (True, is_text, "a string"),
                       "instruction_id": (True, is_count, "a whole number")}
+TRUTH_FIELDS = {
+    "actions": (False, lambda v: is_walk(v), "1, 2, 3 and one 0 at the end"),
+    "locations": (False, lambda v: is_points(v) and v != [], "a list of [x, y, z], finite")}
 
 
 def short_json(value) -> str:
@@ -258,18 +259,19 @@ def short_json(value) -> str:
 
 def field_problem(record: dict, fields: dict) -> str | None:
     """The first field that fails its test -> the rest of a sentence, or None."""
-    for field, (optional, good, words) in fields.items():
+    for field, (optional, test, wanted) in fields.items():
         value = record.get(field)
-        if not (optional if value is None else good(value)):
-            return f"has no good {field!r} ({short_json(value)}): it must be {words}"
+        if not (optional if value is None else test(value)):
+            return f"has an invalid {field!r} ({short_json(value)}): it must be {wanted}"
     return None
 
 
 def text_problem(value) -> str | None:
-    """Why this cannot be an instruction -> words, or None."""
+    """Why this cannot be an instruction, or None."""
+    if not isinstance(value, str):
+        return "it must be a string"
     if not is_text(value):
-        return "it holds half a surrogate pair, which is no Unicode" if isinstance(
-            value, str) else "it must be a string"
+        return "it holds half a surrogate pair, which is no Unicode"
     if not any(letter.isalnum() for letter in value):
         return "it has no words"
     if len(value.split()) > MAX_WORDS or len(value) > MAX_LETTERS:
@@ -280,10 +282,8 @@ def text_problem(value) -> str | None:
 
 
 def clean_episode(episode, hidden: bool) -> str | None:
-    """Check one episode and bring it into the form that read_episodes() describes, in place.
-
-    -> what is wrong with it, or None. hidden: its split may hide the goals.
-    """
+    """Check one episode, and change it in place as read_episodes() describes. -> what is wrong with
+    it, or None. hidden: its split may hide the goals."""
     if not isinstance(episode, dict):
         return f"is no episode ({short_json(episode)}): it must be an object"
     if isinstance(episode.get("scene_id"), str):
@@ -298,12 +298,12 @@ def clean_episode(episode, hidden: bool) -> str | None:
     text = instruction.get("instruction_text")
     problem = text_problem(text)
     if problem:
-        return f"has no good 'instruction_text' ({short_json(text)}): {problem}"
+        return f"has an invalid 'instruction_text' ({short_json(text)}): {problem}"
     episode.pop("scene_sha256", None)                           # add_scene_hashes() sets it
     instruction["instruction_text"] = " ".join(text.split())
     instruction.pop("timed_instruction", None)
-    for field in INSTRUCTION_FIELDS:                            # null is like absent
-        if instruction.get(field) is None:
+    for field in INSTRUCTION_FIELDS:
+        if instruction.get(field) is None:                      # null is like absent
             instruction.pop(field, None)
     episode["goals"] = episode.get("goals") or []
     if episode.get("trajectory_id") is None:
@@ -315,7 +315,7 @@ def clean_episode(episode, hidden: bool) -> str | None:
 
 
 def raise_first(found: list[str]) -> None:
-    """UserError with the first of some problems, and how many there are; nothing if none."""
+    """UserError with the first problem and how many there are, if there is any."""
     if found:
         more = f" ({len(found)} episodes are at fault)" if len(found) > 1 else ""
         raise UserError(f"{found[0]}; repair or remove it{more}")
@@ -326,11 +326,10 @@ def read_episodes(path: str, split: str, role: str | None = None,
     """R2R_VLNCE_v1-3 or RxR_VLNCE_v0 episodes, ours included -> list of dicts, as in the file.
 
     Every field that is used later is checked here: UserError names file, episode and field.
-    Ids stay what they are (R2R int, RxR str). What changes: white space of instructions is made
-    single, since 10,811 of R2R's 10,819 end in a blank; timed_instruction goes; scene_id starts
-    below the folder of scenes, as VLN-CE has it, with slashes; goals are [] where a test split
-    hides them (test of R2R, test_challenge of RxR: only their servers know). If the file has its
-    scenes' hashes (houses.py), they are put into the episodes as scene_sha256.
+    Changes: runs of white space in instructions become one blank (10,811 of R2R's 10,819 end in a
+    blank); timed_instruction is removed; scene_id is a path below the folder of scenes, with
+    slashes; goals are [] where a test split hides them. If the file has hashes of its scenes
+    (houses.py), they become the episodes' scene_sha256.
     """
     path = find_episodes(path, split, role)
     data = read_json(path)
@@ -342,8 +341,8 @@ def read_episodes(path: str, split: str, role: str | None = None,
         problem = clean_episode(episode, hidden=split.startswith("test"))
         if problem:
             name = episode.get("episode_id") if isinstance(episode, dict) else None
-            name = name if is_name(name) else "without id"
-            found.append(f"{path}: episode {name} (episodes[{i}]) {problem}")
+            found.append(f"{path}: episode {name if is_name(name) else 'without id'} "
+                         f"(episodes[{i}]) {problem}")
     raise_first(found)
     twice = [name for name, n in Counter(str(e["episode_id"]) for e in episodes).items() if n > 1]
     if twice:
@@ -360,7 +359,7 @@ def read_episodes(path: str, split: str, role: str | None = None,
 
 
 def add_scene_hashes(path: str, scenes, episodes: list[dict]) -> None:
-    """Put the file's "scenes" {scene_id: hash}, if it has them, into its episodes."""
+    """Copy the file's "scenes" {scene_id: hash}, if it has them, into its episodes."""
     if scenes is None:
         return
     if not isinstance(scenes, dict) or not all(isinstance(v, str) for v in scenes.values()):
@@ -384,8 +383,8 @@ def read_ground_truth(path: str, split: str, role: str | None = None,
                       optional: bool = False) -> dict | None:
     """-> {str(episode_id): {"actions": [.., 0], "locations": [[x, y, z]..], "forward_steps": n}}.
 
-    locations: the start and the position after every forward move, so forward_steps + 1 of them.
-    Checked like the episodes. Without a file: UserError, or None if it is optional.
+    locations: the start and the position after every forward move, forward_steps + 1 in all.
+    Every field is checked. If there is no file: UserError, or None if it is optional.
     """
     found = find_ground_truth(path, split, role)
     if found is None and optional:
@@ -396,9 +395,7 @@ def read_ground_truth(path: str, split: str, role: str | None = None,
     if not isinstance(truths, dict):
         raise UserError(f"{found} holds no ground truth ({short_json(truths)}): it must be an "
                         "object {episode_id: {\"actions\", \"locations\"}}; copy it again")
-    fields = {"actions": (False, is_walk, "1, 2, 3 and one 0 at the end"), "locations": (
-        False, lambda v: is_points(v) and v != [], "a list of [x, y, z], finite")}
-    problems = {name: field_problem(truth, fields) if isinstance(truth, dict) else
+    problems = {name: field_problem(truth, TRUTH_FIELDS) if isinstance(truth, dict) else
                 f"is no ground truth ({short_json(truth)}): it must be an object"
                 for name, truth in truths.items()}
     raise_first([f"{found}: episode {short_json(name)} {problem}"
@@ -407,18 +404,18 @@ def read_ground_truth(path: str, split: str, role: str | None = None,
 
 
 def dataset_of(episode: dict) -> str:
-    """Which data set has such episodes? -> a row of robots.ROBOTS."""
+    """Which data set is this episode from? -> a key of robots.ROBOTS."""
     if episode["scene_id"].startswith("houses/"):
         return "houses"
     return "rxr" if "language" in episode["instruction"] else "r2r"
 
 
 def scenes_of(path: str) -> str:
-    """Where the scenes of these --episodes (folder or file) are, unless --scenes says otherwise."""
-    folder = os.path.dirname(path) if os.path.isfile(path) else path
-    own = [os.path.join(folder, "scenes")]
-    own += [os.path.join(folder, "..", "scenes")] if folder != path else []
-    return next((where for where in own if os.path.isdir(where)), "data/scene_datasets")
+    """The default of --scenes for these --episodes, a folder or a file."""
+    folders = [os.path.join(path, "scenes")]
+    if os.path.isfile(path):
+        folders = [os.path.join(os.path.dirname(path), up, "scenes") for up in ("", "..")]
+    return next((where for where in folders if os.path.isdir(where)), "data/scene_datasets")
 
 
 def paired(episodes: list[dict], truths: dict) -> list[dict]:
@@ -431,9 +428,9 @@ def paired(episodes: list[dict], truths: dict) -> list[dict]:
 
 
 def location_steps(actions: list[int], n: int) -> list[int] | None:
-    """Which poses are the n locations of a ground truth, if pose t is that before actions[t]?
+    """Which poses are the n locations of a ground truth? Pose t is the one before actions[t].
 
-    The first, and that after every forward move; or, a pose per action, all. None: neither fits.
+    The first and those after forward moves, or one per action. None if n fits neither.
 
     >>> location_steps([2, 1, 3, 1, 0], 3), location_steps([2, 1, 3, 1, 0], 5)
     ([0, 2, 4], [0, 1, 2, 3, 4])
@@ -445,10 +442,9 @@ def location_steps(actions: list[int], n: int) -> list[int] | None:
 
 def heading_fit(rotation: list[float], actions: list[int], locations: list[list[float]],
                 turn_deg: float) -> tuple[int, int]:
-    """If every turn is turn_deg, do forward moves go where the robot faces? -> (fitting, moves).
-
-    Within 5 degrees. Moves of less than 0.1 m over ground (walls, stairs) have no direction and are
-    left out. On R2R's val_seen 98.5% fit at 15 degrees and 6% at 30.
+    """If every turn is turn_deg, do forward moves go where the robot faces, within 5 degrees?
+    -> (how many do, how many moves). Moves of less than 0.1 m over ground (walls, stairs) have no
+    direction and are left out. On R2R's val_seen 98.5% fit at 15 degrees and 6% at 30.
 
     >>> heading_fit([0, 0, 0, 1], [2, 1, 0], [[0, 0, 0], [-0.25, 0, 0]], turn_deg=90)
     (1, 1)
@@ -456,7 +452,7 @@ def heading_fit(rotation: list[float], actions: list[int], locations: list[list[
     heading, fitting, moves, here = yaw_deg(rotation), 0, 0, locations[0]
     place = dict(zip(location_steps(actions, len(locations)) or (), locations))
     for t, action in enumerate(actions):
-        here = place[t] if t in place else here                 # a turn does not move it
+        here = place.get(t, here)                               # a turn has no location
         heading += {LEFT: turn_deg, RIGHT: -turn_deg}.get(action, 0)
         if action == FORWARD and t + 1 in place:
             (x0, _, z0), (x1, _, z1) = here, place[t + 1]
@@ -468,7 +464,7 @@ def heading_fit(rotation: list[float], actions: list[int], locations: list[list[
 
 
 def turn_fit(walks: list[dict], turn_deg: float) -> float | None:
-    """Share of the forward moves of paired() walks that fit turns of turn_deg; None without any."""
+    """Share of forward moves of paired() walks that fit turns of turn_deg; None without moves."""
     fits = [heading_fit(w["episode"]["start_rotation"], w["actions"], w["locations"], turn_deg)
             for w in walks]
     moves = sum(n for _, n in fits)
@@ -476,10 +472,10 @@ def turn_fit(walks: list[dict], turn_deg: float) -> float | None:
 
 
 def walked_turn_deg(walks: list[dict], turn_deg: float) -> float:
-    """By how much did the ground truth turn? -> turn_deg if that fits, else the likeliest angle.
+    """The turn angle of the ground truth: turn_deg if that fits, else the one that fits best.
 
-    walks: paired(); 200 are enough. Sliding along walls costs the right angle a few percent, a
-    wrong one fits a few percent: 80% divides them.
+    walks: paired(); the first 200 are used. The right angle fits all moves but a few percent
+    (sliding along walls), a wrong one only a few percent, so the threshold is 80%.
     """
     walks = [walk for walk in walks if walk["actions"]][:200]
     fit = turn_fit(walks, turn_deg)
@@ -489,7 +485,7 @@ def walked_turn_deg(walks: list[dict], turn_deg: float) -> float:
 
 
 def check_turn_deg(walks: list[dict], turn_deg: float) -> None:
-    """Assert the robot's turn angle on the ground truth, before hours are spent on replaying it."""
+    """UserError if the ground truth was walked with another turn angle than the robot's."""
     best = walked_turn_deg(walks, turn_deg)
     if best != turn_deg:
         raise UserError(
@@ -519,7 +515,7 @@ def scene_hash(path: str) -> str:
 
 
 def file_fault(path: str) -> str | None:
-    """What the first bytes of a scene or a navmesh say is wrong with it -> words, or None."""
+    """What is wrong with a scene or a navmesh, by its size and first bytes; None if nothing is."""
     try:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
@@ -545,17 +541,15 @@ def navmesh_of(scene_id: str) -> str:
 
 
 def missing_scenes(episodes: list[dict], scenes: str, navmeshes: bool = False) -> Counter:
-    """Scenes, or the navmeshes beside them, that are not there -> {file: number of episodes}"""
+    """Scenes, or their navmeshes, that do not exist -> {file: number of episodes}"""
     needed = Counter(navmesh_of(e["scene_id"]) if navmeshes else e["scene_id"] for e in episodes)
     return Counter({name: n for name, n in sorted(needed.items())
                     if not os.path.isfile(os.path.join(scenes, name))})
 
 
 def damaged_scenes(episodes: list[dict], scenes: str) -> dict[str, str]:
-    """Scenes and navmeshes that are there and are not what they should be -> {file: words}.
-
-    An episode with scene_sha256 was made in a scene of exactly that content.
-    """
+    """Scenes and navmeshes that exist but are damaged, or differ from an episode's scene_sha256 ->
+    {file: what is wrong}"""
     made_in = {e["scene_id"]: e.get("scene_sha256") for e in episodes}
     found = {}
     for scene_id, known in sorted(made_in.items()):
@@ -563,16 +557,16 @@ def damaged_scenes(episodes: list[dict], scenes: str) -> dict[str, str]:
             path = os.path.join(scenes, name)
             fault = file_fault(path) if os.path.isfile(path) else None
             if not fault and name == scene_id and known and scene_hash(path) != known:
-                fault = (f"is another scene ({scene_hash(path)}) than the one that the episodes "
-                         f"were made in ({known}): episodes of one world on scenes of another")
+                fault = (f"has the hash {scene_hash(path)}, but the episodes were made in a scene "
+                         f"with {known}: episodes of one world on scenes of another")
             if fault:
                 found[name] = fault
     return found
 
 
 def check_scenes(episodes: list[dict], scenes: str) -> dict:
-    """UserError unless all scenes are there and sound -> {"count", "sha256"}: how many they are,
-    and one hash of all of them and their navmeshes, so that results name their world."""
+    """UserError unless all scenes exist and are sound -> {"count", "sha256"}: the number of scenes,
+    and one hash of all of them and their navmeshes, which results record."""
     lost = missing_scenes(episodes, scenes)
     if lost:
         raise UserError(f"{len(lost)} scenes are missing below {scenes} ({sum(lost.values())} "

@@ -1,8 +1,8 @@
 """
-habitat-sim behind the verbs of house_sim.py: Matterport3D scenes, or the very same houses.
+habitat-sim with the methods of HouseSim: Matterport3D scenes, or the same houses.
 
-One agent, one colour camera, a picture only when asked for. Written against habitat-sim 0.3.3 and
-0.3.4. They differ without sliding (RxR's robot): docs/habitat.md says how and which was measured.
+Written against habitat-sim 0.3.3 and 0.3.4, which differ without sliding (RxR's robot):
+docs/habitat.md describes the difference.
 
 Imports  habitat_sim, numpy and pillow, in Python 3.9 syntax: its interpreter loads this file
 """
@@ -28,8 +28,8 @@ and pass --sim-python <that environment>/bin/python (`conda env list` shows wher
 
 
 def build_of(habitat_sim) -> str:
-    """Which build of habitat-sim this is, beyond the number that it gives itself: its main branch
-    and its tag v0.3.4 call themselves 0.3.3, and they step differently without sliding."""
+    """Which build of habitat-sim this is: its main branch and its tag v0.3.4 have __version__ 0.3.3,
+    though they step differently without sliding."""
     name = os.path.join(sys.prefix, "conda-meta", "habitat-sim-*.json")
     for path in sorted(glob.glob(name)):
         with open(path, encoding="utf-8") as file:
@@ -42,10 +42,10 @@ def build_of(habitat_sim) -> str:
 
 
 class HabitatSim:
-    """habitat-sim 0.3.x, driven directly: one agent, one colour camera, a picture only when asked.
+    """habitat-sim 0.3.x with one agent and one colour camera, which renders only on request.
 
     gpu: a CUDA index (default: 0 if there is one, else -1 = without CUDA). habitat ABORTS the whole
-    process on an index that is not there, so the index is checked before.
+    process on an index that does not exist, so the index is checked before.
     """
 
     def __init__(self, robot: dict, scenes_dir: str, gpu: int | None = None):
@@ -56,7 +56,7 @@ class HabitatSim:
             import magnum
         except ImportError as error:
             raise UserError(HABITAT_MISSING.format(python=sys.executable, error=error)) from None
-        cards = visible_gpus()  # a build without CUDA renders on them, too: EGL knows the indices
+        cards = visible_gpus()  # a build without CUDA renders on them, too, by EGL
         if gpu is not None and gpu >= cards:
             raise UserError(f"GPU {gpu} was asked for, but this machine shows {cards} to CUDA: "
                             "name another with --sim-gpus, or leave it out")
@@ -97,7 +97,7 @@ class HabitatSim:
             else:
                 self.sim.reconfigure(config)
         except (AssertionError, RuntimeError) as error:
-            self.sim = None  # what a failure has left of it is not to be trusted
+            self.sim = None  # its state after a failure is undefined
             raise SimError(f"{path}: habitat-sim cannot load this scene ({str(error).strip()}); "
                            "copy it again") from None
         self.agent, self.follower = self.sim.get_agent(0), None
@@ -162,10 +162,10 @@ class HabitatSim:
         self.agent.set_state(state)
         self.collided = False
         if self.follower is not None:
-            self.follower.reset()  # what it remembers of its last moves is not of this place
+            self.follower.reset()  # it keeps its last moves
 
     def act(self, action: int) -> bool:
-        """agent.act rather than sim.step: that one would render, and asserts on STOP."""
+        """agent.act, because sim.step would render, and asserts on STOP."""
         if action not in (FORWARD, LEFT, RIGHT):
             raise ValueError(f"{action!r} is not a motion: 1 forward, 2 left, 3 right")
         self.collided = bool(self.agent.act(action))
@@ -218,7 +218,7 @@ class HabitatSim:
             return int(self.follower.next_action_along(np.asarray(goal, np.float32)))
         except self.habitat.errors.GreedyFollowerError:
             if self.geodesic([goal]) <= self.robot["forward_m"]:
-                return STOP  # nothing gets it any closer
+                return STOP  # no action gets it any closer
             raise SimError(f"{self.file}: habitat's follower finds no way to {list(goal)}"
                            ) from None
 

@@ -1,15 +1,15 @@
 """
-Many simulators at once: each a process of its own, started by a command, asked one thing at a time.
+Many simulators at once: each in its own process, with one request at a time.
 
-A process of its own, for three reasons: habitat-sim often needs another Python than the training
-stack, a simulator may crash, and several are faster than one. How it is started is a command
-(worker.py); by default this interpreter's `-m world.worker`. Any command that connects standard
-input and output to a worker will do: ssh, docker run -i, srun, kubectl exec -i, conda run
---no-capture-output. Encryption and access are then that program's affair.
+Processes, for three reasons: habitat-sim often needs another Python than the training stack, a
+simulator may crash, and several are faster than one. A command starts each (worker.py); by default
+this interpreter's `-m world.worker`. Any command that connects standard input and output to a
+worker will do: ssh, docker run -i, srun, kubectl exec -i, conda run --no-capture-output. Encryption
+and access control are those of that program.
 
-The worker's greeting holds a hash of its code. Another hash is refused: the same request would have
-other answers. A worker that dies or hangs is killed, with all processes of its group, and started
-again; its caller gets SimDied.
+The worker's greeting holds a hash of its code; a worker with other code is refused. A worker that
+dies or hangs is killed, with all processes of its group, and started again; its caller gets
+SimDied.
 """
 from __future__ import annotations
 
@@ -30,15 +30,11 @@ from world.robots import simulator_commands
 from world.worker import MAGIC, ProtocolError, code_hash, decode, encode, write_all
 
 START_S = 300  # habitat's first renderer may take 45 s on an idle CPU
-RESTARTS = 3  # tries to start a lost simulator again: a remote machine may be starting, too
-
-
-def ending(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
+RESTARTS = 3  # tries to start a lost simulator again: a remote machine may be booting, too
 
 
 class WorkerProcess:
-    """One worker's process, seen from here."""
+    """The process of one worker, and the request that it is busy with."""
 
     def __init__(self, command: list[str]):
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -53,8 +49,8 @@ class WorkerProcess:
             raise UserError(f"the simulator's command {' '.join(command)!r} does not start: "
                             f"{error.strerror}; see --sim-python and --sim-command") from None
         self.name, self.greeting = f"process {self.process.pid}", None
-        self.data, self.magic = bytearray(), False  # data: the beginning of an answer
-        self.verb = self.episode = self.timeout_s = self.deadline = None  # what it is busy with
+        self.data, self.magic = bytearray(), False  # data: received, not decoded yet
+        self.request = self.episode = self.timeout_s = self.deadline = None
         self.reply = None  # a dict or a SimDied, once there is one
 
     def fileno(self) -> int:
@@ -64,15 +60,24 @@ class WorkerProcess:
         try:
             write_all(self.process.stdin.fileno(), encode(message))
         except OSError:
-            pass  # it is dead, and receive() will raise
+            pass  # it is dead, and read() will raise
 
-    def receive(self) -> dict | None:
-        """Read once -> a message, or None if it is not complete yet. EOFError if it died,
-        ProtocolError if it sends something else."""
+    def readable(self, within_s: float = 0) -> bool:
+        """Does it send anything, or end, within so many seconds?"""
+        with selectors.DefaultSelector() as only:
+            only.register(self, selectors.EVENT_READ)
+            return bool(only.select(max(0.0, within_s)))
+
+    def read(self) -> None:
+        """Read once. EOFError if it died."""
         chunk = os.read(self.fileno(), 1 << 20)
         if not chunk:
             raise EOFError(self.kill(grace_s=1))
         self.data += chunk
+
+    def next_message(self) -> dict | None:
+        """Take a message from what was read, or None if it is not complete. ProtocolError if it is
+        something else."""
         if not self.magic:
             if self.data[:len(MAGIC)] != MAGIC[:len(self.data)]:
                 self.kill()
@@ -92,8 +97,7 @@ class WorkerProcess:
         return message
 
     def kill(self, grace_s: float = 0) -> str:
-        """Make sure that it is dead, with every process that its command has started -> how it
-        ended."""
+        """Kill it and every process that its command has started. -> how it ended"""
         try:
             self.process.wait(grace_s)
         except subprocess.TimeoutExpired:
@@ -102,7 +106,8 @@ class WorkerProcess:
             os.killpg(self.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             pass
-        return ending(self.process.wait())
+        code = self.process.wait()
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
 
     def close(self, grace_s: float) -> None:
         self.process.stdin.close()
@@ -120,17 +125,16 @@ def scenes_used(args, robot: dict, scenes: str, episodes: list[dict]) -> dict:
 
 
 class SimPool:
-    """`sims` simulators, each a process of its own, each asked one thing at a time.
+    """`sims` simulators, each in its own process, with one request at a time.
 
         with SimPool("house", ROBOTS["houses"], "data/houses/scenes", sims=2) as pool:
             pool.submit(0, "reset", episode=episode)      # returns at once
             pool.submit(1, "reset", episode=another)
             i, reply = pool.wait_any()                    # the first that answers
 
-    wait raises SimError if the episode is at fault, SimDied if the process was lost (it has been
-    started again by then, but the episode is gone: reset it); wait_any returns these instead, with
-    the simulator's number. Any other error inside a simulator is a bug: both raise RuntimeError
-    with the worker's traceback.
+    wait raises SimError if the episode is at fault, SimDied if the process was lost (a new one has
+    started, which needs a reset); wait_any returns these with the simulator's number. Any other
+    error inside a simulator is a bug: both raise RuntimeError with the worker's traceback.
 
     commands: argv lists that start a worker, used in turn; default: this interpreter. scenes_dir is
     a folder where the worker runs. gpus: CUDA indices to spread the simulators over (habitat only).
@@ -140,7 +144,7 @@ class SimPool:
                  commands: list[list[str]] | None = None, timeout_s: float = 120,
                  gpus: list[int] | None = None):
         self.commands = commands or [[sys.executable, "-m", "world.worker"]]
-        self.start = {"verb": "start", "kind": kind, "robot": robot, "scenes": str(scenes_dir)}
+        self.start = {"request": "start", "kind": kind, "robot": robot, "scenes": str(scenes_dir)}
         self.timeout_s, self.gpus, self.code = timeout_s, gpus or [None], code_hash()
         self.workers, self.arrived = [], []  # arrived: numbers with an answer, oldest first
         self.selector = selectors.DefaultSelector()
@@ -162,7 +166,7 @@ class SimPool:
     # ------------------------------------------------------------ start
 
     def launch(self, i: int) -> WorkerProcess:
-        """Start worker i and send it its robot and scenes, without waiting for it."""
+        """Start worker i and send it the robot and the scenes, without waiting for it."""
         turn, card = i % len(self.commands), i // len(self.commands)
         worker = WorkerProcess(self.commands[turn])
         self.selector.register(worker, selectors.EVENT_READ, i)
@@ -183,46 +187,32 @@ class SimPool:
             raise UserError(reply["text"])
         worker.greeting["simulator"] = reply["simulator"]
 
-    def first_reply(self, worker: WorkerProcess, name: str, deadline: float) -> dict:
-        reply = None
-        with selectors.DefaultSelector() as only:
-            only.register(worker, selectors.EVENT_READ)
-            while reply is None:
-                reply = self.next_message(worker)
-                if reply is not None:
-                    break
-                if not only.select(max(0.0, deadline - time.monotonic())):
+    @staticmethod
+    def first_reply(worker: WorkerProcess, name: str, deadline: float) -> dict:
+        try:
+            while (reply := worker.next_message()) is None:
+                if not worker.readable(deadline - time.monotonic()):
                     raise UserError(f"{name} did not start in {START_S} s")
-                try:
-                    reply = worker.receive()
-                except (EOFError, ProtocolError) as error:
-                    raise UserError(f"{name} {error} while starting; what it printed is above, and "
-                                    "`python -m world.check` says more") from None
+                worker.read()
+        except (EOFError, ProtocolError) as error:
+            raise UserError(f"{name} {error} while starting; what it printed is above, and "
+                            "`python -m world.check` says more") from None
         return reply
 
-    @staticmethod
-    def next_message(worker: WorkerProcess) -> dict | None:
-        """Take a complete message from the bytes that have arrived; None if there is none."""
-        if not worker.magic:
-            return None
-        message, used = decode(worker.data)
-        del worker.data[:used]
-        return message
-
     def versions(self) -> dict:
-        """{"simulator", "python", "numpy", "pillow", "code"} of the simulators, for the results.
-        UserError if two machines have different simulators: their walks would differ."""
+        """{"simulator", "python", "numpy", "pillow", "code"} of the workers. UserError if two of
+        them have different simulators: their walks would differ."""
         greetings = [worker.greeting for worker in self.workers]
         for other in greetings:
             if other["simulator"] != greetings[0]["simulator"]:
                 raise UserError(f"{other['host']} has {other['simulator']} and "
                                 f"{greetings[0]['host']} has {greetings[0]['simulator']}: use one")
-        return {key: greetings[0][key] for key in ("simulator", "python", "numpy", "pillow",
-                                                   "code")}
+        keys = ("simulator", "python", "numpy", "pillow", "code")
+        return {key: greetings[0][key] for key in keys}
 
     def note_versions(self, folder: str, scene_id: str | None = None) -> None:
-        """Write versions() to folder/simulator.json. UserError if the folder was begun with another
-        simulator: habitat-sim's versions differ in how a robot moves along a wall."""
+        """Write versions() to folder/simulator.json. UserError if it names another simulator:
+        habitat-sim's versions differ in how a robot moves along a wall."""
         path, now = os.path.join(folder, "simulator.json"), self.versions()
         if self.start["kind"] == "habitat" and scene_id and not os.path.exists(path):
             with contextlib.suppress(SimError, SimDied):  # the walk in that scene will report it
@@ -239,8 +229,8 @@ class SimPool:
                             f"{now['simulator']}: use the former, or give another --out")
 
     def check_scenes(self, episodes: list[dict]) -> dict:
-        """episodes.check_scenes(), done where the simulators read the scenes. UserError, too, if
-        two machines hold different files."""
+        """episodes.check_scenes() on the machines of the simulators. UserError also if two of them
+        hold different files."""
         keys, found = ("scene_id", "scene_sha256"), []
         needed = [{key: e[key] for key in keys if key in e} for e in episodes]
         for i in range(min(len(self.commands), len(self.workers))):
@@ -254,24 +244,24 @@ class SimPool:
                                 f"{self.workers[0].name}: copy them again")
         return found[0]
 
-    # ------------------------------------------------------------ ask, and wait for answers
+    # ------------------------------------------------------------ requests and answers
 
-    def submit(self, i: int, verb: str, **arguments) -> None:
-        """Ask worker i for something, without waiting for the answer."""
+    def submit(self, i: int, request: str, **arguments) -> None:
+        """Send worker i a request (a key of worker.REQUESTS), without waiting for the answer."""
         worker = self.workers[i]
-        assert worker.verb is None, f"simulator {i} is still busy with {worker.verb!r}: wait for it"
-        if "episode" in arguments:  # only what a simulator reads
+        assert worker.request is None, f"simulator {i} is still busy with {worker.request!r}"
+        if "episode" in arguments:  # only the fields that a simulator reads
             keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
             episode = arguments["episode"]
             arguments["episode"] = {key: episode[key] for key in keys if key in episode}
             worker.episode = episode.get("episode_id")
         first = worker.timeout_s is None and self.start["kind"] == "habitat"  # makes a renderer
-        worker.verb, worker.timeout_s = verb, max(self.timeout_s, START_S if first else 0)
+        worker.request, worker.timeout_s = request, max(self.timeout_s, START_S if first else 0)
         worker.deadline = time.monotonic() + worker.timeout_s
         if worker.reply is None:
-            worker.send(dict(arguments, verb=verb))
+            worker.send(dict(arguments, request=request))
         else:
-            self.arrived.append(i)  # it was lost while idle, and so was its state: report it now
+            self.arrived.append(i)  # it was lost while idle, with its state: report that now
 
     def wait(self, i: int) -> dict:
         """The answer of worker i, a dict. Raises SimError, SimDied."""
@@ -284,8 +274,8 @@ class SimPool:
         return reply
 
     def wait_any(self, within_s: float = math.inf) -> tuple | None:
-        """(i, answer) of the worker that answers first; a SimError or SimDied is returned. None if
-        no worker answers within so many seconds."""
+        """(i, answer) of the worker that answers first; the answer may be a SimError or SimDied.
+        None if no worker answers within so many seconds."""
         until = time.monotonic() + within_s
         while not self.arrived:
             self.collect(within_s=until - time.monotonic())
@@ -297,43 +287,46 @@ class SimPool:
             raise reply
         return i, reply
 
-    def take(self, i: int):
+    def take(self, i: int) -> dict | Exception:
+        """The reply of worker i, which is idle from here on."""
         worker = self.workers[i]
         reply, worker.reply = worker.reply, None
-        verb, worker.verb = worker.verb, None
+        request, worker.request = worker.request, None
         if not isinstance(reply, dict) or "error" not in reply:
             return reply
         if reply["error"] == "bug":
-            return RuntimeError(f"simulator {i}, {verb!r}: {reply['text']}")
+            return RuntimeError(f"simulator {i}, {request!r}: {reply['text']}")
         return SimError(reply["text"])
 
     def collect(self, i: int | None = None, within_s: float = math.inf) -> None:
         """Wait for an answer (of worker i, or of any), and replace workers that died or hung."""
         busy = [w.deadline for k, w in enumerate(self.workers)
-                if w.verb is not None and i in (None, k)]
+                if w.request is not None and i in (None, k)]
         assert busy, "no request is under way: submit() comes before wait()"
         for key, _ in self.selector.select(max(0.0, min(within_s, min(busy) - time.monotonic()))):
             worker = self.workers[key.data]
-            if worker.verb is not None:  # part of its answer came: the rest has time, too
+            if worker.request is not None:  # a part of the answer came: wait as long for the rest
                 worker.deadline = time.monotonic() + worker.timeout_s
             try:
-                worker.reply = worker.receive()
+                worker.read()
+                worker.reply = worker.next_message()
             except (EOFError, ProtocolError) as error:
                 self.replace(key.data, error)
                 continue
             if worker.reply is not None:
                 self.arrived.append(key.data)
         for k, worker in enumerate(self.workers):
-            late = worker.verb is not None and time.monotonic() > (worker.deadline or math.inf)
-            if late and worker.reply is None and not readable(worker):
+            late = worker.request is not None and time.monotonic() > (worker.deadline or math.inf)
+            # readable: it has answered, while the caller of this pool was busy
+            if late and worker.reply is None and not worker.readable():
                 worker.kill()
                 self.replace(k, f"gave no answer in {worker.timeout_s:g} s and was killed")
 
-    def replace(self, i: int, how) -> None:
-        """A new worker for a lost one, and the SimDied that its caller will get."""
+    def replace(self, i: int, how: str | Exception) -> None:
+        """Start a new worker for a lost one; the reply is a SimDied."""
         lost = self.workers[i]
-        work = "while idle" if lost.verb is None else (
-            f"during {lost.verb!r}, episode {lost.episode}")
+        work = "while idle" if lost.request is None else (
+            f"during {lost.request!r}, episode {lost.episode}")
         error = SimDied(f"simulator {i} ({lost.name}) {how} {work}; it was started again")
         for tries in range(1, RESTARTS + 1):
             self.selector.unregister(self.workers[i])
@@ -346,22 +339,15 @@ class SimPool:
                 if tries == RESTARTS:
                     raise
                 time.sleep(5 * tries)
-        self.workers[i].verb, self.workers[i].reply = lost.verb, error
-        if lost.verb is not None:
+        self.workers[i].request, self.workers[i].reply = lost.request, error
+        if lost.request is not None:
             self.arrived.append(i)
 
     def close(self) -> None:
-        """End all workers: their inputs close, which they obey even while busy."""
+        """End all workers, by closing their inputs first; they end even while busy."""
         for worker in self.workers:
             worker.process.stdin.close()
         for worker in self.workers:
             worker.close(5)
         self.workers = []
         self.selector.close()
-
-
-def readable(worker: WorkerProcess) -> bool:
-    """Has it answered meanwhile, while its caller was busy with something else?"""
-    with selectors.DefaultSelector() as only:
-        only.register(worker, selectors.EVENT_READ)
-        return bool(only.select(0))

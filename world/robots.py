@@ -21,7 +21,7 @@ from cli import UserError, positive_int
 
 # ---------------------------------------------------------------- robots
 
-# One row per data set. Where each value of Habitat's two is from:
+# One row per data set. The sources of R2R's and RxR's values:
 #   r2r  VLN-CE habitat_extensions/config/vlnce_task.yaml: TURN_ANGLE 15, FORWARD_STEP_SIZE 0.25,
 #        HFOV 90, ALLOW_SLIDING True. It names no body: habitat-lab 0.1.7 habitat/config/default.py
 #        holds: AGENT_0 HEIGHT 1.5, RADIUS 0.1, camera POSITION [0, 1.25, 0]. 640x480 is that file's
@@ -29,7 +29,7 @@ from cli import UserError, positive_int
 #   rxr  VLN-CE habitat_extensions/config/rxr_vlnce_english_task.yaml: TURN_ANGLE 30, HFOV 79,
 #        camera POSITION [0, 0.88, 0], HEIGHT 0.88, RADIUS 0.18, ALLOW_SLIDING False, 640x480; the
 #        step of 0.25 is again default.py's, and the challenge's rule (VLN-CE's README).
-#   houses  ours: R2R's camera, RxR's turns and girth, small pictures.
+#   houses  ours: R2R's camera, RxR's turns and radius, small pictures.
 ROBOTS = {
     "houses": dict(turn_deg=30, forward_m=0.25, hfov_deg=90, camera_height_m=1.25, radius_m=0.18,
                    height_m=1.5, sliding=True, width=56, height=56),
@@ -40,7 +40,8 @@ ROBOTS = {
 }
 ROBOT_HELP = {
     "turn_deg": "of one turn", "forward_m": "of one step", "hfov_deg": "across the picture",
-    "camera_height_m": "above the floor", "radius_m": "of the body", "height_m": "of the body",
+    "camera_height_m": "above the floor", "radius_m": "of the body",
+    "height_m": "of the body; --sim house ignores it (its walls block any body)",
     "sliding": "along walls", "width": "of a frame, pixels", "height": "of a frame, pixels"}
 
 
@@ -54,7 +55,7 @@ def add_robot_args(add, default: str) -> None:
 
 
 def robot_from_args(args, row: dict) -> dict:
-    """The row with what the flags say instead.
+    """A row of ROBOTS, changed by the flags that were given.
 
     >>> args = argparse.Namespace(turn_deg=15, sliding=None)
     >>> robot_from_args(args, {"turn_deg": 30, "sliding": True})
@@ -83,7 +84,7 @@ def gpu_list(text: str) -> list[int]:
 
 
 def add_simulator_args(add, sims: int | None = 8) -> None:
-    """--sim and the rest. sims None: a script that starts one simulator only."""
+    """The simulator's flags. sims: the default of --sims; None for a script that starts only one."""
     add("--sim", choices=("house", "habitat"), default="house", help="which simulator")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
     add("--sim-command", metavar="CMD", action="append", help="how a simulator is started, e.g. "
@@ -103,7 +104,7 @@ def add_simulator_args(add, sims: int | None = 8) -> None:
 def simulator_commands(args) -> list[list[str]] | None:
     """The flags -> argv lists for SimPool; None: this interpreter, on this machine."""
     if args.sim_command and args.sim_python:
-        raise UserError("--sim-python and --sim-command both say how to start a simulator: give "
+        raise UserError("--sim-python and --sim-command both name how to start a simulator: give "
                         "one of them")
     if args.sim_python:
         return [[args.sim_python, "-m", "world.worker"]]
@@ -111,7 +112,7 @@ def simulator_commands(args) -> list[list[str]] | None:
 
 
 def visible_gpus() -> int:
-    """How many CUDA indices there are, without CUDA's help."""
+    """The number of CUDA indices, without loading CUDA."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return len([c for c in chosen.split(",") if c.strip() not in ("", "-1")])
@@ -144,7 +145,7 @@ def yaw_deg(rotation: list[float]) -> float:
 
 
 def turn_between(before: float, after: float) -> float:
-    """Degrees from one heading to another, the short way round, in [-180, 180): left is positive.
+    """The smallest turn from one heading to another, degrees in [-180, 180): left is positive.
 
     >>> turn_between(170, -170)
     20
@@ -168,7 +169,7 @@ def wrap(angle: float) -> float:
 
 
 def heading(yaw) -> np.ndarray:
-    """Unit (x, z) of where that yaw looks.
+    """The unit vector (x, z) in which a yaw looks.
 
     >>> [round(float(c), 6) + 0.0 for c in heading(math.pi / 2)]      # a left turn away from -z
     [-1.0, 0.0]

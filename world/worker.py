@@ -4,10 +4,10 @@ One simulator as a command: requests on standard input, answers on standard outp
     python -m world.worker                                  # what SimPool starts by default
     ssh gpu-box 'cd vln-r1 && python -m world.worker'       # the same on another machine
 
-A worker begins with the line MAGIC, so that a banner in front of it is noticed, and a greeting that
-says which code it runs. Then both sides send messages: two sizes, a JSON header, and the bytes of
-arrays. Nothing is unpickled, and sizes, types and shapes are checked before they are used. A worker
-is asked one thing at a time and ends when its standard input closes, even while it is busy.
+A worker first writes the line MAGIC, so that a banner before it is noticed, and a greeting with the
+hash of its code. Then both sides send messages: two sizes, a JSON header, and the bytes of arrays.
+Nothing is unpickled, and sizes, types and shapes are checked before they are used. A worker handles
+one request at a time and ends when its standard input closes, even while it is busy.
 
 Imports  numpy and pillow, in Python 3.9 syntax: the simulator's interpreter loads this file
 """
@@ -52,7 +52,7 @@ LIMITS = (1 << 24, 1 << 32)
 
 
 class ProtocolError(Exception):
-    """What arrived is no message of this protocol. The connection cannot be used any further."""
+    """The bytes are no message of this protocol. The connection cannot be used any further."""
 
 
 def encode(message: dict) -> bytes:
@@ -66,11 +66,11 @@ def encode(message: dict) -> bytes:
 
 
 def decode(data) -> tuple[dict | None, int]:
-    """The first message in some bytes and how many it took, or (None, 0) if it is not complete.
+    """The first message in some bytes and its size, or (None, 0) if it is not complete yet.
     ProtocolError as soon as it is clear that no message begins here.
 
-    >>> decode(encode({"verb": "step", "frames": np.zeros((1, 2))}))[0]
-    {'verb': 'step', 'frames': array([[0., 0.]])}
+    >>> decode(encode({"request": "step", "frames": np.zeros((1, 2))}))[0]
+    {'request': 'step', 'frames': array([[0., 0.]])}
     """
     if len(data) < SIZES.size:
         return None, 0
@@ -101,7 +101,7 @@ def decode(data) -> tuple[dict | None, int]:
 
 
 def code_hash() -> str:
-    """A hash of the sources that a worker runs: the same on both sides, or their walks differ."""
+    """A hash of the sources that a worker runs. It must be the same on both sides."""
     root, digest = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), hashlib.sha256()
     for name in ("cli.py", "reward.py", "world/__init__.py", "world/episodes.py",
                  "world/habitat_sim.py", "world/house_sim.py", "world/robots.py",
@@ -121,26 +121,26 @@ def do_reset(sim, episode: dict, frame: bool = True) -> dict:
 
 
 def do_step(sim, actions: list[int], frames=True) -> dict:
-    """Several motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]};
-    frames "last": the view after the last of them only, False: none."""
+    """Some motions (no STOP) -> {"frames" (n, H, W, 3): the view after each, "states": [n]};
+    frames "last": the view after the last of them only; False: none."""
     states, poses = [], []
     for action in actions:
         sim.act(action)
         states.append(sim.state())
         poses.append(states[-1]["position"] + states[-1]["rotation"])
-    seen = poses[-1:] if frames == "last" else poses
-    return dict({"frames": sim.render(seen)} if frames else {}, states=states)
+    poses = poses[-1:] if frames == "last" else poses
+    return dict({"frames": sim.render(poses)} if frames else {}, states=states)
 
 
 def do_load(sim, scene_id: str) -> dict:
-    """Enter a scene ahead of its walks -> {"cpu_s": what this simulator has used so far}"""
+    """Load a scene ahead of its walks -> {"cpu_s": CPU seconds of this process so far}"""
     sim.load(scene_id)
     return {"cpu_s": time.process_time()}
 
 
 def do_try(sim, episode: dict, poses: list, plans: list) -> dict:
-    """At each pose, play each of its plans (motions, no STOP) without a picture -> {"states": per
-    pose and plan where it ends: the state, and "way", the shortest way on from there}"""
+    """From each pose, walk each of its plans (motions, no STOP) without rendering -> {"states": for
+    each pose and plan the state at its end, with "way", the shortest path from there}"""
     sim.reset(episode)
     goal, ends = min(sim.goals, key=lambda goal: sim.geodesic([goal])), []
     for pose, some in zip(poses, plans):
@@ -154,7 +154,7 @@ def do_try(sim, episode: dict, poses: list, plans: list) -> dict:
 
 
 def do_check(sim, scene_id: str) -> dict:
-    """Stand somewhere, look around, walk somewhere else. -> facts for world/check.py"""
+    """Render at some places and walk from one to another. -> facts for world/check.py"""
     rng, clock = np.random.default_rng(0), [time.perf_counter()]
 
     def lap():
@@ -187,7 +187,7 @@ def do_check(sim, scene_id: str) -> dict:
 
 
 def find_goal(sim, places: list, rotations: list):
-    """Stand at the first place from which another is more than 2 m to walk. -> that one, metres"""
+    """Move to the first place from which another is more than 2 m away. -> that one, metres"""
     goal, metres = places[0], 0.0
     for start, rotation in zip(places, rotations):  # the first may be on top of a table
         sim.set_pose(start, rotation)
@@ -203,19 +203,15 @@ def record(sim, episode: dict, actions=None, noise=0.0, seed=0, horizon=6, max_a
            waypoints=None) -> dict:
     """Walk a whole episode; frame t is the view BEFORE actions[t].
 
-    actions given: replay them. None: the expert walks along the waypoints (default: the nearest
-    goal), and with probability `noise` per step 1 to 4 random motions replace its own (a
-    perturbation).
+    actions: replayed. None: the expert walks along the waypoints (default: the nearest goal), and
+    with probability `noise` per step 1 to 4 random motions replace its own (a perturbation).
     -> {"frames" (T, H, W, 3), "actions" [..., 0], "poses" [[x, y, z, qx, qy, qz, qw] ...],
-        "labels": with noise, for each step what the expert would do next from that very place, as
-                  `horizon` digits; "" inside a perturbation, without a label. Without noise: None,
-        "distance_to_goal": at the end}
+        "labels": see label_walk(); None without noise, "distance_to_goal": at the end}
     SimError if the expert does not stop within max_actions actions.
     """
     sim.reset(episode)
     if actions is None:
-        goals = sim.goals
-        way = waypoints or [min(goals, key=lambda goal: sim.geodesic([goal]))]
+        way = waypoints or [min(sim.goals, key=lambda goal: sim.geodesic([goal]))]
         actions, poses, labels = expert_walk(sim, way, noise, seed, horizon, max_actions)
     else:
         actions, labels = list(actions), None
@@ -232,20 +228,20 @@ def record(sim, episode: dict, actions=None, noise=0.0, seed=0, horizon=6, max_a
 
 
 class Expert:
-    """The simulator's expert on its way along some points. leg: the point that it heads for."""
+    """The simulator's expert along some points. leg: the index of the point that it walks to."""
 
     def __init__(self, sim, way: list):
         self.sim, self.way, self.leg = sim, way, 0
 
     def action(self) -> int:
         action = self.sim.expert_action(self.way[self.leg])
-        while action == STOP and self.leg < len(self.way) - 1:  # it is there: on to the next point
+        while action == STOP and self.leg < len(self.way) - 1:  # on to the next point
             self.leg += 1
             action = self.sim.expert_action(self.way[self.leg])
         return action
 
     def rollout(self, horizon: int) -> list[int]:
-        """Its next actions from here, at most `horizon`. The simulator is put back afterwards."""
+        """Its next actions from here, at most `horizon`. The simulator's pose is restored."""
         here, leg, ahead = self.sim.pose(), self.leg, []
         while len(ahead) < horizon and STOP not in ahead:
             ahead.append(self.action())
@@ -257,7 +253,7 @@ class Expert:
 
 
 def expert_walk(sim, way, noise, seed, horizon, max_actions):
-    """The expert's walk along the points of `way`, with perturbations. -> actions, poses, labels"""
+    """The expert's walk along the points of `way`; see record(). -> actions, poses, labels"""
     rng, expert = np.random.default_rng(seed), Expert(sim, way)
     actions, poses, perturbation = [], [], []
     plans = {}  # first step of a perturbation -> the expert's plan there; None inside of it
@@ -281,10 +277,11 @@ def expert_walk(sim, way, noise, seed, horizon, max_actions):
 
 
 def label_walk(actions: list[int], plans: dict, horizon: int) -> list[str]:
-    """Per step what the expert would do next, as `horizon` digits; "" inside a perturbation.
+    """For each step the expert's next actions from there, as `horizon` digits; "" inside a
+    perturbation, which has no label. plans: see expert_walk().
 
-    The expert is deterministic: up to the next perturbation it did what it would have done, and its
-    plan at that place is known. So one pass from the end gives all labels.
+    The expert is deterministic: up to the next perturbation its actions are those of the walk, and
+    there its plan was recorded. So one pass from the end gives all labels.
     >>> label_walk([1, 3, 1, 0], {1: [2, 0]}, 4)
     ['1200', '2000', '1000', '0000']
     """
@@ -297,7 +294,7 @@ def label_walk(actions: list[int], plans: dict, horizon: int) -> list[str]:
     return labels[::-1]
 
 
-VERBS = {
+REQUESTS = {
     "reset": do_reset,
     "step": do_step,
     "try": do_try,
@@ -321,8 +318,8 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def read_requests(fd: int, requests: queue.Queue) -> None:
-    """Put every message that arrives into the queue; end the process when the input closes. It runs
-    in a thread of its own, so that a closed input ends the worker even while it is busy."""
+    """Put every message into the queue; end the process when the input closes. This runs in its own
+    thread, so that a closed input ends the worker even while it is busy."""
     data = bytearray()
     while True:
         chunk = os.read(fd, 1 << 20)
@@ -342,13 +339,13 @@ def read_requests(fd: int, requests: queue.Queue) -> None:
 
 def answer(sim, request: dict, scenes_dir: str | None) -> tuple:
     """One request -> the simulator (made by "start") and the answer, a dict."""
-    verb = request.pop("verb", None)
+    name = request.pop("request", None)
     try:
-        if verb == "start":
+        if name == "start":
             where = scenes_dir or request["scenes"]
             sim = SIMULATORS[request["kind"]](request["robot"], where, request["gpu"])
             return sim, {"simulator": sim.version}
-        return sim, VERBS[verb](sim, **request)
+        return sim, REQUESTS[name](sim, **request)
     except (SimError, UserError) as error:
         return sim, {"error": type(error).__name__, "text": str(error)}
     except Exception:
@@ -356,11 +353,11 @@ def answer(sim, request: dict, scenes_dir: str | None) -> tuple:
 
 
 def serve(scenes_dir: str | None = None) -> None:
-    """A worker's whole life: answer requests until standard input closes."""
+    """Answer requests until standard input closes."""
     ins, out = os.dup(0), os.dup(1)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(2, 1)  # whatever a library prints goes to stderr, not between the answers
-    requests, sim = queue.Queue(2), None  # a user asks one thing at a time
+    os.dup2(2, 1)  # what a library prints goes to stderr, not between the answers
+    requests, sim = queue.Queue(2), None
     threading.Thread(target=read_requests, args=(ins, requests), daemon=True).start()
     greeting = {"code": code_hash(), "pid": os.getpid(), "python": platform.python_version(),
                 "numpy": np.__version__, "pillow": pillow_version, "host": platform.node()}
@@ -369,7 +366,7 @@ def serve(scenes_dir: str | None = None) -> None:
         while True:
             sim, reply = answer(sim, requests.get(), scenes_dir)
             write_all(out, encode(reply))
-    except OSError:  # nobody reads any more
+    except OSError:  # the pipe is closed
         os._exit(0)
 
 
