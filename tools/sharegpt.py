@@ -8,9 +8,9 @@ ShareGpt reads what LLaMA-Factory and LLaVA read [1]: records of a conversation 
               placeholders, or Qwen's list of {"type": "image"} and {"type": "text"}
     pictures  "images" or "image": a path, {"path": ..}, or a list of them, one per <image>
     "system"  a text that replaces the chat template's own system message
-Each gpt turn is a decision: it is trained given all that stands before it. Every record is checked
-when the file is read; an error names the record's number (from 0) and the field. Texts and labels
-are used as they stand, the released files' shift by one step included (make_data.py says more).
+Each gpt turn is a decision, trained given all turns before it. Every record is checked when the
+file is read; an error names the record's number (from 0) and the field. Texts and labels are used
+unchanged, including the released files' shift by one step (see make_data.py).
 
 Run it   python -m tools.sharegpt import rgb_images_r2r_train --robot r2r --out data/released
          python -m tools.sharegpt export data/vln_ego/train --out data/sharegpt
@@ -62,12 +62,12 @@ from world.robots import ROBOTS, add_robot_args, robot_from_args
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
          "system": "system"}
 EMPTY = (None, "", [], {})
-# What other trainers use of a record, and this one does not.
+# Fields that other trainers use, and this one does not.
 REFUSED = ("tools", "functions", "videos", "video", "audios", "audio", "objects", "chosen",
            "rejected", "rejected_response", "kto_tag")
 USED = {"conversations", "messages", "images", "image", "system", *REFUSED}
 PART_PATHS = ("image", "image_url", "path", "url")  # keys of a picture in a list of content
-# The model's special tokens, and LLaMA-Factory's placeholders for what is refused above.
+# The model's special tokens, and LLaMA-Factory's placeholders of REFUSED fields.
 RESERVED = re.compile(r"<\|[^<>\s]*>?|<video>|<audio>")
 KINDS = {type(None): "null", bool: "true or false", int: "a number", float: "a number",
          str: "text", list: "a list", dict: "an object"}
@@ -90,7 +90,7 @@ def filled(record: dict, *keys: str) -> list[str]:
 
 
 def others(record: dict, *known: str) -> list[str]:
-    """The keys, beside the known ones, under which a record holds something."""
+    """The keys, other than the known ones, under which a record holds something."""
     return filled(record, *sorted(set(record) - set(known)))
 
 
@@ -99,16 +99,16 @@ def read_text(value, field: str) -> str:
     require(isinstance(value, str), f"{field} is {kind(value)}, not text")
     reserved = RESERVED.search(value)
     require(not reserved, f"{field} holds the reserved {reserved and reserved[0]}; take it out")
-    require(is_text(value), f"{field} holds half of a UTF-16 pair; mend its encoding")
+    require(is_text(value), f"{field} holds half of a UTF-16 pair; repair its encoding")
     return value
 
 
 def read_path(value, field: str) -> str:
     """A picture: its path, {"path": ..} or {"url": ..} -> the path, "/" between its folders."""
     if isinstance(value, dict):
-        rest = others(value, "path", "url")
-        require(not rest, f"{field} holds {', '.join(map(repr, rest))}; give the path of a picture "
-                "file alone")
+        more = others(value, "path", "url")
+        require(not more, f"{field} holds {', '.join(map(repr, more))}; give only the path of a "
+                "picture file")
         value = value.get("path") or value.get("url")
     require(isinstance(value, str) and value.strip() != "",
             f"{field} is {json.dumps(value)[:40]}, not the path of a picture")
@@ -126,13 +126,13 @@ def read_content(content, field: str) -> tuple[str, list[str]]:
     for k, part in enumerate(content):
         name = f"part {k} of {field}"
         require(isinstance(part, dict), f"{name} is {kind(part)}, not an object")
-        sort = part.get("type") or next(iter(filled(part, "text", "image", "image_url")), None)
+        type_ = part.get("type") or next(iter(filled(part, "text", "image", "image_url")), None)
         where = filled(part, *PART_PATHS)
-        require(sort in ("text", "image", "image_url") and not others(
+        require(type_ in ("text", "image", "image_url") and not others(
             part, "type", "text", *PART_PATHS) and len(where + filled(part, "text")) <= 1,
             f"{name} is {json.dumps(part)[:80]}; known are "
             '{"type": "text", "text": ..} and {"type": "image", "image": path}')
-        if sort == "text":
+        if type_ == "text":
             texts.append(read_text(part.get("text"), name))
             require("<image>" not in texts[-1], f"{name} holds <image> in its text; give it a part "
                     "of its own")
@@ -143,7 +143,7 @@ def read_content(content, field: str) -> tuple[str, list[str]]:
 
 
 def read_turns(record: dict) -> tuple[list[tuple[str, str]], list[str]]:
-    """A record's turns -> [(role, text), ..], and the paths that stand in their parts."""
+    """A record's turns -> [(role, text), ..], and the picture paths in their parts."""
     keys = filled(record, "conversations", "messages")
     require(len(keys) == 1 and isinstance(record[keys[0]], list),
             "it needs one list, 'conversations' (of from and value) or 'messages' (of role and "
@@ -153,8 +153,8 @@ def read_turns(record: dict) -> tuple[list[tuple[str, str]], list[str]]:
         require(isinstance(turn, dict), f"turn {k} is {kind(turn)}, not an object")
         names = ("from", "value") if "from" in turn else ("role", "content")
         more = others(turn, *names)
-        require(not more, f"turn {k} has {', '.join(map(repr, more))}, which is not used; remove "
-                "it")
+        require(not more,
+                f"turn {k} has {', '.join(map(repr, more))}, which is not used; remove it")
         role = turn.get(names[0])
         require(isinstance(role, str) and role in ROLES,
                 f"turn {k} has {names[0]!r} {json.dumps(role)}; known are {', '.join(ROLES)}")
@@ -165,7 +165,7 @@ def read_turns(record: dict) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def read_images(record: dict, paths: list[str]) -> tuple[str, ...]:
-    """A record's pictures -> their paths. paths: those that stand in the parts of its turns."""
+    """A record's pictures -> their paths. paths: those in the parts of its turns."""
     found = [paths] if paths else []
     for key in filled(record, "images", "image"):
         value = record[key]
@@ -238,7 +238,7 @@ def read_records(path: str) -> list[tuple[str, object]]:
 
 
 def read_json_lines(path: str, text: str) -> list[tuple[str, object]] | None:
-    """Text of one JSON object a line -> [(name, object), ..]; None if it is no such text."""
+    """Text with one JSON object a line -> [(name, object), ..]; None if it is something else."""
     found = []
     for n, line in enumerate(text.split("\n"), 1):  # not splitlines(): JSON may hold U+2028
         if not line.strip():
@@ -248,7 +248,7 @@ def read_json_lines(path: str, text: str) -> list[tuple[str, object]] | None:
         except (ValueError, RecursionError) as error:
             if not found:
                 return None
-            raise UserError(f"{path}, line {n}: {error}; mend or remove that line") from None
+            raise UserError(f"{path}, line {n}: {error}; repair or remove that line") from None
         if not found and not isinstance(value, dict):
             return None
         found.append((f"record {len(found)} (line {n})", value))
@@ -260,7 +260,7 @@ WALK_FOLDER = re.compile(r"(ep|traj)_\d+")
 
 
 def split_path(path: str, image_root: str | None) -> tuple[str, ...]:
-    """A path -> its parts. With an image_root, an absolute one starts there, too.
+    """A path -> its parts. With an image_root, an absolute path is taken as relative to that.
 
     >>> split_path("/data/./a/0.png", None), split_path("/data/a/0.png", "/elsewhere")
     (('/', 'data', 'a', '0.png'), ('data', 'a', '0.png'))
@@ -270,8 +270,8 @@ def split_path(path: str, image_root: str | None) -> tuple[str, ...]:
 
 
 def droppable(paths) -> int:
-    """How many leading folders no record needs: those that all paths share, but the last one,
-    and none that names a walk.
+    """How many leading folders may be left out: those that all paths share, except the last one
+    and any that names a walk.
 
     >>> droppable([("VLN-Ego", "data", "ep_1", "0.jpg"), ("VLN-Ego", "data", "ep_2", "0.jpg")])
     2
@@ -293,19 +293,18 @@ def holds_bytes(path: str) -> bool:
 
 def find_pictures(json_path: str, records: list[Record],
                   image_root: str | None) -> tuple[str, int]:
-    """Where the records' pictures are -> (root, k): each is below root when the first k parts of
-    its path are left out, the same k for all; the least for which all are there. UserError if
-    there is none.
-
-    root is image_root, or else the JSON's folder; the working directory plays no part.
-    """
+    """Where the records' pictures are -> (root, k): below root (image_root, or else the JSON's
+    folder), when the first k parts of each path are left out. k is the least for which all exist.
+    UserError if there is none."""
     root = image_root or os.path.dirname(json_path) or "."
     if not os.path.isdir(root):
         raise UserError(f"--image-root {root} is not a folder")
     paths = {image: split_path(image, image_root) for record in records for image in record.images}
+
     def missing(k):
         return (image for image, parts in paths.items()
                 if not holds_bytes(os.path.join(root, *parts[k:])))
+
     choices = range(droppable(paths.values()) + 1)
     for k in choices:
         if next(missing(k), None) is None:
@@ -345,8 +344,8 @@ class ShareGpt:
         return len(self.records)
 
     def stated_robot(self) -> dict:
-        """Turn angle and step of the first record that states them; R2R's say 30 degrees where
-        the pictures show 15."""
+        """Turn angle and step of the first records that state them. (R2R's state 30 degrees, and
+        the pictures show 15.)"""
         robot = {}
         for record in self.records:
             text = record.system + record.rounds[0][0]
@@ -363,8 +362,8 @@ class ShareGpt:
         return list(range(len(self.records[i].rounds)))
 
     def decision(self, i: int, t: int, contract: dict) -> Decision:
-        """Record i up to its round t. The plan is the answer, read in contract's phrases: None at
-        unreadable positions, () if none can be read."""
+        """Record i up to its round t. The plan is the parsed answer, with None at unreadable
+        positions; () if all are."""
         record = self.records[i]
         human, answer = record.rounds[t]
         plan = parse_plan(answer, action_phrases(contract["turn_deg"], contract["forward_m"]),
@@ -392,7 +391,7 @@ class ShareGpt:
         return os.path.join(self.root, *split_path(key, self.image_root)[self.dropped:])
 
     def check_plans(self, contract: dict) -> None:
-        """UserError if no answer can be read as a plan: then GRPO has nothing to compare with."""
+        """UserError if no answer can be read as a plan: GRPO could not reward anything."""
         units = ((i, t) for i in range(len(self)) for t in self.steps(i))
         if not any(self.decision(i, t, contract).plan for i, t in units):
             phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
@@ -403,9 +402,9 @@ class ShareGpt:
     def lengths(self, policy, least_answer: int = 0) -> list[tuple[str, int]]:
         """Tokens of each record, as engine.check_lengths wants them -> [(name, tokens), ..].
 
-        An upper bound where that is within the model's context (a byte is at most one token), the
-        exact number else. UserError if a text holds a special token of this tokenizer.
-        least_answer: tokens that an answer may have at least (of a sampled one).
+        An upper bound if that is within the model's context (a byte is at most one token), else the
+        exact number. UserError if a text holds a special token of this tokenizer.
+        least_answer: room for a sampled answer, in tokens.
         """
         special = "|".join(re.escape(token.content) for token in
                            policy.tokenizer.added_tokens_decoder.values() if token.special)
@@ -435,7 +434,7 @@ class ShareGpt:
                 with Image.open(self.find(key)) as image:
                     width, height = image.size
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                self.read(key)                      # says what is wrong with it
+                self.read(key)                      # raises a UserError that describes the problem
                 raise
             size = fit_pixels(height, width, policy.contract["min_pixels"],
                               policy.contract["max_pixels"])
@@ -485,7 +484,7 @@ def export(args) -> None:
     lock_folder(args.out)
     data = VlnEgo(args.recording)
     contract = {**CONTRACT, **data.meta["robot"], "horizon": args.horizon,
-           "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
+                "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
     n = write_sharegpt(data, args.out, contract)
     pixels = fit_pixels(*(contract[k] for k in ("height", "width", "min_pixels", "max_pixels")))
     print(f"{args.out}/vln_ego.json: {n:,} records of {len(data):,} episodes; for LLaMA-Factory: "
@@ -496,11 +495,11 @@ def export(args) -> None:
 # ---------------------------------------------------------------- the contract of an export
 
 
-def read_object(path: str, mend: str) -> dict:
-    """A JSON file that holds an object. UserError ends with `mend`: what is wanted."""
+def read_object(path: str, wanted: str) -> dict:
+    """A JSON file that holds an object. UserError otherwise: "give {wanted}"."""
     content = read_json(path) if os.path.exists(path) else None
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no JSON object; give {mend}")
+        raise UserError(f"{path} holds no JSON object; give {wanted}")
     return content
 
 
@@ -508,10 +507,10 @@ def give_contract(args) -> None:
     """Write the export's contract into a checkpoint that another tool trained on it."""
     from model import CONTRACT
     contract = read_object(os.path.join(args.export, "nav.json"),
-                      "a folder that python -m tools.sharegpt export wrote")
+                           "a folder that python -m tools.sharegpt export wrote")
     absent = [key for key in CONTRACT if key not in contract]
     if absent or any(contract[key] != CONTRACT[key] for key in ("prompt", "version")):
-        raise UserError(f"{args.export}/nav.json is not a contract that this code can obey "
+        raise UserError(f"{args.export}/nav.json is not a contract of this version "
                         f"({', '.join(absent) or 'another version'}); export the recording again")
     contract["max_pixels"] = args.max_pixels or contract["max_pixels"]
     config, adapter, path = (os.path.join(args.ckpt, name) for name in (
@@ -522,8 +521,8 @@ def give_contract(args) -> None:
     model_type = read_object(config, "the folder of a trained model").get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{config} names no model_type; give a model's folder")
-    fix = "another --ckpt, or remove that file"
-    if os.path.exists(path) and read_object(path, fix) != contract:
+    if os.path.exists(path) and read_object(
+            path, "another --ckpt, or remove that file") != contract:
         raise UserError(f"{path} is there and differs; remove it to write that of {args.export}")
     write_json(path, contract)
     print(f"wrote {path}: {contract['horizon']} actions, turns of {contract['turn_deg']:g} "
@@ -534,17 +533,18 @@ def give_contract(args) -> None:
 
 
 def walk_folders(folder: str) -> list[str]:
-    """Every folder at or below `folder` that holds a released walk, or what is left of one.
+    """Every folder at or below `folder` that holds a released walk, or a part of one.
 
-    Symbolic links are followed; a folder that two ways lead to is found once, by the way without
-    links if there is one.
+    Symbolic links are followed. A folder with two paths is found once, by a path without links if
+    there is one.
     """
     def fail(error):
         raise UserError(f"{error.filename} cannot be read ({error.strerror})")
+
     found, seen, starts = [], set(), [os.path.abspath(folder)]
-    for start in starts:                            # grows: links wait until the rest is done
+    for start in starts:                            # it grows: links come last
         for root, folders, files in os.walk(start, onerror=fail):
-            if os.path.realpath(root) in seen:      # a second way here, or a circle
+            if os.path.realpath(root) in seen:      # a second path to it, or a cycle
                 folders.clear()
                 continue
             seen.add(os.path.realpath(root))
@@ -555,7 +555,7 @@ def walk_folders(folder: str) -> list[str]:
                     and not os.path.exists(os.path.join(root, name))]
             if lost:
                 raise UserError(f"{os.path.join(root, lost[0])} is a symbolic link to nothing; "
-                                "mend or remove it")
+                                "repair or remove it")
             if {"action_list.json", "instruction.txt", "step_0.jpg"} & set(files):
                 found.append(root)
     return found
@@ -564,7 +564,7 @@ def walk_folders(folder: str) -> list[str]:
 def name_walks(folders: list[str]) -> dict[str, tuple[str, str, str]]:
     """Folders ../ep_1/traj_2 -> {folder: (walk_id, episode_id, trajectory_id)}.
 
-    A walk's id is made of the last two names, and of as many before them as make all ids unique.
+    A walk's id is the last two names, with as many before them as make all ids unique.
 
     >>> [name for name, *_ in name_walks(["/a/ep_1/traj_1", "/b/ep_1/traj_1"]).values()]
     ['a-ep_1-traj_1', 'b-ep_1-traj_1']
@@ -587,8 +587,8 @@ def name_walks(folders: list[str]) -> dict[str, tuple[str, str, str]]:
 def released_walks(folder: str, split: str) -> tuple[list[dict], list[dict]]:
     """Walks of the released VLN-Ego (ep_*/traj_*/action_list.json) at or below folder.
 
-    -> (walks, rows of episodes.jsonl), by episode number. The files name no scene and no poses.
-    A walk without a usable instruction has the reason in "damaged", and import_shard skips it.
+    -> (walks, rows of episodes.jsonl), by episode number. The files hold no scene and no poses.
+    For a walk without a usable instruction "damaged" is the reason; import_shard skips it.
     """
     found = sorted(walk_folders(folder),
                    key=lambda root: ([int(n) for n in re.findall(r"\d+", root)], root))
@@ -612,7 +612,7 @@ def released_walks(folder: str, split: str) -> tuple[list[dict], list[dict]]:
 
 
 def import_shard(shard: Shard, walks: list[dict]) -> None:
-    """Copy released walks into one shard, jpg bytes untouched. A damaged walk is skipped."""
+    """Copy released walks into one shard, with their jpg bytes. A damaged walk is skipped."""
     for walk in walks:
         try:
             require(walk["damaged"] is None, walk["damaged"])
@@ -620,7 +620,7 @@ def import_shard(shard: Shard, walks: list[dict]) -> None:
             require(is_walk(actions), f"{walk['folder']}/action_list.json must be a list of 1, 2, "
                     "3 and a last 0")
             pictures = []
-            for t in range(len(actions)):                       # frame t: before action t, as ours
+            for t in range(len(actions)):                       # frame t: the view before action t
                 with open(f"{walk['folder']}/step_{t}.jpg", "rb") as f:
                     pictures.append(f.read())
                 decode(pictures[-1], f"{walk['folder']}/step_{t}.jpg")
@@ -663,8 +663,7 @@ def parse_args(argv=None):
     add("folder", help="the walks are at or below it")
     add("--out", default="data/released", help="the split becomes a folder in here")
     add("--split", default="train")
-    add("--shard-walks", type=positive_int, default=64,
-        help="walks per zip: the unit of resumption")
+    add("--shard-walks", type=positive_int, default=64, help="walks per zip")
     add_robot_args(add, "none: say r2r or rxr")
 
     p_export = command("export", "a VLN-Ego folder -> pictures and JSON for LLaMA-Factory")
@@ -679,8 +678,7 @@ def parse_args(argv=None):
     add("export", help="the export that it was trained on")
     add("--ckpt", required=True, metavar="FOLDER", help="the trained model's folder")
     add("--max-pixels", type=positive_int,
-        help="what a frame was shrunk to at most in that training; "
-        "default: the export's own")
+        help="pixels of a frame, at most, in that training; default: the export's own")
     return p.parse_args(argv)
 
 

@@ -62,8 +62,8 @@ def check(args, scene: str) -> None:
     if facts["mean_grey"] < 2:
         raise UserError("the pictures are black. What may help: " + ADVICE[0][1])
     if facts.get("no_sliding", "").startswith("as in v0.3.4") and not ROBOTS[args.robot]["sliding"]:
-        print("in this habitat-sim a body that touches a wall stays there, unlike in 0.3.3: results "
-              "of this robot differ between the two (docs/habitat.md)")
+        print("in this habitat-sim a body that touches a wall stays there, unlike in 0.3.3: the "
+              "results of this robot differ between the two (docs/habitat.md)")
     if facts.get("navmesh") == "computed":
         print("the scene has no .navmesh for this body, so one was computed")
     if not facts["actions"]:

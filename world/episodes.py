@@ -112,8 +112,9 @@ def find_episodes(path: str, split: str, role: str | None) -> str:
                       "give one of them as --episodes, or remove the other")
     if found is None:
         raise UserError(f"no episodes of split {split!r} found: looked for "
-                        f"{', '.join(tries)} (.json.gz or .json); point --episodes at the folder "
-                        "that holds them (`python -m world.houses` makes one), or at the file")
+                        f"{', '.join(f'{stem}.json.gz' for stem in tries)} (or .json); point "
+                        "--episodes at the folder that holds them (`python -m world.houses` makes "
+                        "one), or at the file")
     return found
 
 

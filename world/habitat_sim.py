@@ -28,8 +28,8 @@ and pass --sim-python <that environment>/bin/python (`conda env list` shows wher
 
 
 def build_of(habitat_sim) -> str:
-    """Which build of habitat-sim this is: its main branch and its tag v0.3.4 have __version__ 0.3.3,
-    though they step differently without sliding."""
+    """Which build of habitat-sim this is. __version__ is 0.3.3 on its main branch and for its tag
+    v0.3.4 as well, though they step differently without sliding."""
     name = os.path.join(sys.prefix, "conda-meta", "habitat-sim-*.json")
     for path in sorted(glob.glob(name)):
         with open(path, encoding="utf-8") as file:

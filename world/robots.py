@@ -84,7 +84,7 @@ def gpu_list(text: str) -> list[int]:
 
 
 def add_simulator_args(add, sims: int | None = 8) -> None:
-    """The simulator's flags. sims: the default of --sims; None for a script that starts only one."""
+    """The simulator's flags. sims: the default of --sims; None: a script that starts only one."""
     add("--sim", choices=("house", "habitat"), default="house", help="which simulator")
     add("--sim-python", metavar="PATH", help="interpreter that has habitat-sim; default: this one")
     add("--sim-command", metavar="CMD", action="append", help="how a simulator is started, e.g. "
