@@ -1,9 +1,9 @@
 """
-Is a downloaded or generated data set all there, and does it fit together? Before hours are spent.
+Is a downloaded or generated data set complete and consistent?
 
-Reading checks every field (world/episodes.py). This adds what only the whole shows: how many
-episodes the split should have, whether each has a ground truth that fits it and turns by the
-robot's angle, whether every scene is on the disk and sound, and how much there is to record.
+Reading checks every field (world/episodes.py). This adds: how many episodes the split should have,
+whether each has a ground truth that fits it and turns by the robot's angle, whether every scene is
+on the disk and sound, and how much there is to record.
 
 Run it   python -m tools.verify --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed --split train
          python make_data.py --verify ..                 # the same, with the flags of a recording
@@ -39,7 +39,7 @@ from world.robots import ROBOTS, add_robot_args, robot_from_args
 # Episodes per (data set, split, role, languages). R2R: VLN-CE's data page,
 # https://jacobkrantz.github.io/vlnce/data (61, 53, 11 and 18 scenes). RxR: val_unseen's guide file
 # has 11,006 records, 3,669 of them English, as github.com/jzhzhang/NaVid-VLN-CE/issues/58 and
-# CoFL's benchmarks/rxr_1600 count it. A split that is not here is reported, not asserted.
+# CoFL's benchmarks/rxr_1600 count it.
 ENGLISH = ("en-IN", "en-US")
 KNOWN = {("r2r", "train", None, None): 10819, ("r2r", "val_seen", None, None): 778,
          ("r2r", "val_unseen", None, None): 1839, ("r2r", "test", None, None): 3408,
@@ -65,42 +65,44 @@ def parse_args(argv=None):
 
 
 class Report(NamedTuple):
-    """Sentences for a person. The first line of a problem is complete; further lines are a list."""
-    facts: list
-    problems: list
+    """What was found. The first line of a problem is a whole sentence; further lines are a list."""
+    facts: list[str]
+    problems: list[str]
 
 
 def verify(episodes: list[dict], truths: dict | None, scenes: str, turn_deg: float,
            key: tuple | None, subset: bool = False) -> Report:
     """Is everything there and consistent? truths: None for a split that has none. key: into
     KNOWN. subset: fewer episodes than those are meant."""
-    parts = (verify_counts(episodes, KNOWN.get(key), subset),
-             verify_truths(episodes, truths, turn_deg), verify_scenes(episodes, scenes))
-    return Report(*(sum(lists, []) for lists in zip(*parts)))
+    report = Report([], [])
+    verify_counts(report, episodes, KNOWN.get(key), subset)
+    verify_truths(report, episodes, truths, turn_deg)
+    verify_scenes(report, episodes, scenes)
+    return report
 
 
-def verify_counts(episodes: list[dict], known: int | None, subset: bool) -> Report:
+def verify_counts(report: Report, episodes: list[dict], known: int | None, subset: bool):
     """How many episodes there are, against what is known."""
+    facts, problems = report
     languages = Counter(str(e["instruction"].get("language")) for e in episodes)
     walked = {(e["scene_id"], e["trajectory_id"]) for e in episodes}
     have = f"{len(episodes):,}"
-    facts = [f"{have} episodes, {len(walked):,} trajectories; " + (
-        f"{known:,} episodes are known" if known else "how many there should be is not known here")]
+    facts.append(f"{have} episodes, {len(walked):,} trajectories; " + (
+        f"{known:,} episodes are known" if known else "how many there should be is not known here"))
     if set(languages) != {"None"}:
         facts.append("languages: " + ", ".join(f"{k} {n:,}" for k, n in sorted(languages.items())))
-    if not known or known == len(episodes):
-        return Report(facts, [])
-    if len(episodes) > known:
-        return Report(facts, [f"{have} episodes where {known:,} are known: another release?"])
-    if subset:
-        return Report([*facts, f"a subset: {have} of {known:,} known episodes"], [])
-    return Report(facts, [f"{have} of {known:,} known episodes: another release, or a subset? If a "
-                          "subset is meant, use python -m tools.verify with --subset"])
+    if known and len(episodes) > known:
+        problems.append(f"{have} episodes where {known:,} are known: another release?")
+    elif known and len(episodes) < known and subset:
+        facts.append(f"a subset: {have} of {known:,} known episodes")
+    elif known and len(episodes) < known:
+        problems.append(f"{have} of {known:,} known episodes: another release, or a subset? If a "
+                        "subset is meant, use python -m tools.verify with --subset")
 
 
-def verify_truths(episodes: list[dict], truths: dict | None, turn_deg: float) -> Report:
+def verify_truths(report: Report, episodes: list[dict], truths: dict | None, turn_deg: float):
     """Does the ground truth fit the episodes and the robot?"""
-    facts, problems, wrong = [], [], {}
+    facts, problems = report
     if truths is None and not any(e["goals"] for e in episodes):
         facts.append("no goals and no ground truth, as in every test split: only its server scores")
     if truths is not None:
@@ -115,18 +117,19 @@ def verify_truths(episodes: list[dict], truths: dict | None, turn_deg: float) ->
             facts.append(f"turns of {turn_deg:g} degrees fit {fit:.1%} of the forward moves")
         if best != turn_deg:
             problems.append(f"the robot turns {turn_deg:g} degrees, but the ground truth turned "
-                            f"{best:g}: choose another --robot, or record with an explicit "
-                            f"--turn-deg {turn_deg:g}: then the expert walks, with these turns")
+                            f"{best:g}: choose another --robot, or record with --turn-deg "
+                            f"{turn_deg:g}: then the expert walks, with these turns")
+    wrong = {}
     for episode in episodes:
-        what = contradiction(episode, (truths or {}).get(str(episode["episode_id"])))
-        if what:
-            wrong.setdefault(what, []).append(episode["episode_id"])
-    return Report(facts, problems + [f"{len(names)} episodes have {what}, the first is {names[0]}"
-                                     for what, names in wrong.items()])
+        problem = contradiction(episode, (truths or {}).get(str(episode["episode_id"])))
+        if problem:
+            wrong.setdefault(problem, []).append(episode["episode_id"])
+    problems.extend(f"{len(names)} episodes have {problem}, the first is {names[0]}"
+                    for problem, names in wrong.items())
 
 
 def contradiction(episode: dict, truth: dict | None) -> str | None:
-    """What does not fit, though every field is well-formed -> words for it, or None."""
+    """What does not fit, though every field by itself is valid; or None."""
     if not all(is_point(goal["position"]) for goal in episode["goals"]):
         return "a goal whose position is not finite (it cannot be reached)"
     if truth and location_steps(truth["actions"], len(truth["locations"])) is None:
@@ -134,50 +137,51 @@ def contradiction(episode: dict, truth: dict | None) -> str | None:
     return None
 
 
-def verify_scenes(episodes: list[dict], scenes: str) -> Report:
+def verify_scenes(report: Report, episodes: list[dict], scenes: str):
     """Are the scenes there and sound, and the navmeshes that Matterport3D's archive has?"""
-    problems, needed = [], {e["scene_id"] for e in episodes}
+    def add(sentence, lines):
+        report.problems.append("\n    ".join([sentence, *lines]))
+
+    needed = {e["scene_id"] for e in episodes}
     lost, faults = missing_scenes(episodes, scenes), damaged_scenes(episodes, scenes)
-    facts = [f"scenes: {len(needed) - len(lost)} of {len(needed)} below {scenes}"]
+    report.facts.append(f"scenes: {len(needed) - len(lost)} of {len(needed)} below {scenes}")
     if lost:
-        problems.append("\n    ".join([
-            f"{len(lost)} scenes are missing below {scenes}, {sum(lost.values()):,} episodes need "
-            "them",
-            *(f"{name}: {n:,} episodes" for name, n in lost.items())]))
+        add(f"{len(lost)} scenes are missing below {scenes}, {sum(lost.values()):,} episodes need "
+            "them", [f"{name}: {n:,} episodes" for name, n in lost.items()])
     if faults:
-        first = next(iter(faults))
-        problems.append("\n    ".join([
-            f"{len(faults)} files below {scenes} are damaged, the first is {first}, which "
-            f"{faults[first]}", *(f"{name} {fault}" for name, fault in faults.items())]))
+        lines = [f"{name} {fault}" for name, fault in faults.items()]
+        add(f"{len(faults)} files below {scenes} are damaged, the first is {lines[0]}", lines)
     here = [e for e in episodes if e["scene_id"] not in lost and e["scene_id"].startswith("mp3d/")]
     bare = missing_scenes(here, scenes, navmeshes=True)
     if bare:
-        problems.append("\n    ".join([
-            f"{len(bare)} scenes have no .navmesh beside their .glb, {sum(bare.values()):,} "
-            "episodes need them: download Matterport3D's habitat task data", *bare]))
+        add(f"{len(bare)} scenes have no .navmesh beside their .glb, {sum(bare.values()):,} "
+            "episodes need them: download Matterport3D's habitat task data", bare)
     elif here:
-        facts.append("a .navmesh beside every .glb")
-    return Report(facts, problems)
+        report.facts.append("a .navmesh beside every .glb")
 
 
 # ---------------------------------------------------------------- the command
 
 
-def find_truths(args, episodes: list[dict]) -> tuple[dict | None, Report]:
-    """The ground truth, or None, and what there is to report about it."""
-    which, goals = (args.episodes, args.split, args.role), any(e["goals"] for e in episodes)
-    if args.expert == "walk" and find_ground_truth(*which):
-        return None, Report(["the ground truth is not read: --expert walk does not need it"], [])
+def find_truths(report: Report, args, episodes: list[dict]) -> dict | None:
+    """The ground truth, or None; reports when there is none."""
+    facts, problems = report
+    which, walk = (args.episodes, args.split, args.role), args.expert == "walk"
     try:
-        truths = None if args.expert == "walk" else read_ground_truth(*which, optional=True)
+        if walk and find_ground_truth(*which):
+            facts.append("the ground truth is not read: --expert walk does not need it")
+            return None
+        truths = None if walk else read_ground_truth(*which, optional=True)
     except UserError as error:
-        return None, Report([], [str(error)])
-    if truths is not None or not goals:
-        return truths, Report([], [])
-    fact = ("no ground truth here; goals are there: SR, NE, SPL can be measured, nDTW cannot, "
-            "record with --expert walk")
-    return None, Report([fact], [] if args.expert == "walk" else [
-        f"{no_ground_truth(*which)}, or record with --expert walk, which needs none"])
+        problems.append(str(error))
+        return None
+    if truths is None and any(e["goals"] for e in episodes):
+        facts.append("no ground truth here; goals are there: SR, NE, SPL can be measured, nDTW "
+                     "cannot, record with --expert walk")
+        if not walk:
+            problems.append(f"{no_ground_truth(*which)}, or record with --expert walk, which needs "
+                            "none")
+    return truths
 
 
 def known_key(args, dataset: str) -> tuple | None:
@@ -194,13 +198,15 @@ def main(args):
     episodes = read_episodes(args.episodes, args.split, args.role, args.languages)[:args.limit]
     dataset = args.robot or dataset_of(episodes[0])
     robot, scenes = robot_from_args(args, ROBOTS[dataset]), args.scenes or scenes_of(args.episodes)
-    truths, notes = find_truths(args, episodes)
-    walks = paired(episodes, truths or {})
-    expert = choose_expert(args, walks, robot, dataset)
-    turn_deg = walked_turn_deg(walks, robot["turn_deg"]) if expert.new_angle else robot["turn_deg"]
+    found = Report([], [])
+    truths = find_truths(found, args, episodes)
+    expert = choose_expert(args, paired(episodes, truths or {}), robot, dataset)
+    turn_deg = robot["turn_deg"]
+    if expert.new_angle:
+        turn_deg = walked_turn_deg(paired(episodes, truths or {}), turn_deg)
     subset = getattr(args, "subset", False)                     # make_data.py --verify has no such
     report = verify(episodes, truths, scenes, turn_deg, known_key(args, dataset), subset)
-    report = Report(report.facts + notes.facts, notes.problems + report.problems)
+    report = Report(report.facts + found.facts, found.problems + report.problems)
 
     frames = 0
     if not report.problems and any(e["goals"] for e in episodes):       # none: it is a test split
@@ -209,15 +215,15 @@ def main(args):
     if expert.new_angle:
         report.facts.append(f"the expert will walk, with turns of {robot['turn_deg']:g} degrees")
     elif frames:
-        report.facts.append(f"to record: {frames:,} frames, " + (
-            f"some {frames * FRAME_BYTES / 1e9:.1f} GB as JPEG of quality 90; " if dataset !=
-            "houses" else "") + "hours: frames / 3600 / frames_per_s of `python -m world.check` / "
-            "--sims")
+        size = "" if dataset == "houses" else (
+            f"some {frames * FRAME_BYTES / 1e9:.1f} GB as JPEG of quality 90; ")
+        report.facts.append(f"to record: {frames:,} frames, {size}hours: frames / 3600 / "
+                            "frames_per_s of `python -m world.check` / --sims")
     print("\n".join([f"{args.episodes}, split {args.split}, robot {dataset}:", *(
         f"  {fact}" for fact in report.facts), *(f"! {problem}" for problem in report.problems)]))
     if report.problems:
         raise UserError("; ".join(p.split("\n")[0] for p in report.problems) +
-                        ": mend that before recording")
+                        ": repair that before recording")
     print("all there")
 
 
