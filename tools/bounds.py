@@ -1,28 +1,26 @@
 """
 The success rate that half of the input could reach on a split of our houses.
 
-A success rate shows that a policy follows instructions only if it is above what half of the input
-can reach. Both bounds are computed from episodes and scenes; no policy walks. They are optimistic:
-a higher success rate needs both halves.
+A policy follows instructions only if its success rate is above both bounds. They are computed from
+episodes and scenes, without a policy, and are optimistic.
 
-words only    The policy gets the instruction and no frames. Names of things and rooms, and the
-              choice among equal phrases, do not depend on where things stand, so only the wording
-              counts: turns, doors, what is passed. For each wording we take the one action sequence
-              that arrives most often, in hindsight, among "turn k times, walk n steps, stop" for
-              all k and n, and the expert's walks of that wording (--candidates of them, evenly).
-pictures only The policy knows the house and its start, and not the instruction. It guesses the
-              goal, and stops where most of the likely goals are within the radius (on a grid of
-              0.5 m and at the goals). Likely goals are those that world/houses.py could have drawn
-              from that start: each thing at a distance that the level allows, weighted by how
-              often a walk begins in another room. What houses.py rejects later (an expert that
-              strays, half of the walks that need no turn) is ignored. The episode counts with its
-              probability.
+words only    The policy gets the instruction and no frames. Names and the choice among equal
+              phrases do not depend on where things stand, so only the wording counts: turns, doors,
+              what is passed. For each wording we take the action sequence that succeeds most often,
+              in hindsight, among "turn k times, walk n steps, stop" for all k and n, and CANDIDATES
+              of the expert's walks of that wording.
+pictures only The policy knows the house and its start, but not the instruction. It stops where most
+              of the likely goals are within the radius (on a grid of 0.5 m and at the goals). These
+              are the goals that world/houses.py could have drawn from that start: each thing at a
+              distance that the level allows, weighted by how often a walk begins in another room.
+              What houses.py rejects later (detours, half of the walks without a turn) is ignored.
+              The episode counts with its probability of success.
 
 Run it   python -m tools.bounds --split val_unseen
          python -m tools.report --summary .. --bounds     # below the table, for its splits
 Reads    --episodes, with its scenes; the goals' radius is the data's
-Expect   words .35, pictures .54 at level 1 (a start has 2.8 things at a possible distance, and two
-         goals are often near each other); 20 seconds for 200 episodes
+Expect   words .35, pictures .54 at level 1 (2.8 likely goals, two often near each other);
+         20 seconds for 200 episodes
 """
 from __future__ import annotations
 
@@ -42,16 +40,16 @@ from evaluate import (
     sampling_units,
 )
 from reward import FORWARD, LEFT, RIGHT, STOP
-from world import house_sim as simulator
 from world import houses
 from world.episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of
-from world.house_sim import distances
-from world.robots import ROBOTS
+from world.house_sim import HouseSim, Scene, distances, moves
+from world.robots import ROBOTS, heading
 
 CUES = re.compile(r"turn (slightly|a bit|around|back)?(?: ?to the)? ?(left|right)"
                   r"|(?:pass|past) the [a-z ]+? on (?:your|the) (left|right)"
                   r"|(?:enter|into|door to)( the) |(straight) to the ")
 GRID_M = 0.5
+CANDIDATES = 100  # expert walks tried for each wording
 
 
 def parse_args(argv=None):
@@ -62,12 +60,11 @@ def parse_args(argv=None):
     add("--episodes", default="data/houses", help="folder that world/houses.py wrote")
     add("--limit", type=positive_int, help="so many episodes, spread evenly over the split")
     add("--max-actions", type=positive_int, default=500, help="of a walk; evaluate.py's")
-    add("--candidates", type=positive_int, default=100, help="expert walks tried for each wording")
     return p.parse_args(argv)
 
 
-def wording(text):
-    """What an instruction holds without its names: its turns, doors and what is passed, in order.
+def wording(text: str) -> tuple[str, ...]:
+    """The turns, doors and passed things of an instruction, in order, without names.
 
     >>> wording("turn left, go into the pink room, turn back to the right and stop by the red bed.")
     ('turn left', 'door', 'turn back right')
@@ -94,8 +91,9 @@ def straight_walks(robot: dict, max_actions: int) -> list[list[int]]:
             if abs(k) + n < max_actions]
 
 
-def arrivals(sim, episode, sequences, radius):
-    """Which of the action sequences arrive? All are walked at once. -> (len(sequences),) bool"""
+def arrivals(sim: HouseSim, episode: dict, sequences: list[list[int]],
+             radius: float) -> np.ndarray:
+    """Which action sequences succeed? All are walked at once. -> (len(sequences),) bool"""
     sim.reset(episode)
     spots, yaws = np.tile(sim.spot, (len(sequences), 1)), np.full(len(sequences), sim.yaw)
     longest = max(map(len, sequences))
@@ -104,23 +102,22 @@ def arrivals(sim, episode, sequences, radius):
         yaws += sim.turn * ((now == LEFT) * 1.0 - (now == RIGHT))
         walking = np.flatnonzero(now == FORWARD)
         if len(walking):
-            steps = sim.robot["forward_m"] * simulator.heading(yaws[walking])
-            spots[walking], _ = simulator.moves(sim.graph, spots[walking], steps,
-                                                sim.robot["sliding"])
+            steps = sim.robot["forward_m"] * heading(yaws[walking])
+            spots[walking], _ = moves(sim.graph, spots[walking], steps, sim.robot["sliding"])
     metres = [distances(sim.graph, sim.distances_to(goal), spots)[0] for goal in sim.goals]
     return np.min(metres, axis=0) < radius
 
 
-def words_only(sim, episodes, truths, radius, max_actions, candidates):
-    """Does the best sequence of its wording, in hindsight, arrive? -> (n,) bool, how many wordings
-    """
+def words_only(sim: HouseSim, episodes: list[dict], truths: dict, radius: float,
+               max_actions: int) -> tuple[np.ndarray, int]:
+    """Does the best sequence of each episode's wording succeed? -> (n,) bool, number of wordings"""
     members = defaultdict(list)
     for i, episode in enumerate(episodes):
         members[wording(episode["instruction"]["instruction_text"])].append(i)
     arrived, plain = np.zeros(len(episodes), bool), straight_walks(sim.robot, max_actions)
     for some in members.values():
         own = [truths[str(episodes[i]["episode_id"])]["actions"]
-               for i in evenly_spaced(some, candidates)]
+               for i in evenly_spaced(some, CANDIDATES)]
         sequences = plain + [s for s in own if len(s) <= max_actions]
         found = np.array([arrivals(sim, episodes[i], sequences, radius) for i in some])
         arrived[some] = found[:, found.sum(axis=0).argmax()]
@@ -130,8 +127,8 @@ def words_only(sim, episodes, truths, radius, max_actions, candidates):
 # ---------------------------------------------------------------- pictures only
 
 
-def read_house(scene):
-    """A scene file -> the rooms and things of houses.House; its boxes and doors are not needed."""
+def read_house(scene: Scene) -> houses.House:
+    """The rooms and things of a scene; its boxes and doors are not needed."""
     rooms = [houses.Room(name, "", lo[[0, 2]], hi[[0, 2]]) for role, name, lo, hi in
              zip(scene.roles, scene.names, scene.lo, scene.hi) if role == "floor"]
     house, boxes = houses.House(rooms, [], [], []), defaultdict(list)
@@ -144,7 +141,7 @@ def read_house(scene):
     return house
 
 
-def likely_goals(sim, house, episode):
+def likely_goals(sim: HouseSim, house: houses.House, episode: dict) -> list[tuple]:
     """What houses.draw_walk could have chosen from this start -> [(name, goal (x, z), weight)]."""
     level, start = episode["info"]["level"], episode["start_position"]
     here, others = houses.room_at(house, *sim.spot), len(house.rooms) - 1
@@ -157,9 +154,8 @@ def likely_goals(sim, house, episode):
     return found
 
 
-def pictures_only(sim, episode, radius):
-    """-> the probability that the best guess from this start is right; how many things are likely.
-    """
+def pictures_only(sim: HouseSim, episode: dict, radius: float) -> tuple[float, int]:
+    """-> the probability that the best guess from this start succeeds; number of likely goals"""
     sim.reset(episode)
     house = read_house(sim.scene)
     goals = likely_goals(sim, house, episode)
@@ -179,7 +175,8 @@ def pictures_only(sim, episode, radius):
 # ---------------------------------------------------------------- both
 
 
-def bounds_of(source, split, limit, robot, radius, max_actions, candidates=100):
+def bounds_of(source: str, split: str, limit: int | None, robot: dict, radius: float,
+              max_actions: int) -> dict:
     """-> {"split", "episodes", "radius_m", "wordings", "likely_goals" (mean), "interval",
     "words_only": {"mean", "ci"}, "pictures_only": {..}}. UserError if these are no houses."""
     episodes = read_episodes(source, split)
@@ -188,9 +185,9 @@ def bounds_of(source, split, limit, robot, radius, max_actions, candidates=100):
         raise UserError(f"{source} holds no houses of ours: these bounds need to know how the "
                         "walks were drawn")
     truths, scenes = read_ground_truth(source, split), scenes_of(source)
-    sim = simulator.HouseSim(robot, os.path.abspath(scenes))
+    sim = HouseSim(robot, os.path.abspath(scenes))
     units, kind = sampling_units(episodes)
-    arrived, wordings = words_only(sim, episodes, truths, radius, max_actions, candidates)
+    arrived, wordings = words_only(sim, episodes, truths, radius, max_actions)
     order = sorted(range(len(episodes)), key=lambda i: episodes[i]["scene_id"])     # a load a scene
     guesses = dict(zip(order, (pictures_only(sim, episodes[i], radius) for i in order)))
     shares, likely = zip(*(guesses[i] for i in range(len(episodes))))
@@ -202,7 +199,7 @@ def bounds_of(source, split, limit, robot, radius, max_actions, candidates=100):
             "interval": {"units": kind, "n_units": len(set(units))}}
 
 
-def print_bounds(every):
+def print_bounds(every: list[dict]):
     """A line for each bound of each split."""
     print("SR that half of the input could reach, computed from the episodes (tools/bounds.py):")
     for name in ("words_only", "pictures_only"):
@@ -218,8 +215,7 @@ def print_bounds(every):
 def main(args):
     goals = [goal for e in read_episodes(args.episodes, args.split) for goal in e["goals"]]
     found = bounds_of(args.episodes, args.split, args.limit, ROBOTS["houses"],
-                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_actions,
-                      args.candidates)
+                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_actions)
     print_bounds([found])
     print("95% intervals: " + describe_intervals(found["interval"]))
     return found

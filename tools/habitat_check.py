@@ -2,13 +2,13 @@
 Compare our metrics with habitat-lab's own: walk every scored walk again in its environment.
 
 evaluate.py computes NE, SR and SPL itself, from poses and geodesic distances of habitat-sim. Here
-the actions of each walk go through `habitat.Env` with the VLN task, and its measures
-DistanceToGoal, Success and SPL are compared with ours. A difference above 1e-4 is an error. nDTW,
-SDTW, OS and TL have no measure there (tests/test_evaluate.py compares DTW with fastdtw).
+`habitat.Env` takes the actions of each walk, and its measures DistanceToGoal, Success and SPL are
+compared with ours. A difference above 1e-4 is an error. habitat-lab has no nDTW, SDTW, OS and TL
+(tests/test_evaluate.py compares DTW with fastdtw).
 
-This file has two sides. The command reads the results folder and starts the other side (--worker)
-in the interpreter that has habitat-lab. The worker shares no code with evaluate.py or
-world/habitat_sim.py, since a shared mistake would not be found. It uses no camera and no GPU.
+The command reads the results folder and starts itself as a worker (--worker) in the interpreter
+that has habitat-lab. The worker shares no code with evaluate.py or world/habitat_sim.py, so that a
+mistake there is found. It uses no camera and no GPU.
 
 Run it   python -m tools.habitat_check results/r2r_val_unseen --scenes data/scene_datasets \\
              --sim-python $HABITAT
@@ -42,16 +42,15 @@ def parse_args(argv=None):
                                 description=__doc__.split("\n")[1])
     p.add_argument("folder", metavar="FOLDER", nargs="?", help="results of evaluate.py --sim "
                    "habitat")
-    p.add_argument("--scenes", metavar="DIR", help="what scene_id is below, on this machine; "
-                   "default: <episodes>/scenes if it is there, else data/scene_datasets")
+    p.add_argument("--scenes", metavar="DIR", help="folder that scene_id starts from; default: "
+                   "<episodes>/scenes if it is there, else data/scene_datasets")
     p.add_argument("--sim-python", metavar="PATH", default=sys.executable,
                    help="interpreter that has habitat-lab")
-    p.add_argument("--worker", action="store_true", help="be the side that runs in habitat-lab's "
-                   "interpreter (this command starts it itself)")
+    p.add_argument("--worker", action="store_true", help="be the worker (started by this command)")
     return p.parse_args(argv)
 
 
-# ---------------------------------------------------------------- our side
+# ---------------------------------------------------------------- the command
 
 
 def read_walks(folder: str, settings: dict) -> list[tuple[dict, dict]]:
@@ -81,7 +80,7 @@ def ask_worker(walks: list[tuple[dict, dict]], settings: dict, scenes: str,
     job = {"robot": settings["robot"], "scenes_dir": os.path.abspath(scenes),
            "radius_m": settings["radius_m"]}
     keys = ("episode_id", "scene_id", "start_position", "start_rotation", "goals")
-    # a STOP that stands for an unreadable answer was not called: habitat-lab must not get it
+    # the STOP of an unreadable answer was not called, so habitat-lab must not get it
     lines = [job] + [{"episode": {key: episode[key] for key in keys}, "actions": [
         int(a) for a in row["actions"] if a != str(STOP) or row["end"] == "stop"]}
         for row, episode in walks]
@@ -160,15 +159,15 @@ def main(args):
     return found
 
 
-# ---------------------------------------------------------------- habitat-lab's side
+# ---------------------------------------------------------------- the worker
 
 ZERO = "division by zero"
 
 
-def work():
-    """stdin -> stdout, as the module's header says."""
+def work() -> None:
+    """stdin -> stdout, as the module's header describes."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print goes to stderr, not among the answers
+    os.dup2(2, 1)  # what the libraries print goes to stderr, not between the answers
     os.environ.setdefault("MAGNUM_LOG", "quiet")
     os.environ.setdefault("HABITAT_SIM_LOG", "quiet")
     job = json.loads(sys.stdin.readline())
@@ -196,9 +195,9 @@ def work():
             answer(**line)
 
 
-def walk_all(habitat, job, walks, measures):
-    """Walks of one scene -> a line of the output each, in their order. An exception costs the walk
-    that it is about, or all if the scene does not load."""
+def walk_all(habitat, job: dict, walks: list[dict], measures: tuple[str, ...]) -> list[dict]:
+    """Walks of one scene -> a line of the output for each, in their order. After an exception the
+    line holds the error; if the scene does not load, all lines do."""
     if not walks:
         return []
     lines = []
@@ -219,7 +218,7 @@ def walk_all(habitat, job, walks, measures):
     return lines
 
 
-def walk_one(env, episode, actions, measures):
+def walk_one(env, episode, actions: list[int], measures: tuple[str, ...]) -> dict:
     """One walk in habitat-lab's environment -> its line of the output."""
     env.current_episode = episode
     env.reset()
@@ -230,13 +229,13 @@ def walk_one(env, episode, actions, measures):
                 position=[float(v) for v in env.sim.get_agent_state().position])
 
 
-def describe(error):
+def describe(error: Exception) -> str:
     if isinstance(error, ZeroDivisionError):
         return ZERO
     return f"{type(error).__name__}: {str(error).strip()[:300]}"
 
 
-def make_episode(episode, scenes_dir):
+def make_episode(episode: dict, scenes_dir: str):
     """An episode of R2R_VLNCE or RxR_VLNCE -> habitat-lab's own, without its instruction."""
     from habitat.tasks.nav.nav import NavigationGoal
     from habitat.tasks.vln.vln import InstructionData, VLNEpisode
@@ -249,8 +248,8 @@ def make_episode(episode, scenes_dir):
         reference_path=[], instruction=InstructionData(instruction_text=""), trajectory_id=0)
 
 
-def make_config(job, walks, measures=MEASURES):
-    """The VLN task as habitat-lab configures it, without its YAML: robot, actions, measures."""
+def make_config(job: dict, walks: list[dict], measures: tuple[str, ...] = MEASURES):
+    """The configuration of habitat-lab's VLN task: robot, actions, measures."""
     from habitat.config import default_structured_configs as c
     from habitat.config.default import patch_config
     from omegaconf import OmegaConf

@@ -54,7 +54,7 @@ def planned_path(state: dict, plan: list[int], robot: dict) -> list[list[float]]
 def draw_map(walk: EpisodeState, reference: list | None, robot: dict, radius: float, upto: int,
              size: int) -> Image.Image:
     """The scene from above, size x size pixels around the walk, which is drawn up to pose `upto`,
-    with the plan that was written last until then."""
+    with the latest plan at that pose."""
     positions = [state["position"] for state in walk.states]
     goals = [goal["position"] for goal in walk.episode["goals"][:1]]        # none in a test split
     x, _, z = np.array([*positions, *(reference or ()), *goals]).T
@@ -99,13 +99,13 @@ def characters_of(path: str) -> frozenset[int]:
     from fontTools.ttLib import TTFont
     try:
         return frozenset(TTFont(path, fontNumber=0, lazy=True).getBestCmap() or ())
-    except Exception:                      # a damaged font is not our error: another may do
+    except Exception:                      # a damaged font: try the next
         return frozenset()
 
 
 @functools.lru_cache(None)
 def installed_fonts() -> list[str]:
-    """Font files to try, those with an upright regular face of a wide coverage first."""
+    """Font files to try, regular ones with wide coverage first."""
     from matplotlib import font_manager, get_data_path
     found = sorted(font_manager.findSystemFonts(), key=lambda path: (
         "regular" not in path.lower(), "noto" not in path.lower(), path))
@@ -114,8 +114,8 @@ def installed_fonts() -> list[str]:
 
 @functools.lru_cache(None)
 def font_for(word: str, size: int = 13) -> ImageFont.ImageFont | None:
-    """A font that has all characters of a word, or None. Pillow's own has those of ASCII; Indic
-    scripts also need libraqm, which orders and joins their signs."""
+    """A font that has all characters of a word, or None. Pillow's own has ASCII; Indic scripts also
+    need libraqm, which orders and joins their signs."""
     if word.isascii():
         return ImageFont.load_default(size)
     if any("\u0900" <= char <= "\u0dff" for char in word) and not features.check("raqm"):
@@ -126,9 +126,9 @@ def font_for(word: str, size: int = 13) -> ImageFont.ImageFont | None:
 
 
 def lay_out(text: str, width: int) -> tuple[list, int] | None:
-    """A text as [(x, line, piece of a word, font)], in lines of at most `width` pixels, and how
-    many lines those are; None if no installed font has the characters of one piece. A word is cut
-    where ASCII meets other characters: many fonts of a script have no Latin letters."""
+    """A text as [(x, line, piece of a word, font)] in lines of at most `width` pixels, and the
+    number of lines; None if no installed font has the characters of a piece. A word is cut where
+    ASCII meets other characters, since many fonts of a script have no Latin letters."""
     placed, x, line, space = [], 0, 0, font_for(" ").getlength(" ")
     for word in text.split():
         pieces = re.findall(r"[!-~]+|[^!-~]+", word)
@@ -148,9 +148,9 @@ def lay_out(text: str, width: int) -> tuple[list, int] | None:
 @functools.lru_cache(None)
 def warn_no_font(language: str):
     """Print a warning, once for each language."""
-    print(f"pictures: no font that is installed has the characters of the {language} instructions"
-          " (or Pillow has no libraqm), so they are written to .txt files in the same folder; on "
-          "Debian and Ubuntu: apt-get install fonts-noto-core", file=sys.stderr, flush=True)
+    print(f"pictures: no installed font has the characters of the {language} instructions (or "
+          "Pillow has no libraqm), so they are written to .txt files in the same folder; on Debian "
+          "and Ubuntu: apt-get install fonts-noto-core", file=sys.stderr, flush=True)
 
 
 def instruction_lines(walk: EpisodeState, width: int) -> tuple[list, int]:

@@ -2,14 +2,14 @@
 Compare results folders of evaluate.py episode by episode, or print them as one table.
 
 Two folders are comparable only with the same episodes, scenes, robot, radius and --max-actions;
-others are refused. What else differs, such as the checkpoint or the decoding, is what is compared,
-and is printed. A run that has not ended is refused as well, since its first episodes are no fair
-sample of all; --partial takes and labels it.
+others are refused. Other differences, such as the checkpoint or the decoding, are printed. A run
+that has not ended is refused, since its first episodes are not a fair sample; --partial accepts
+and labels it.
 
-Intervals (95%) are computed from the rows, by the functions of evaluate.py: Wilson's for rates, a
-bootstrap over scenes for means, for paired differences and for what several runs gain together.
-Runs on one episode are not independent, nor are episodes in one scene: a scene is drawn with all
-its episodes, and an episode with all its runs.
+Intervals (95%) are computed from the rows by evaluate.py's functions: Wilson's for rates, a
+bootstrap over scenes for means, paired differences and the pooled gain of several runs. Runs on one
+episode are not independent, nor are episodes in one scene: a scene is drawn with all its episodes,
+and an episode with all its runs.
 
 Run it   python -m tools.report results/sft_val_unseen results/grpo_val_unseen
          python -m tools.report results/sft_val_unseen results/seed?_val_unseen --out gain.json
@@ -39,18 +39,18 @@ from evaluate import (
     summarise,
 )
 
-# What must agree, with every key that begins with "scene". Each decides which walks are asked for
-# or what counts as success.
+# What must agree, as must every key that begins with "scene": each decides which episodes are
+# walked or what counts as success.
 SAME = ("data", "split", "role", "languages", "limit", "robot", "radius_m", "max_actions")
-# These follow from other keys, or mean nothing where `data` agrees.
+# These follow from other keys, or do not matter where `data` agrees.
 DERIVED = ("second_radius_m", "episodes", "weights", "source")
 
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(prog="python -m tools.report", formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
-    p.add_argument("folders", nargs="+", metavar="FOLDER", help="results folders: what was before, "
-                   "then one or more, such as seeds, of what is after; with --summary, the rows")
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="results folders: the baseline, "
+                   "then one or more to compare with it, such as seeds; with --summary, the rows")
     p.add_argument("--summary", action="store_true", help="print one table instead of comparing")
     p.add_argument("--bounds", action="store_true", help="with --summary of houses: also the "
                    "SR that half of the input could reach (tools/bounds.py)")
@@ -71,7 +71,7 @@ class Results(NamedTuple):
 
 
 def read_results(folder: str) -> Results:
-    """A results folder -> Results. UserError if it is none."""
+    """A results folder -> Results. UserError if it is not one."""
     try:
         settings, rows = read_json(os.path.join(folder, "run.json")), known_rows(folder)
     except (OSError, ValueError) as error:
@@ -92,8 +92,8 @@ def read_results(folder: str) -> Results:
 
 
 def read_all(folders: list[str], partial: bool) -> list[Results]:
-    """Results folders -> [Results]. UserError if one is incomplete, unless `partial` is allowed;
-    then it is named on the screen."""
+    """Results folders -> [Results]. UserError if one is incomplete, unless `partial`: then it is
+    only printed."""
     seen = {}
     for folder in folders:
         place = os.path.realpath(folder)
@@ -137,7 +137,7 @@ def flat(settings: dict, prefix: str = "") -> dict:
 
 
 def differences(a: Results, b: Results) -> list[str]:
-    """What differs between two comparable Results: a list of short texts."""
+    """The other settings in which two comparable Results differ: short texts."""
     texts = []
     before, after = ({key: value for key, value in flat(results.run).items()
                       if key.split(".")[0] not in (*SAME, *DERIVED)} for results in (a, b))
@@ -158,9 +158,8 @@ def differences(a: Results, b: Results) -> list[str]:
 
 def paired_difference(before: dict, after: dict, metric: str = "success",
                       seed: int = 0) -> dict:
-    """What one run gains over another on the episodes that both have scored, with the interval.
-
-    before, after: rows by id. Pairing takes out what makes an episode easy or hard for both.
+    """The mean difference of a metric on the episodes that both runs have scored, with its
+    interval. before, after: rows by id. Pairing removes the variance between episodes.
     >>> a = {str(i): {"episode_id": i, "scene_id": i, "success": 0.0} for i in range(6)}
     >>> b = {str(i): {"episode_id": i, "scene_id": i, "success": 1.0} for i in range(1, 6)}
     >>> paired_difference(a, b)
@@ -176,7 +175,7 @@ def paired_difference(before: dict, after: dict, metric: str = "success",
 
 
 def pooled_gain(before: dict, afters: list[dict], seed: int = 0) -> dict:
-    """What several runs gain in success: the mean over runs of each episode's difference.
+    """The gain in success of several runs: for each episode the mean difference over runs.
 
     >>> a = {str(i): {"episode_id": i, "scene_id": i, "success": 0.0} for i in range(6)}
     >>> b = {key: {**row, "success": 1.0} for key, row in a.items()}
@@ -194,7 +193,7 @@ def pooled_gain(before: dict, afters: list[dict], seed: int = 0) -> dict:
 
 
 def run_gain(before: Results, after: Results, metrics: dict) -> dict:
-    """One run's part of the file; seed and CPU minutes as its trainer wrote them."""
+    """One run's part of the written file, with the seed and CPU minutes of its training."""
     ckpt, seed, minutes = after.run.get("ckpt") or "", None, None
     if os.path.exists(os.path.join(ckpt, "args.json")):
         seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
@@ -207,10 +206,10 @@ def run_gain(before: Results, after: Results, metrics: dict) -> dict:
 
 
 def compare(folders: list[str], out: str | None = None, partial: bool = False):
-    """Print what each further folder gains over the first, and all of them together.
+    """Print the differences of each further folder to the first, and of all together.
     out: a file for {"before", "runs", "pooled"}."""
     if len(folders) < 2:
-        raise UserError("one folder is nothing to compare: name the one before, then what is after")
+        raise UserError("one folder is nothing to compare: name the baseline, then the others")
     before, *afters = read_all(folders, partial)
     for after in afters:
         check_same(before, after)
@@ -234,7 +233,7 @@ def bracket(ci: list[float] | None) -> str:
 
 
 def print_gain(before: Results, after: Results, gain: dict, named: bool):
-    """One comparison on the screen: a line of what differs, then a line per metric."""
+    """Print one comparison: a line of other differences, then a line per metric."""
     if named:
         print(f"{after.folder} against {before.folder}")
     differs = gain["differs"]
@@ -299,7 +298,7 @@ def table_row(results: Results, found: dict) -> dict:
 
 
 def print_rows(rows: list[dict]):
-    """The table on the screen. `-` where a metric has no value."""
+    """Print the table. `-` where a metric has no value."""
     width = max(6, *(len(r["agent"]) for r in rows)) + 2
     print(f"{'agent':{width}}{'split':12}{'walks':>6}  {'SR':>5} {'[95%]':14}{'SPL':>5} {'OS':>5} "
           f"{'NE m':>5} {'TL m':>5} {'nDTW':>5} {'SDTW':>5} {'steps':>5} {'unscored':>9}   "
@@ -324,7 +323,7 @@ def stage_minutes(folder: str) -> dict[str, float]:
 
 
 def write_out(path: str, content, write=write_json):
-    """--out, whole or not at all, in a folder that is made."""
+    """Write --out atomically, and make its folder."""
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         write(path, content)

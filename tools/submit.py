@@ -1,5 +1,5 @@
 """
-Write the walks of a test split as R2R's or RxR's leaderboard wants them.
+Write the walks of a test split in the format of R2R's or RxR's leaderboard.
 
 A test split hides its goals: evaluate.py walks it without scores, and the leaderboard's server
 computes them. RxR's form is written for RxR's episodes, R2R's (VLN-CE's challenge) for all others.

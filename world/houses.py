@@ -1,30 +1,30 @@
 """
-Houses to walk in, and walks to learn from: the embedded world's data, drawn from a seed.
+Generate houses, and walks in them with instructions: the data of the embedded world.
 
 The real task (R2R in Matterport scans) needs a licence, a simulator and a big model. This file
-makes a small world with the same files and the same question: rooms with coloured walls, doorways,
-furniture, and walks to describe,
+makes a small world in the same formats: rooms with coloured walls, doorways and furniture, and
+instructions such as
 
     turn left, go into the pink room, turn right and stop by the yellow sofa.
 
-A start and a goal are drawn, the simulator's expert walks from one to the other, and the sentence
-is read off its actions (which way it turned first, which doors it crossed, what it passed):
+A start and a goal are drawn, the simulator's expert walks between them, and the instruction is made
+from its actions (the side of its first turn, the doors that it crossed, what it passed):
 
     unambiguous     a thing is unique in its house by (colour, kind); a door is named by the room
                     that it leads to; a turn has its side, even "turn around to the left".
-    language-only   is not enough: no sentence holds a distance or a number of turns.
+    language-only   is not enough: no instruction holds a distance or a number of turns.
     vision-only     is not enough: several things are in view, and one of them is meant.
-                    `python -m tools.bounds` prints what either could reach at most: vision-only
-                    .54, language-only .35 (level 1, val_unseen, 200 walks).
+                    `python -m tools.bounds` prints upper bounds for either: vision-only .54,
+                    language-only .35 (level 1, val_unseen, 200 walks).
 
 Run it   python -m world.houses                              # 500 houses, 4000 walks: the demo's
          python -m world.houses --level 3 --train-houses 200 --out data/houses3
 Writes   <out>/scenes/houses/<name>/<name>.glb (one house, some 45 kB), args.json (the flags), and
          <out>/<split>/<split>.json.gz, <split>_gt.json.gz for train, val_seen (train's houses, new
          walks) and val_unseen (new houses), in the schema of R2R_VLNCE v1-3 [1];  <out>/walks/
-         holds finished houses, which another run with the same flags and code takes over
+         holds finished houses, which another run with the same flags and code reuses
 Expect   half a minute on two idle cores. The same seed gives the same houses, walks and sentences
-         with any --jobs; the files are equal to the byte on one set-up (libraries, machine)
+         with any --jobs; on one machine with the same libraries the files are identical
 
 [1] Krantz et al. 2020, VLN-CE, https://arxiv.org/abs/2004.02857
 """
@@ -52,15 +52,16 @@ from tqdm import tqdm
 
 from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli
 from reward import FORWARD, LEFT, RIGHT, STOP
-from world import house_sim as simulator
+from world import house_sim
 from world.episodes import scene_hash
+from world.house_sim import HouseSim
 from world.robots import ROBOTS, rotation_of, turn_between
 
 SPLITS = ("train", "val_seen", "val_unseen")
 
-# Words for turns, by the least size in degrees. At level 1 a turn of 30 has none (the goal is in
-# view then), and one word serves all above: the fewer sizes a sentence distinguishes, the less a
-# language-only policy reaches, which plays one sequence of actions for all walks of one wording.
+# Words for turns, by the least size in degrees. At level 1 a turn of 30 is not mentioned (the goal
+# is in view then), and larger ones share one word: the fewer sizes the words distinguish, the lower
+# is the bound of a language-only policy, which has one action sequence for each wording.
 PLAIN = {45: ["turn {}"]}
 FINE = {
     10: ["turn slightly {}", "turn a bit {}"],
@@ -68,19 +69,19 @@ FINE = {
     135: ["turn around to the {}", "turn back to the {}"],
 }
 
-# 1 is the demo's: short sentences, colours alone tell things apart. From 2 on rooms are called by
-# colour and kind, turns come in three sizes, and things that are passed are mentioned.
-# Rooms in a house, the sides of a room in metres, things in a room (in the single room of
-# a house at level 1), share of walks that start in another room than the goal's, if there is one,
-# shortest and longest walk in metres (geodesic).
+# 1 is the demo's: short instructions, in which colours alone distinguish things. From 2 on rooms
+# are named by colour and kind, turns have three sizes, and passed things are mentioned.
+# rooms: in a house; side: of a room, metres; things: in a room (in the single room of a house at
+# level 1); cross: share of walks that start in another room than the goal's, if there is one;
+# metres: shortest and longest walk (geodesic).
 LEVELS = {
     1: dict(rooms=(1, 2), side=(4.5, 6.0), things=(4, 5), cross=0.5, metres=(2.5, 7), turns=PLAIN),
     2: dict(rooms=(2, 3), side=(3.5, 5.5), things=(3, 4), cross=0.75, metres=(3, 10), turns=FINE),
     3: dict(rooms=(3, 6), side=(3.5, 5.5), things=(3, 4), cross=1.0, metres=(5, 20), turns=FINE),
 }
 
-# Walls are pale and things are strong, and no word is used for both: after the baked light every
-# shade of a thing is far from every shade of a wall (tests/test_houses.py measures how far).
+# Walls have pale colours and things strong ones, with different names: with the light every shade
+# of a thing is far from every shade of a wall (tests/test_houses.py measures how far).
 WALLS = {
     "pink": (243, 170, 192),
     "brown": (172, 130, 96),
@@ -106,30 +107,17 @@ LIGHT = np.array([0.86, 0.95, 0.66, 1.0, 0.81, 0.90])
 # Furniture in metres, standing with its back at z = 0 and its front towards +z, centred on x = 0:
 # boxes (x0, y0, z0, x1, y1, z1, shade). Big and plain: kinds must differ in 56 pixels.
 FURNITURE = {
-    "sofa": (
-        (-0.9, 0, 0, 0.9, 0.45, 0.9, 1.0),
-        (-0.9, 0.45, 0, 0.9, 1.0, 0.25, 0.9),
-        (-0.9, 0.45, 0.25, -0.65, 0.72, 0.9, 0.85),
-        (0.65, 0.45, 0.25, 0.9, 0.72, 0.9, 0.85),
-    ),
+    "sofa": ((-0.9, 0, 0, 0.9, 0.45, 0.9, 1.0), (-0.9, 0.45, 0, 0.9, 1.0, 0.25, 0.9),
+             (-0.9, 0.45, 0.25, -0.65, 0.72, 0.9, 0.85), (0.65, 0.45, 0.25, 0.9, 0.72, 0.9, 0.85)),
     "table": ((-0.65, 0.68, 0, 0.65, 0.8, 0.9, 1.0), (-0.3, 0, 0.2, 0.3, 0.68, 0.7, 0.8)),
     "chair": ((-0.35, 0, 0, 0.35, 0.5, 0.7, 1.0), (-0.35, 0.5, 0, 0.35, 1.2, 0.15, 0.85)),
-    "lamp": (
-        (-0.2, 0, 0.1, 0.2, 0.1, 0.5, 0.8),
-        (-0.05, 0.1, 0.25, 0.05, 1.15, 0.35, 0.8),
-        (-0.3, 1.15, 0, 0.3, 1.75, 0.6, 1.0),
-    ),
+    "lamp": ((-0.2, 0, 0.1, 0.2, 0.1, 0.5, 0.8), (-0.05, 0.1, 0.25, 0.05, 1.15, 0.35, 0.8),
+             (-0.3, 1.15, 0, 0.3, 1.75, 0.6, 1.0)),
     "wardrobe": ((-0.6, 0.1, 0, 0.6, 2.0, 0.6, 1.0), (-0.55, 0, 0, 0.55, 0.1, 0.55, 0.8)),
-    "plant": (
-        (-0.2, 0, 0.15, 0.2, 0.4, 0.55, 0.8),
-        (-0.35, 0.4, 0, 0.35, 0.95, 0.7, 1.0),
-        (-0.2, 0.95, 0.15, 0.2, 1.4, 0.55, 0.9),
-    ),
-    "bed": (
-        (-0.75, 0, 0, 0.75, 0.5, 2.0, 1.0),
-        (-0.75, 0.5, 0, 0.75, 1.1, 0.12, 0.85),
-        (-0.5, 0.5, 0.2, 0.5, 0.64, 0.6, 0.9),
-    ),
+    "plant": ((-0.2, 0, 0.15, 0.2, 0.4, 0.55, 0.8), (-0.35, 0.4, 0, 0.35, 0.95, 0.7, 1.0),
+              (-0.2, 0.95, 0.15, 0.2, 1.4, 0.55, 0.9)),
+    "bed": ((-0.75, 0, 0, 0.75, 0.5, 2.0, 1.0), (-0.75, 0.5, 0, 0.75, 1.1, 0.12, 0.85),
+            (-0.5, 0.5, 0.2, 0.5, 0.64, 0.6, 0.9)),
 }
 
 # The kind of a room is that of the thing that is placed in it first.
@@ -142,16 +130,16 @@ ROOM_KINDS = {
     "garden room": "plant",
 }
 
-HEIGHT, SLAB = 2.5, 0.08  # metres: a room's height; a wall's own half of the wall between two rooms
-# habitat's navigation mesh counts heights in cells of 0.2 m from the lowest point, rounded up: one
-# cell, less a hair, puts it 1 mm above the floor. With 0.1 m it would float 10 cm above, the camera
-# with it, once the robot has taken a step.
+HEIGHT, SLAB = 2.5, 0.08  # metres: a room's height; half the thickness of a wall between rooms
+# habitat's navigation mesh counts heights in cells of 0.2 m from the lowest point, rounded up: just
+# under one cell puts it 1 mm above the floor. With 0.1 m the mesh, and the camera after a step,
+# would be 10 cm above it.
 FLOOR_M = 0.199
 DOOR_WIDTH, DOOR_HEIGHT = 1.2, 2.1
 PASSAGE = 0.75  # metres between things, so that a body of 0.36 m passes and can stand in front
 STAND_OFF = 0.5  # metres from a thing to the goal in front of it
 START_CLEARANCE = 0.3  # metres between the body and anything else where a walk starts
-MIN_SPL = 0.9  # a walk whose expert wanders more than that is drawn again
+MIN_SPL = 0.9  # of the expert's walk; others are drawn again
 MAX_WORDS = 200  # R2R pads instruction_tokens to this
 
 
@@ -217,7 +205,7 @@ class House(NamedTuple):
 
 
 def build_house(rng, level: int) -> House:
-    """Draw houses until one can be furnished. -> House"""
+    """Draw houses until each room of one has at least three things."""
     few, many = LEVELS[level]["rooms"]
     while True:
         outlines, doors = lay_out(rng, int(rng.integers(few, many + 1)), LEVELS[level]["side"])
@@ -238,8 +226,8 @@ def apart(lo, hi, other_lo, other_hi, gap: float) -> bool:
 
 
 def lay_out(rng, count: int, side_m: tuple[float, float]) -> tuple[list, list[Door]]:
-    """`count` outlines and the doors between them: each room is attached to an earlier one, so that
-    the doors form a tree and there is one way from room to room. -> [(lo, hi)], [Door]"""
+    """`count` outlines and the doors between them. Each room is attached to an earlier one, so the
+    doors form a tree, with one way from room to room. -> [(lo, hi)], [Door]"""
     outlines, doors = [(np.zeros(2), rng.uniform(*side_m, 2).round(1))], []
     while len(outlines) < count:
         old, axis, side = int(rng.integers(len(outlines))), *rng.integers(2, size=2).tolist()
@@ -259,7 +247,7 @@ def lay_out(rng, count: int, side_m: tuple[float, float]) -> tuple[list, list[Do
 
 
 def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
-    """Things, backs to the walls, as many as find a place. -> [Thing], their boxes"""
+    """Things with their backs to the walls, as many as fit. -> [Thing], their boxes"""
     things, boxes, used = [], [], set()
     for number, room in enumerate(rooms):
         few, many = LEVELS[level]["things"]
@@ -267,7 +255,7 @@ def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
         full = [doorstep(door) for door in doors if number in door.rooms]
         kinds = rng.permutation(list(FURNITURE)).tolist()
         kinds.sort(key=lambda kind: kind != ROOM_KINDS.get(room.name.partition(" ")[2]))
-        here = set()  # colours; at level 1 none comes twice in a house, above that in a room
+        here = set()  # colours: unique in a room; at level 1 in the house
         for kind in kinds:
             paints = [p for p in PAINTS if p not in here and f"{p} {kind}" not in used]
             placed = place(rng, kind, room.lo + SLAB, room.hi - SLAB, full)
@@ -285,8 +273,8 @@ def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
     return things, boxes
 
 
-def doorstep(door: Door):
-    """The rectangle in a doorway from which things keep PASSAGE. -> lo, hi"""
+def doorstep(door: Door) -> tuple[np.ndarray, np.ndarray]:
+    """The rectangle of a doorway; things are at least PASSAGE away. -> lo, hi"""
     lo, hi = np.zeros(2), np.zeros(2)
     lo[door.axis], hi[door.axis] = door.at - 0.4, door.at + 0.4
     lo[1 - door.axis], hi[1 - door.axis] = door.centre - 0.3, door.centre + 0.3
@@ -350,11 +338,8 @@ def build_wall(rng, room: Room, doors: list[Door], axis: int, end: int) -> list[
         lintel = slab((left, right), (DOOR_HEIGHT, HEIGHT))
         boxes.append(Box("wall", room.name, *lintel, *paint))
         top = DOOR_HEIGHT + 0.12
-        for part in (
-            proud((left - 0.12, left), (0, top)),
-            proud((right, right + 0.12), (0, top)),
-            proud((left, right), (DOOR_HEIGHT, top)),
-        ):
+        for part in (proud((left - 0.12, left), (0, top)), proud((right, right + 0.12), (0, top)),
+                     proud((left, right), (DOOR_HEIGHT, top))):
             boxes.append(Box("decor", "", *part, FRAME, "cloth"))
     if len(cuts) == 2 and rng.random() < 0.5:
         middle = rng.uniform(cuts[0] + 0.6, cuts[1] - 0.6)
@@ -410,21 +395,17 @@ def write_glb(path: str, boxes: list[Box]) -> None:
     """The boxes as one .glb: a mesh per axis-aligned box, named "role|name|number".
 
     habitat takes a bare .glb for a Matterport scan, which is z-up (StageAttributesManager.cpp), so
-    world (x, y, z) is stored as (x, -z, y). It draws without lights, so light is part of the vertex
-    colours: pixel = COLOR_0 * texture / 255, where a texture is grey and repeats every metre. Two
-    liberties are taken for its navigation mesh: a ceiling has no upper side, or the roof would be a
-    storey to walk on (the top of a wide wardrobe or table still is one, but no step leads there);
-    and a floor is 19.9 cm thick (see FLOOR_M).
+    world (x, y, z) is stored as (x, -z, y). It renders without lights, so light is part of the
+    vertex colours: pixel = COLOR_0 * texture / 255; textures are grey and repeat every metre. Two
+    things are for its navigation mesh: a ceiling has no upper side, or the roof would be walkable
+    (the top of a wide wardrobe or table is, but no step leads there); and a floor is 19.9 cm thick
+    (see FLOOR_M).
     """
-    materials = {
+    materials = {  # RGB: a texture of one channel may be drawn red
         name: trimesh.visual.material.PBRMaterial(
-            name=name,
-            baseColorTexture=Image.fromarray(grey).convert("RGB"),  # one channel may be drawn red
-            metallicFactor=0.0,
-            roughnessFactor=1.0,
-        )
-        for name, grey in textures().items()
-    }
+            name=name, baseColorTexture=Image.fromarray(grey).convert("RGB"), metallicFactor=0.0,
+            roughnessFactor=1.0)
+        for name, grey in textures().items()}
     triangles = np.concatenate([[[k, k + 1, k + 2], [k, k + 2, k + 3]] for k in range(0, 24, 4)])
     lidless = np.delete(triangles, (6, 7), axis=0)  # without the upper side, +y
     scene = trimesh.Scene()
@@ -454,9 +435,9 @@ def write_file(path: str, data: bytes) -> None:
 # ---------------------------------------------------------------- a walk
 
 
-def free(sim, points: np.ndarray, gap: float) -> np.ndarray:
-    """Which points (N, 2) leave the body at least `gap` metres to everything? -> (N,) bool"""
-    return ~simulator.inside_any(sim.graph.lo - gap, sim.graph.hi + gap, points)
+def free(sim: HouseSim, points: np.ndarray, gap: float) -> np.ndarray:
+    """At which points (N, 2) is the body at least `gap` metres from everything? -> (N,) bool"""
+    return ~house_sim.inside_any(sim.graph.lo - gap, sim.graph.hi + gap, points)
 
 
 def room_at(house: House, x: float, z: float) -> int:
@@ -465,7 +446,7 @@ def room_at(house: House, x: float, z: float) -> int:
                 if (room.lo <= (x, z)).all() and ((x, z) <= room.hi).all())
 
 
-def in_front_of(sim, house: House, thing: Thing) -> np.ndarray:
+def in_front_of(sim: HouseSim, house: House, thing: Thing) -> np.ndarray:
     """Points STAND_OFF metres from a thing, in its room, where a body can stand. -> (N, 2)"""
     angles = np.radians(np.arange(2.5, 360, 5))
     ring = np.stack([np.cos(angles), np.sin(angles)], axis=1)
@@ -479,9 +460,9 @@ def in_front_of(sim, house: House, thing: Thing) -> np.ndarray:
     return points[inside & free(sim, points, 0.02)].round(4)
 
 
-def walk(sim, goal: list[float], limit: int = 200) -> tuple[list[int], np.ndarray]:
-    """The expert's walk from where the simulator stands. -> actions, the last one STOP unless cut
-    at `limit`; poses (len(actions), 3): x, z, heading before each (degrees, left +, not wrapped)"""
+def walk(sim: HouseSim, goal: list[float], limit: int = 200) -> tuple[list[int], np.ndarray]:
+    """The expert's walk from the simulator's pose. -> actions, the last one STOP unless cut at
+    `limit`; poses (len(actions), 3): x, z, heading before each (degrees, left +, not wrapped)"""
     actions, poses, heading = [], [], 0.0
     while len(actions) < limit and STOP not in actions[-1:]:
         actions.append(sim.expert_action(goal))
@@ -492,8 +473,8 @@ def walk(sim, goal: list[float], limit: int = 200) -> tuple[list[int], np.ndarra
     return actions, np.array(poses)
 
 
-def draw_start(rng, sim, house: House, thing: Thing, crosses: bool) -> dict | None:
-    """A place and a heading from which to walk to a thing. None if the draw is not free."""
+def draw_start(rng, sim: HouseSim, house: House, thing: Thing, crosses: bool) -> dict | None:
+    """The start of a walk to a thing. None if the drawn place is not free."""
     others = [n for n in range(len(house.rooms)) if n != thing.room]
     room = house.rooms[rng.choice(others) if crosses else thing.room]
     gap = sim.robot["radius_m"] + START_CLEARANCE
@@ -505,13 +486,14 @@ def draw_start(rng, sim, house: House, thing: Thing, crosses: bool) -> dict | No
             "start_rotation": rotation_of(2 * math.pi / turns * int(rng.integers(turns)))}
 
 
-def find_goal(sim, house: House, thing: Thing, start: list[float], level: int) -> list | None:
+def find_goal(sim: HouseSim, house: House, thing: Thing, start: list[float],
+              level: int) -> list[float] | None:
     """The goal [x, y, z] of a walk to the thing: of the points in front of it the one through which
     the shortest path to its middle goes. None if that is too near for the level, or too far."""
     fronts = in_front_of(sim, house, thing)
     if not len(fronts):
         return None
-    metres = simulator.distances(sim.graph, sim.distances_to(start), fronts)[0]  # symmetric
+    metres = house_sim.distances(sim.graph, sim.distances_to(start), fronts)[0]  # symmetric
     best = (metres + np.hypot(*(fronts - (thing.lo + thing.hi) / 2).T)).argmin()
     nearest, furthest = LEVELS[level]["metres"]
     if not nearest <= metres[best] <= furthest:
@@ -519,7 +501,8 @@ def find_goal(sim, house: House, thing: Thing, start: list[float], level: int) -
     return [float(fronts[best, 0]), 0.0, float(fronts[best, 1])]
 
 
-def draw_walk(rng, sim, house: House, scene_id: str, level: int, crosses: bool) -> dict | None:
+def draw_walk(rng, sim: HouseSim, house: House, scene_id: str, level: int,
+              crosses: bool) -> dict | None:
     """One walk: a start, a thing to go to, the expert's actions, and the instruction. None if the
     draw is rejected: too short or long, no free start, or a detour by the expert.
     -> {"episode": R2R's fields without ids and tokens, "truth": R2R's ground truth}"""
@@ -572,12 +555,10 @@ def read_legs(house: House, goal_thing: Thing, actions, poses) -> list[dict]:
         behind = [t for t in steps if t < start][-2:]
         ahead = [t for t in steps if t >= start] + [len(actions) - 1] * 4
         since, until = (behind[0], ahead[3]) if behind else (0, ahead[0])
-        legs.append({
-            "room": rooms[start],
-            "turn_deg": float(poses[until, 2] - poses[since, 2]),
-            "passed": passed(house, goal_thing, rooms[start],
-                             poses[[t for t in steps if start <= t < end]]),
-        })
+        inside = poses[[t for t in steps if start <= t < end]]
+        legs.append({"room": rooms[start],
+                     "turn_deg": float(poses[until, 2] - poses[since, 2]),
+                     "passed": passed(house, goal_thing, rooms[start], inside)})
     return legs
 
 
@@ -665,7 +646,7 @@ def make_house(task: dict) -> dict[str, list]:
     for attempt in range(100):
         house = build_house(np.random.default_rng([*task["draw"], attempt]), level)
         write_glb(scene, house.boxes)
-        sim = simulator.HouseSim(ROBOTS["houses"], os.path.join(task["out"], "scenes"))
+        sim = HouseSim(ROBOTS["houses"], os.path.join(task["out"], "scenes"))
         walks = {}
         for number, (split, wanted) in enumerate(task["walks"].items()):
             # a generator for each split: more training walks do not change the validation walks
@@ -684,7 +665,7 @@ def make_house(task: dict) -> dict[str, list]:
 def plan_work(args) -> list[dict]:
     """One task per house (see make_house). The validation walks of a split are spread evenly."""
     code = hashlib.sha256()
-    for module in (__file__, simulator.__file__):
+    for module in (__file__, house_sim.__file__):
         with open(module, "rb") as file:
             code.update(file.read())
     tasks = []
@@ -693,10 +674,9 @@ def plan_work(args) -> list[dict]:
             share = args.val_episodes // houses + (i < args.val_episodes % houses)
             walks = {"train": args.walks_per_house, "val_seen": share} if prefix == "h" else {
                 "val_unseen": share}
-            tasks.append({
-                "out": args.out, "name": f"{prefix}{i:05d}", "level": args.level,
-                "draw": [args.seed, first, i], "walks": walks, "code": code.hexdigest()[:16],
-            })
+            tasks.append({"out": args.out, "name": f"{prefix}{i:05d}", "level": args.level,
+                          "draw": [args.seed, first, i], "walks": walks,
+                          "code": code.hexdigest()[:16]})
     return tasks
 
 
@@ -709,24 +689,19 @@ def write_split(out: str, split: str, walks: list, vocab: dict, first_trajectory
         text = walk["episode"]["instruction"]["instruction_text"]
         tokens = [vocab["stoi"][word] for word in words_of(text)]
         tokens += [vocab["PAD_INDEX"]] * (MAX_WORDS - len(tokens))
-        episodes.append({
-            "episode_id": number + 1,
-            "trajectory_id": first_trajectory + number,
-            **walk["episode"],
-            "instruction": {"instruction_text": text, "instruction_tokens": tokens},
-        })
+        episodes.append({"episode_id": number + 1, "trajectory_id": first_trajectory + number,
+                         **walk["episode"],
+                         "instruction": {"instruction_text": text, "instruction_tokens": tokens}})
         truths[str(number + 1)] = walk["truth"]
     scenes = {name: scene_hash(os.path.join(out, "scenes", name))
               for name in sorted({episode["scene_id"] for episode in episodes})}
-    for name, content in (
-        (f"{split}.json.gz", {"episodes": episodes, "instruction_vocab": vocab, "scenes": scenes}),
-        (f"{split}_gt.json.gz", truths),
-    ):
-        packed = gzip.compress(json.dumps(content).encode(), 6, mtime=0)  # no clock in the bytes
-        write_file(os.path.join(out, split, name), packed)
+    content = {"episodes": episodes, "instruction_vocab": vocab, "scenes": scenes}
+    for name, data in ((split, content), (f"{split}_gt", truths)):
+        packed = gzip.compress(json.dumps(data).encode(), 6, mtime=0)  # no clock in the bytes
+        write_file(os.path.join(out, split, name + ".json.gz"), packed)
 
 
-def report(args, splits, vocab):
+def report(args, splits: dict[str, list], vocab: dict):
     """Print statistics of each split and three of its instructions."""
     print(f"{args.train_houses} + {args.unseen_houses} houses of level {args.level}; "
           f"vocabulary {vocab['num_vocab']} words")
