@@ -1,7 +1,7 @@
 """
 Pictures of walks: for each a page (.png: the instruction, the map, eight frames) and a film (.gif).
 
-evaluate.py --pictures N calls save_pictures() for each walk whose frames it has kept. On the map
+evaluate.py --pictures N calls save_pictures() for N of the walks. On the map
 blue is the walk, green the ground truth and the success radius, orange (dashed) the last plan. An
 instruction whose script no installed font can draw goes into a .txt file instead.
 

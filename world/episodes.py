@@ -46,7 +46,7 @@ VLNCE_RADIUS_M = 3.0                    # success, where goals name no radius: V
 
 def add_episode_args(add) -> None:
     """The flags that choose among RxR's files and episodes."""
-    add("--role", choices=ROLES, help="RxR: whose walks; default: the guide's")
+    add("--role", choices=ROLES, help="RxR: who walked; default: the guide")
     add("--languages", type=language_list, metavar="L,L", help="RxR: only instructions in these, "
         "e.g. en-US,en-IN as VLN-R1 did; default: all of " + ",".join(LANGUAGES))
 

@@ -170,7 +170,7 @@ def do_check(sim, scene_id: str) -> dict:
     first_picture_s = lap()
     views = sim.render([p + q for p, q in zip(places, turned)])
     render_s = lap()
-    goal, metres = find_goal(sim, places, turned)
+    goal, metres = far_goal(sim, places, turned)
     actions, action = 0, None
     while actions < 500 and action != STOP:
         action = sim.expert_action(goal)
@@ -186,7 +186,7 @@ def do_check(sim, scene_id: str) -> dict:
                 expert_ms=round(1e3 * walk_s / (actions + 1), 2))
 
 
-def find_goal(sim, places: list, rotations: list):
+def far_goal(sim, places: list, rotations: list) -> tuple[list, float]:
     """Move to the first place from which another is more than 2 m away. -> that one, metres"""
     goal, metres = places[0], 0.0
     for start, rotation in zip(places, rotations):  # the first may be on top of a table
@@ -374,7 +374,7 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description="One simulator on standard input and output, for "
                                 "SimPool: see --sim-command of the scripts that walk.")
     p.add_argument("--scenes", help="folder that scene_id starts from on this machine; default: "
-                   "what the caller's --scenes says")
+                   "the caller's --scenes")
     return p.parse_args(argv)
 
 
