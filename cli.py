@@ -1,6 +1,6 @@
 """
 What all scripts share at the command line: number types, help with defaults, errors in one
-sentence, atomic writes, one process per output folder.
+sentence, files of JSON, one process per output folder.
 
 Imports  the standard library only, in Python 3.9 syntax: a simulator's interpreter loads this file
 """
@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -104,6 +105,24 @@ def write_json(path: str, content, indent: int | None = 2) -> None:
 def write_lines(path: str, rows: Iterable[dict]) -> None:
     """write_text() of JSON lines, one per row. ValueError if a number is not finite."""
     write_text(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: str) -> Any:
+    """OSError or ValueError if it cannot be read. (world.episodes.read_json is for files that
+    users bring.)"""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_rows(path: str) -> list[dict]:
+    """The rows of a file that a run appends JSON lines to. A last line that was cut short by a kill
+    is left out; UserError if another line is damaged."""
+    with open(path, "rb") as file:
+        data = file.read()
+    try:
+        return [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder and start again") from None
 
 
 HELD = {}                                          # this process's locks: {file: handle}

@@ -1,9 +1,9 @@
 """
 Closed-loop evaluation: the policy walks in a simulator, and its walks are measured.
 
-Each robot has a simulator of its own. It looks, the policy writes its next six actions, it carries
-out the first --execute of them and looks again, until it calls STOP or has used --max-actions.
-Robots that wait get their plans in one batch, while the other robots walk on.
+Each robot has its own simulator. The policy sees its camera's frame and writes the next six
+actions; the robot carries out the first --execute of them. This repeats until STOP, or until
+--max-actions. All robots that wait for a plan share one batch, while the other robots walk on.
 
 Metrics, as VLN-CE defines them [1, 2]; d is the geodesic distance to the goal, r the radius:
     NE    distance_to_goal   d at the last pose, metres
@@ -13,22 +13,19 @@ Metrics, as VLN-CE defines them [1, 2]; d is the geodesic distance to the goal, 
     SPL   spl                success * L / max(L, TL), where L is d at the start
     nDTW  ndtw               exp(-DTW(walked, ground truth) / (3 m * points of ground truth)) [3]
     SDTW  sdtw               success * ndtw
-Without a score are episodes that are "unreachable" (no finite d at the start), "invalid" (the
-simulator refuses start or goal) or an "error" (the simulator failed; the same command tries again).
+Some episodes have no score: "unreachable" (no finite d at the start), "invalid" (the simulator
+refuses start or goal) and "error" (the simulator failed; the same command tries again).
 
 Run it   python evaluate.py --split val_unseen                # ckpt/grpo if there, else ckpt/sft
-         python evaluate.py --split val_unseen --agent oracle      # or random, forward, stop
          torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
-Reads    --ckpt (weights, and nav.json to act by), --episodes, --scenes
 Writes   --out: run.json (settings), episodes.jsonl (a line per episode), results.json (means and
          95% intervals), timing.json, pictures/ (tools/page.py)
-Expect   oracle near 1, stop and forward near 0. A killed run goes on by the same command. On one
-         set-up the files are equal to the byte with a scripted --agent; with --ckpt the batches
-         depend on timing, so nearly equal logits may round to another plan.
+Expect   --agent oracle near 1, stop and forward near 0. The same command continues a killed run.
+         With a scripted --agent the files are equal to the byte; with --ckpt the batches depend on
+         timing, so nearly equal logits may round to another plan.
 
 [1] https://github.com/jacobkrantz/VLN-CE habitat_extensions/measures.py
 [2] habitat-lab 0.1.7, habitat/tasks/nav/nav.py             [3] https://arxiv.org/abs/1907.05446
-[4] Dean & Pagano 2015, Confidence Interval Methods for Binomial Proportions in Clustered Surveys
 """
 from __future__ import annotations
 
@@ -55,6 +52,8 @@ from cli import (
     UserError,
     lock_folder,
     positive_int,
+    read_json,
+    read_rows,
     run_cli,
     write_json,
     write_lines,
@@ -62,8 +61,9 @@ from cli import (
 from reward import FORWARD, LEFT, MAX_ANSWER_TOKENS, RIGHT, STOP
 from world import SimDied, SimError
 from world.episodes import (
-    VLNCE_RADIUS_M,
+    EPISODES,
     add_episode_args,
+    check_episodes,
     check_turn_deg,
     dataset_of,
     no_ground_truth,
@@ -71,20 +71,17 @@ from world.episodes import (
     read_episodes,
     read_ground_truth,
     scenes_of,
+    success_radius,
 )
 from world.pool import SimPool, scenes_used
 from world.robots import (
-    ROBOTS,
     add_robot_args,
     add_simulator_args,
-    robot_from_args,
+    choose_robot,
     simulator_commands,
-    visible_gpus,
+    simulator_gpus,
     yaw_of,
 )
-
-EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
-            "rxr": "data/datasets/RxR_VLNCE_v0"}
 
 
 def parse_args(argv=None):
@@ -104,10 +101,9 @@ def parse_args(argv=None):
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
     add = p.add_argument_group("agent").add_argument
     add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
-    add("--execute", type=positive_int, default=3,
-        help="actions of a plan that are carried out before "
-        "the next (VLN-R1 does not say how many); ours: half, between fresh frames and speed. "
-        "Answers of a dialog are always carried out whole")
+    add("--execute", type=positive_int, default=3, help="actions of a plan that are carried out "
+        "(VLN-R1 does not say how many): half of them, between fresh frames and speed. Answers of "
+        "a dialog are always carried out whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
     add("--temperature", type=float, default=0.0,
@@ -116,17 +112,15 @@ def parse_args(argv=None):
     add("--blank-frames", action="store_true", help="control run: every frame is black")
     add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
         "instruction of another walk, in the same scene where one leads to another goal")
-    add = p.add_argument_group("schedule").add_argument
-    add("--limit", type=positive_int, help="so many episodes, spread evenly over the split")
+    add("--limit", type=positive_int, help="so many episodes, evenly spaced over the split")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    add = p.add_argument_group("logging").add_argument
     add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
-        "spread: none, all, or a number")
+        "spaced: none, all, or a number")
     return p.parse_args(argv)
 
 
@@ -155,7 +149,7 @@ def episode_metrics(distances: Sequence, length: float, stopped: bool, radius: f
     """SR, OS and SPL. distances: geodesic to the goal at each pose, the start first and finite;
     length: TL. A walk that ends where no path is known has failed; OS may still be 1.
 
-    Start 4 m away, walk 5 m, past a point 0.5 m from the goal, and stop 2 m from it:
+    A walk of 5 m that starts 4 m from the goal, passes it at 0.5 m, and stops 2 m from it:
     >>> episode_metrics([4.0, 0.5, 2.0], 5.0, stopped=True, radius=3.0)
     {'success': 1.0, 'oracle_success': 1.0, 'spl': 0.8}
     >>> episode_metrics([4.0, 0.5, 2.0], 5.0, stopped=True, radius=2.0)          # strictly less
@@ -238,14 +232,15 @@ def design_effect(hits: Sequence, trials: Sequence, units: Sequence) -> float:
 
 
 def rate_interval(hits: Sequence, trials: Sequence, units: Sequence) -> list[float] | None:
-    """Wilson's interval with the effective number of trials [4]: trials / design_effect()."""
+    """Wilson's interval with the effective number of trials, trials / design_effect(): Dean &
+    Pagano 2015, Confidence Interval Methods for Binomial Proportions in Clustered Surveys."""
     n = sum(trials) / design_effect(hits, trials, units)
     return wilson(n * sum(hits) / sum(trials), n) if sum(trials) else None
 
 
 def sampling_units(rows: Sequence[dict]) -> tuple[list[str], str]:
-    """What a bootstrap draws -> the unit of each row, and "scenes"; or "trajectories" where fewer
-    than MIN_SCENES scenes are there: the interval then holds for these scenes only."""
+    """What a bootstrap draws -> the unit of each row, and "scenes"; with fewer than MIN_SCENES
+    scenes "trajectories": the interval then holds for these scenes only."""
     scenes = [str(row.get("scene_id")) for row in rows]
     if len(set(scenes)) >= MIN_SCENES:
         return scenes, "scenes"
@@ -305,7 +300,7 @@ class EpisodeState:
     frames: list = field(default_factory=list)          # uint8 (H, W, 3), not encoded yet
     video_frames: list = field(default_factory=list)    # all frames, if keep_video
     features: list = field(default_factory=list)        # (tokens, hidden) per encoded frame
-    actions: list[int] = field(default_factory=list)    # carried out so far, STOP included
+    actions: list[int] = field(default_factory=list)    # given to the robot, STOP included
     decisions: list[DecisionRecord] = field(default_factory=list)
     tokens: int = 0                       # read and written by the policy
     dialog_cache: Any = None              # of a dialog: keys and values of its turns so far
@@ -322,8 +317,7 @@ class EpisodeState:
         return EpisodeState(self.episode, self.instruction, self.keep_video, self.name)
 
     def add_decision(self, text: str, plan: list[int], frame=None, answers=()):
-        """An answer of the policy. Of a dialog also what was shown, and the ids of all answers
-        that were sampled, the given one first."""
+        """Record an answer of the policy, made at the last pose (DecisionRecord)."""
         self.decisions.append(DecisionRecord(len(self.states) - 1, text, plan, frame, answers))
         self.frames.clear()
 
@@ -339,15 +333,16 @@ class EpisodeState:
 class EpisodeLoop:
     """Walk all episodes, `sims` at a time: the one loop of every agent.
 
-    A walk is in one of two places: its simulator works on a request, or it is in `waiting` for a
-    plan. Each answer of a simulator is handled as it comes (on_reply), and leads to the next
-    request, to `waiting`, or to the walk's end: "stop" (the robot called it), "malformed" (an
-    unreadable answer was taken for STOP), "max_actions", "unreachable", "invalid", "error", or what
-    should_stop(walk) returns before a decision.
+    A walk under way is in one of two states: its simulator works on a request, or it is in
+    `waiting` for a plan. Each reply of a simulator is handled when it comes (on_reply); the next
+    state is another request, `waiting`, or the walk's end:
+        reset -> on_pose -> waiting -> decide -> act -> on_pose -> .. -> finish -> release
+    Ends are "stop" (the policy called it), "malformed" (an unreadable answer was taken for STOP),
+    "max_actions", "unreachable", "invalid", "error", or what should_stop(walk) returns.
     """
     pool: SimPool
     walks: deque[EpisodeState]                  # not started yet
-    agent: Callable[[list[EpisodeState]], list[list[int] | None]]    # None: ask for the expert's
+    agent: Callable[[list[EpisodeState]], list[list[int] | None]]    # None: the expert's action
     sims: int
     max_actions: int = 500
     retries: int = 2                            # restarts of a walk whose simulator died
@@ -358,7 +353,7 @@ class EpisodeLoop:
 
     running: dict[int, EpisodeState] = field(default_factory=dict)    # by simulator
     waiting: list[int] = field(default_factory=list)                  # their simulators
-    ended: list[EpisodeState] = field(default_factory=list)           # not handed out yet
+    ended: list[EpisodeState] = field(default_factory=list)           # not yielded yet
     deaths: Counter = field(default_factory=Counter)                  # by walk
     last_decision_s: float = 0.0
 
@@ -373,9 +368,9 @@ class EpisodeLoop:
         yield from self.ended
 
     def listen(self):
-        """Handle answers until all robots wait; or until min_waiting_fraction of them have waited
-        half as long as the last decision took. One decision for all costs less than two, but while
-        one half gets its plans, the other half can simulate."""
+        """Handle replies until all robots wait; or until min_waiting_fraction of them have waited
+        half as long as the last decision took. One decision for all robots costs less than two for
+        half of them each, but during a decision for one half, the other half can simulate."""
         until = math.inf
         while len(self.waiting) < len(self.running):
             if len(self.waiting) >= self.min_waiting_fraction * len(self.running):
@@ -386,8 +381,8 @@ class EpisodeLoop:
             self.on_reply(*arrived)
 
     def decide(self):
-        """One call of the agent for all waiting robots, in the order of their simulators: the
-        batch does not depend on which of them came first."""
+        """Call the agent once for all waiting robots, in the order of their simulators, so that the
+        batch does not depend on which reply came first."""
         sims, self.waiting, start = sorted(self.waiting), [], time.perf_counter()
         plans = self.agent([self.running[sim] for sim in sims]) if sims else []
         self.last_decision_s = time.perf_counter() - start
@@ -397,7 +392,7 @@ class EpisodeLoop:
                 self.act(sim, plan)
             elif is_finite(self.running[sim].states[-1]["distance_to_goal"]):
                 self.pool.submit(sim, "expert")
-            else:                                           # no expert knows a path: it has failed
+            else:                                           # the expert knows no path either
                 self.act(sim, [STOP])
 
     def reset(self, sim: int, walk: EpisodeState):
@@ -405,7 +400,7 @@ class EpisodeLoop:
         self.pool.submit(sim, "reset", episode=walk.episode, frame=self.render or walk.keep_video)
 
     def act(self, sim: int, plan: list[int]):
-        """Carry out a plan up to its STOP and to max_actions. STOP is no request: it ends."""
+        """Carry out a plan up to its STOP and to max_actions. STOP is no request to a simulator."""
         walk = self.running[sim]
         plan = plan[:plan.index(STOP) + 1] if STOP in plan else plan
         plan = plan[:self.max_actions - len(walk.actions)]
@@ -419,7 +414,7 @@ class EpisodeLoop:
     def on_reply(self, sim: int, reply: dict | Exception):
         walk = self.running[sim]
         failed = isinstance(reply, SimError)
-        if walk.end:                                        # the map of finish(); or no picture
+        if walk.end:                                        # finish() has asked for the map
             walk.map = None if isinstance(reply, Exception) else reply
             self.release(sim)
         elif isinstance(reply, SimDied) and self.deaths[walk.name] < self.retries:
@@ -428,12 +423,12 @@ class EpisodeLoop:
             self.reset(sim, walk.restarted())
         elif isinstance(reply, SimDied):
             self.finish(sim, "error", str(reply))
-        elif walk.refused:                                  # does its scene load, at least?
+        elif walk.refused:                                  # the reply is that to "load", below
             self.finish(sim, "error" if failed else "invalid", walk.refused)
-        elif failed and not walk.states:                    # the fault of its start, or its scene?
+        elif failed and not walk.states:                    # is its scene wrong, or its start?
             walk.refused = str(reply)
             self.pool.submit(sim, "load", scene_id=walk.episode["scene_id"])
-        elif failed:                                        # the fault of its goal: no retry helps
+        elif failed:                                        # its goal is wrong: no retry helps
             self.finish(sim, "invalid", str(reply))
         elif "action" in reply:                             # the expert's
             self.act(sim, [reply["action"]])
@@ -445,7 +440,7 @@ class EpisodeLoop:
         """A plan is carried out, or the start is reached: end the walk, or let it wait."""
         walk = self.running[sim]
         start = walk.states[0]["distance_to_goal"]
-        if walk.episode.get("goals") and not is_finite(start):    # later on: it may come back
+        if walk.episode.get("goals") and not is_finite(start):    # later poses may be off the mesh
             self.finish(sim, "unreachable")
         elif walk.actions[-1:] == [STOP]:
             readable = not walk.decisions or walk.decisions[-1].plan
@@ -460,7 +455,7 @@ class EpisodeLoop:
     def finish(self, sim: int, end: str, error: str | None = None):
         walk = self.running[sim]
         walk.end, walk.error = end, error
-        if walk.video_frames and not error:                 # its map, while the scene is loaded
+        if walk.video_frames and not error:                 # the map, while the scene is loaded
             self.pool.submit(sim, "topdown")
         else:
             self.release(sim)
@@ -482,38 +477,52 @@ def run_episodes(pool: SimPool, walks: Iterable[EpisodeState], agent: Callable,
 
 
 def scripted_agent(name: str, forward_steps: int | None, max_actions: int, seed: int) -> Callable:
-    """The baselines. All but the oracle know their whole walk at the start."""
-    def rng(walk):                                          # its own: batches do not matter
-        return random.Random(f"{seed} {walk.name}")
-
+    """The baselines. All but the oracle plan their whole walk at the start."""
     plans = {"oracle": lambda walk: None, "stop": lambda walk: [STOP],
              "forward": lambda walk: [FORWARD] * forward_steps + [STOP],
-             "random": lambda walk: rng(walk).choices(       # VLN-CE's shares, not uniform
+             # VLN-CE's shares. A generator for each walk: the result does not depend on batches.
+             "random": lambda walk: random.Random(f"{seed} {walk.name}").choices(
                  [FORWARD, LEFT, RIGHT, STOP], [0.68, 0.15, 0.15, 0.02], k=max_actions)}
     return lambda walks: [plans[name](walk) for walk in walks]
 
 
+def check_context(policy, instructions: Iterable[str], robot: dict) -> None:
+    """UserError if the longest prompt (all remembered frames, or a dialog's first turn) with the
+    longest instruction does not fit the model's context."""
+    texts = sorted(set(instructions))
+    limit = policy.model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
+    prompt = policy.longest_prompt(robot["height"], robot["width"])
+    lengths = [len(ids) for ids in policy.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    longest, text = max(zip(lengths, texts), key=lambda pair: pair[0])
+    tokens = len(prompt.ids) + longest
+    if tokens > limit:
+        raise UserError(f"the instruction \"{text[:60]}..\" has {longest} tokens, its prompt "
+                        f"{tokens}, and the model's context holds {limit}: shorten or remove it in "
+                        "the episode file")
+
+
 def device_and_dtype(args) -> tuple[str | None, str | None]:
-    """--device and --dtype, with their defaults; (None, None) for a baseline."""
+    """The kind of device, and the dtype, of the flags; (None, None) for a baseline."""
     if args.agent != "policy":
         return None, None
     import torch
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    return device.split(":")[0], args.dtype or (
+        "bfloat16" if device.startswith("cuda") else "float32")
 
 
-def load_agent(args, settings: dict, instructions: Iterable[str] = ()) -> Callable:
-    """The agent of the flags. UserError if an instruction is too long for the policy, or if its
-    log-probabilities are not finite: then what it samples is no answer."""
+def load_agent(args, settings: dict, instructions: Iterable[str]) -> Callable:
+    """The agent of the flags. UserError if an instruction is too long for the policy; later if a
+    log-probability is not finite, since then samples mean nothing."""
     if args.agent != "policy":
         return scripted_agent(args.agent, settings["forward_steps"], args.max_actions, args.seed)
     import torch
 
     from model import load_policy
     torch.set_num_threads(args.threads)
-    device, dtype = device_and_dtype(args)
+    device = args.device or settings["device"]
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    policy = load_policy(settings["ckpt"], device=device, dtype=dtype).eval()
+    policy = load_policy(settings["ckpt"], device=device, dtype=settings["dtype"]).eval()
     check_context(policy, instructions, settings["robot"])
     agent = policy.agent(execute=args.execute, malformed=args.malformed, blank=args.blank_frames,
                          temperature=args.temperature, seed=args.seed)
@@ -567,41 +576,24 @@ def episode_record(walk: EpisodeState, reference: list | None, radius: float,
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()}
 
 
-def read_rows(path: str) -> tuple[list[dict], int]:
-    """-> rows, and how many bytes are whole lines. A last line cut short by a kill is left out."""
-    with open(path, "rb") as file:
-        data = file.read()
-    whole = data[:data.rfind(b"\n") + 1]
-    try:
-        return [json.loads(line) for line in whole.splitlines()], len(whole)
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): delete the folder and start again") from None
-
-
 def known_rows(out: str) -> dict[str, dict]:
     """The rows of all ranks, {str(episode_id): row}; of two, the one that is not an error."""
     rows = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "episodes*.jsonl"))):
-        for row in read_rows(path)[0]:
+        for row in read_rows(path):
             if rows.get(str(row["episode_id"]), {"end": "error"})["end"] == "error":
                 rows[str(row["episode_id"])] = row
     return rows
 
 
-def read_json(path: str) -> Any:
-    with open(path) as file:
-        return json.load(file)
-
-
 TITLES = {"success": "SR", "spl": "SPL", "oracle_success": "OS", "distance_to_goal": "NE (m)",
           "path_length": "TL (m)", "ndtw": "nDTW", "sdtw": "SDTW", "steps": "steps"}
-AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # the others know no radius
+AT_RADIUS = ("success", "spl", "oracle_success", "sdtw")        # depend on the radius
 RATES = ("success", "oracle_success")                   # 0 or 1 per episode; the rest are means
 
 
 def summarise(rows: Sequence[dict], radius: float, second_radius: float, seed: int) -> dict:
-    """Rows -> the numbers of results.json. A metric that no row has is {"mean": None, "ci": None}.
-    """
+    """Rows -> results.json's numbers; {"mean": None, "ci": None} for a metric that no row has."""
     scored = [row for row in rows if "success" in row]
     second = f"_{second_radius:g}m"
     names = [*TITLES, *(name + second for name in AT_RADIUS)]
@@ -611,16 +603,15 @@ def summarise(rows: Sequence[dict], radius: float, second_radius: float, seed: i
     for key in [name + end for name in RATES for end in ("", second)] if scored else ():
         metrics[key]["ci"] = rate_interval([row[key] for row in scored], [1] * len(scored), units)
     decisions, malformed = ([row[key] for row in rows] for key in ("decisions", "malformed"))
+    tokens = sum(row.get("tokens", 0) for row in rows)
     ends = Counter(row["end"] for row in rows)
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
             "no_way_at_end": sum(row["distance_to_goal"] is None for row in scored),
             "errors": ends["error"], "invalid": ends["invalid"],
-            "ends": dict(sorted(ends.items())),
-            "decisions": sum(decisions),
+            "ends": dict(sorted(ends.items())), "decisions": sum(decisions),
             "malformed_share": round(sum(malformed) / max(sum(decisions), 1), 6),
             "malformed_ci": rate_interval(malformed, decisions, sampling_units(rows)[0]),
-            "tokens_per_episode": round(sum(row.get("tokens", 0) for row in rows)
-                                        / max(len(rows), 1), 1),
+            "tokens_per_episode": round(tokens / max(len(rows), 1), 1),
             "radius_m": radius, "second_radius_m": second_radius, "metrics": metrics,
             "interval": {"level": 0.95, "rates": "Wilson, effective number of episodes",
                          "means": "bootstrap", "units": kind, "n_units": len(set(units))}}
@@ -693,61 +684,6 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
     return ckpt, contract
 
 
-def choose_robot(args, ckpt: str | None, contract: dict | None, episode: dict) -> dict:
-    """Body and camera: the checkpoint's; else --robot, or that of the episodes' data set.
-    UserError if a flag contradicts the checkpoint."""
-    name = args.robot or (contract["dataset"] if contract and contract["dataset"] in ROBOTS
-                          else dataset_of(episode))
-    robot = robot_from_args(args, ROBOTS[name])
-    trained = {key: contract[key] for key in robot if contract and contract.get(key) is not None}
-    for key, value in trained.items():
-        stated = args.robot or vars(args)[key] is not None
-        if stated and abs(value - robot[key]) > 1e-6:
-            flag = "--" + key.replace("_", "-")
-            raise UserError(f"{ckpt} was trained with {key} = {value} and the robot {name!r} has "
-                            f"{robot[key]}: leave --robot and {flag} out, since a checkpoint brings"
-                            " its own, or take another --ckpt")
-    return {**robot, **trained}
-
-
-def check_episodes(episodes: list[dict], truths: dict | None, source: str):
-    """UserError unless all episodes have what the metrics need. truths: None where the split has
-    none. (read_episodes() has checked everything else.)"""
-    hidden = not any(episode["goals"] for episode in episodes)
-    for episode in episodes:
-        if not hidden and not episode["goals"]:
-            raise UserError(f"episode {episode['episode_id']} of {source} has no goal, and others "
-                            "have one: copy the episodes again, or take it out")
-        if truths is not None and str(episode["episode_id"]) not in truths:
-            raise UserError(f"episode {episode['episode_id']} of {source} has no ground truth to "
-                            "measure by: copy the _gt.json.gz of the same release")
-
-
-def check_context(policy, instructions: Iterable[str], robot: dict):
-    """UserError if the longest prompt of an instruction does not fit the model's context.
-
-    The longest: with as many remembered frames as there can be; of a dialog, its first turn.
-    """
-    texts = sorted(set(instructions))
-    limit = policy.model.config.text_config.max_position_embeddings - MAX_ANSWER_TOKENS
-    prompt = policy.longest_prompt(robot["height"], robot["width"])
-    ids = policy.tokenizer(texts, add_special_tokens=False)["input_ids"]
-    longest = max(range(len(texts)), key=lambda i: len(ids[i]))
-    tokens = len(prompt.ids) + len(ids[longest])
-    if tokens > limit:
-        raise UserError(f"the instruction \"{texts[longest][:60]}..\" has {len(ids[longest])} "
-                        f"tokens, its prompt {tokens}, and the model's context holds {limit}: "
-                        "shorten or remove it in the episode file")
-
-
-def success_radius(episodes: list[dict]) -> float:
-    """The success radius that all goals name, VLN-CE's where they name none."""
-    radii = {goal.get("radius") or VLNCE_RADIUS_M for e in episodes for goal in e["goals"]}
-    if len(radii) > 1:
-        raise UserError("the goals of the data have no common radius: evaluate them in parts")
-    return radii.pop() if radii else VLNCE_RADIUS_M
-
-
 def evenly_spaced(items: Sequence, n: int) -> list:
     """n of the items, evenly over all of them.
 
@@ -758,17 +694,15 @@ def evenly_spaced(items: Sequence, n: int) -> list:
     return [items[i * len(items) // n] for i in range(n)]
 
 
-def shuffled_instructions(episodes: list[dict], seed: int,
-                          radius: float) -> tuple[dict[str, str], set[str]]:
-    """For each episode the instruction of another walk -> {str(episode_id): text}, and the ids of
-    those whose text is of a walk in the same scene.
+def shuffled_instructions(episodes: list[dict], seed: int, radius: float) -> dict[str, dict]:
+    """{str(episode_id): the episode whose instruction it gets}.
 
-    The other walk leads to another goal (more than `radius` metres away, or its text would be
-    right) and has another text, of the same language. It is of the same scene where there is one:
-    a text from elsewhere names things that are not there, which a policy could notice.
+    Its goal is another (more than `radius` metres away, or its text would be right) and its text
+    is another, of the same language. It is of the same scene where there is one: a text from
+    elsewhere names things that are not there, which a policy could notice.
     """
     order = random.Random(seed).sample(episodes, len(episodes))
-    scenes, texts, same_scene = {}, {}, set()
+    scenes, chosen = {}, {}
     for episode in order:
         scenes.setdefault(episode["scene_id"], []).append(episode)
 
@@ -781,18 +715,16 @@ def shuffled_instructions(episodes: list[dict], seed: int,
                     math.dist(goal["position"], another["position"]) > radius
                     for goal in mine["goals"] for another in other["goals"])))
 
-    for at, mine in enumerate(order):
+    for i, mine in enumerate(order):
         here = scenes[mine["scene_id"]]
         k = here.index(mine)
-        found = next((other for other in (*here[k + 1:], *here[:k], *order[at + 1:], *order[:at])
-                      if fits(mine, other)), None)
+        others = (*here[k + 1:], *here[:k], *order[i + 1:], *order[:i])
+        found = next((other for other in others if fits(mine, other)), None)
         if found is None:
             raise UserError("--shuffled-instruction needs walks with different instructions: "
                             f"episode {mine['episode_id']} finds none in its language")
-        texts[str(mine["episode_id"])] = found["instruction"]["instruction_text"]
-        if found["scene_id"] == mine["scene_id"]:
-            same_scene.add(str(mine["episode_id"]))
-    return texts, same_scene
+        chosen[str(mine["episode_id"])] = found
+    return chosen
 
 
 def fingerprint(folder: str) -> str:
@@ -817,45 +749,47 @@ class Evaluation(NamedTuple):
 
 def prepare(args) -> Evaluation:
     """Read what the flags name. UserError if it does not fit together."""
+    # 1. checkpoint and data
     ckpt, contract = choose_ckpt(args)
-    dataset = contract["dataset"] if contract else "houses"
-    source = args.episodes or EPISODES.get(dataset, EPISODES["houses"])
+    source = args.episodes or EPISODES.get(contract and contract["dataset"], EPISODES["houses"])
     every = read_episodes(source, args.split, args.role, args.languages)
     hidden = not any(episode["goals"] for episode in every)     # a test split: its server scores it
     truths = None if hidden else read_ground_truth(source, args.split, args.role, optional=True)
     episodes = evenly_spaced(every, args.limit or len(every))
-    scenes = args.scenes or scenes_of(source)
-    robot = choose_robot(args, ckpt, contract, every[0])
+    scenes, dataset = args.scenes or scenes_of(source), dataset_of(every[0])
+    robot = choose_robot(args, ckpt, contract, dataset)
     check_episodes(every, truths, f"{source} ({args.split})")
     used = scenes_used(args, robot, scenes, episodes)
     walked = paired(episodes, truths or {})
-    if args.turn_deg is None and not (contract and contract["dataset"] == dataset_of(every[0])):
+    if args.turn_deg is None and not (contract and contract["dataset"] == dataset):
         check_turn_deg(walked, robot["turn_deg"])               # a flag is meant as it is given
-    forward_steps = [walk["actions"].count(FORWARD) for walk in walked]
     if args.agent == "oracle" and hidden or args.agent == "forward" and not walked:
         raise UserError(f"{source} ({args.split}) has no ground truth, or hides its goals: there "
                         f"is no --agent {args.agent}; choose another --agent or --split")
-    radius, same_scene = success_radius(every), set()
-    instructions = {str(e["episode_id"]): e["instruction"]["instruction_text"] for e in every}
-    if args.shuffled_instruction:
-        instructions, same_scene = shuffled_instructions(every, args.seed, radius)
+
+    # 2. the settings: a results folder holds rows of one setting only
+    radius, (device, dtype) = success_radius(every), device_and_dtype(args)
     data = json.dumps([episodes, [walk["locations"] for walk in walked]])
+    forward_steps = [walk["actions"].count(FORWARD) for walk in walked]
     flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
              "max_actions", "limit", "blank_frames", "shuffled_instruction", "seed")
-    device, dtype = device_and_dtype(args)
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
-                "device": device and device.split(":")[0], "dtype": dtype,
-                "weights": ckpt and fingerprint(ckpt), "contract": contract, "robot": robot,
-                "source": source,
+                "device": device, "dtype": dtype, "weights": ckpt and fingerprint(ckpt),
+                "contract": contract, "robot": robot, "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0, "scenes": used,
                 "forward_steps": round(np.mean(forward_steps)) if walked else None,
                 "episodes": len(episodes)}
-    if args.shuffled_instruction:
-        settings["instructions_from_same_scene"] = sum(
-            str(e["episode_id"]) in same_scene for e in episodes)
     if truths is None and not hidden:
         settings["no_ndtw"] = no_ground_truth(source, args.split, args.role)
+
+    # 3. the instruction of each episode: its own, or for the control run another's
+    given = {str(episode["episode_id"]): episode for episode in every}
+    if args.shuffled_instruction:
+        given = shuffled_instructions(every, args.seed, radius)
+        settings["instructions_from_same_scene"] = sum(
+            given[str(e["episode_id"])]["scene_id"] == e["scene_id"] for e in episodes)
+    instructions = {name: e["instruction"]["instruction_text"] for name, e in given.items()}
     return Evaluation(settings, episodes, truths, instructions, scenes)
 
 
@@ -876,32 +810,29 @@ def open_out(out: str, settings: dict):
 
 
 def default_out(args, ckpt: str | None) -> str:
-    parts = ["results/" + (os.path.basename(ckpt) if ckpt else args.agent)]
-    parts += ["blank_frames"] * args.blank_frames
-    parts += ["shuffled_instruction"] * args.shuffled_instruction + [args.split]
-    return "_".join(parts + [f"limit{args.limit}"] * bool(args.limit))
+    """results/<checkpoint or agent>[_<control run>]_<split>[_limit<n>]"""
+    parts = [os.path.basename(ckpt) if ckpt else args.agent]
+    parts += [name for name in ("blank_frames", "shuffled_instruction") if vars(args)[name]]
+    parts += [args.split] + [f"limit{args.limit}"] * bool(args.limit)
+    return "results/" + "_".join(parts)
 
 
 def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: str, bar: tqdm):
     """Walk the episodes `todo`; each row is on disk before the next decision."""
     settings, episodes, truths, instructions, scenes = evaluation
-    names = [str(episode["episode_id"]) for episode in episodes]
-    with_pictures = set(evenly_spaced(names, args.pictures))
-    if with_pictures:
+    radius, sims = settings["radius_m"], min(args.sims, len(todo))
+    filmed = set(evenly_spaced([str(e["episode_id"]) for e in episodes], args.pictures))
+    if filmed:
         from tools.page import save_pictures
-    walks = (EpisodeState(e, instructions[name], keep_video=name in with_pictures)
+    walks = (EpisodeState(e, instructions[name], keep_video=name in filmed)
              for e in todo for name in [str(e["episode_id"])])
     agent = load_agent(args, settings, instructions.values())
-    sims, counters, start = min(args.sims, len(todo)), Counter(), time.perf_counter()
-    gpus = args.sim_gpus
-    if not gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
-        gpus = [int(os.environ["LOCAL_RANK"])]
     render = args.agent == "policy" and ("last" if speaks_dialog(settings["contract"]) else True)
-    radius = settings["radius_m"]
+    counters, start = Counter(), time.perf_counter()
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,
-            gpus) as pool:
-        pool.note_versions(out, evaluation.episodes[0]["scene_id"])
+            simulator_gpus(args)) as pool:
+        pool.note_versions(out, episodes[0]["scene_id"])
         for walk in run_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
                                  retries=args.retries, render=render, counters=counters):
             reference = truths and truths[walk.name]["locations"]
@@ -925,11 +856,12 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
 
 
 def write_results(out: str, settings: dict, rows: list[dict]) -> dict:
-    """Rows of all episodes -> results.json, and the same for the screen."""
-    versions = {name: metadata.version(name) for name in ("numpy", "torch", "transformers")}
+    """Write and print the results of all episodes. SystemExit if one ended in an error."""
     results = {**settings, **summarise(rows, settings["radius_m"], settings["second_radius_m"],
-                                       settings["seed"]), "versions": versions}
-    results["simulator"] = read_json(os.path.join(out, "simulator.json"))
+                                       settings["seed"]),
+               "versions": {name: metadata.version(name) for name in (
+                   "numpy", "torch", "transformers")},
+               "simulator": read_json(os.path.join(out, "simulator.json"))}
     write_lines(os.path.join(out, "episodes.jsonl"), rows)
     write_json(os.path.join(out, "results.json"), results)
     print(format_results(results))
@@ -945,8 +877,8 @@ def write_results(out: str, settings: dict, rows: list[dict]) -> dict:
 
 
 def main(args):
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    suffix = "" if ranks == 1 else f".{rank}"
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    suffix = "" if world_size == 1 else f".{rank}"
 
     # 1. what is measured, and which rows are there already
     evaluation = prepare(args)
@@ -955,13 +887,13 @@ def main(args):
     open_out(out, settings)
     path = os.path.join(out, f"episodes{suffix}.jsonl")
     if os.path.exists(path):
-        os.truncate(path, read_rows(path)[1])               # a line that a kill has cut short
+        write_lines(path, read_rows(path))                  # without a line that a kill cut short
     done = {name for name, row in known_rows(out).items() if row["end"] != "error"}
-    mine = episodes[rank::ranks]
+    mine = episodes[rank::world_size]
     todo = [e for e in mine if str(e["episode_id"]) not in done]
     print(f"{out}: {settings['ckpt'] or args.agent} walks {len(todo)} episodes of "
           f"{settings['source']} ({args.split}); {len(mine) - len(todo)} of {len(mine)} have "
-          f"walked already" + f", rank {rank} of {ranks}" * (ranks > 1), flush=True)
+          f"walked already" + f", rank {rank} of {world_size}" * (world_size > 1), flush=True)
 
     # 2. walk
     if todo:

@@ -69,8 +69,7 @@ def hf_agent(policy, model, execute=3):
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=96,
                                  suppress_tokens=policy.banned)[0, inputs["input_ids"].shape[1]:]
             text = policy.tokenizer.decode([i for i in ids.tolist() if i != policy.end_token])
-            walk.decisions.append(evaluate.Decision(len(walk.states) - 1, text,
-                                                    parse_control(text, policy.phrases)))
+            walk.add_decision(text, parse_control(text, policy.phrases))
             plans.append(walk.decisions[-1].plan[:execute] or [STOP])
         return plans
     return agent

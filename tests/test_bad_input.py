@@ -22,7 +22,7 @@ import make_data
 import sft
 from activevln import grpo_online
 from activevln.dialog import DIALOG
-from cli import UserError
+from cli import UserError, read_rows
 from model import CONTRACT, load_policy, save_policy
 from tools import report
 from world import SimError
@@ -312,7 +312,7 @@ def test_a_policy_that_gives_no_numbers_is_not_scored(houses, checkpoint, tmp_pa
     assert left.value.code == 2
     assert "log-probabilities that are not finite" in capsys.readouterr().err
     assert not (tmp_path / "y" / "results.json").exists()
-    assert evaluate.read_rows(tmp_path / "y" / "episodes.jsonl")[0] == []
+    assert read_rows(tmp_path / "y" / "episodes.jsonl") == []
 
 
 def test_results_are_not_continued_with_another_dtype(houses, checkpoint, tmp_path):

@@ -21,7 +21,7 @@ from conftest import ROOT
 from helpers import FakePool, evaluate_plane, fake_episode, scored_row, walk_with, write_plane
 
 import evaluate
-from cli import UserError
+from cli import UserError, read_rows
 from evaluate import (
     EpisodeState,
     cluster_bootstrap,
@@ -37,7 +37,7 @@ from lsm import pick_frames
 from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases
 from world import SimError, houses
 from world.pool import SimPool
-from world.robots import ROBOTS
+from world.robots import ROBOTS, choose_robot
 
 PHRASES = action_phrases(30, 0.25)
 
@@ -394,22 +394,22 @@ def test_shuffled_instructions_are_of_another_goal_in_the_same_scene():
                          "trajectory_id": i % 6})
     episodes[0]["goals"][0]["position"][1] = 0.1
     by_id = {i: e for i, e in enumerate(episodes)}
-    words, near = evaluate.shuffled_instructions(episodes, 0, radius=3.0)
+    chosen = evaluate.shuffled_instructions(episodes, 0, radius=3.0)
     for i, mine in by_id.items():
-        other = by_id[int(words[str(i)].split()[-1].strip("."))]
+        other = chosen[str(i)]
         assert other["trajectory_id"] != mine["trajectory_id"]
         same = other["scene_id"] == mine["scene_id"]
-        assert same == (mine["scene_id"] != "c") == (str(i) in near)
+        assert same == (mine["scene_id"] != "c")
         assert not same or other["goals"][0]["position"][0] != mine["goals"][0]["position"][0]
-    assert (words, near) == evaluate.shuffled_instructions(episodes, 0, radius=3.0)
-    assert words != evaluate.shuffled_instructions(episodes, 1, radius=3.0)[0]
+    assert chosen == evaluate.shuffled_instructions(episodes, 0, radius=3.0)
+    assert chosen != evaluate.shuffled_instructions(episodes, 1, radius=3.0)
     with pytest.raises(UserError, match="different instructions"):
         evaluate.shuffled_instructions([e for e in episodes if e["trajectory_id"] == 0], 0, 3.0)
     # Hindi is no control for English
     for i, episode in by_id.items():
         episode["instruction"]["language"] = ("hi-IN", "en-US")[i // 9]
-    words, _ = evaluate.shuffled_instructions(episodes, 0, 3.0)
-    assert all(int(words[str(i)].split()[-1].strip(".")) // 9 == i // 9 for i in by_id)
+    chosen = evaluate.shuffled_instructions(episodes, 0, 3.0)
+    assert all(chosen[str(i)]["episode_id"] // 9 == i // 9 for i in by_id)
 
 
 def test_results_say_where_the_shuffled_instructions_are_from(monkeypatch, tmp_path, capsys):
@@ -450,7 +450,7 @@ def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
     assert mean["distance_to_goal"] == pytest.approx(np.mean(away), abs=1e-6)
     # forward: the mean of the ground truth, 5.78 -> 6 steps; the first goal is 1 m straight ahead
     evaluate_plane(monkeypatch, data, tmp_path / "forward", "--agent", "forward")
-    rows, _ = evaluate.read_rows(tmp_path / "forward" / "episodes.jsonl")
+    rows = read_rows(tmp_path / "forward" / "episodes.jsonl")
     assert {row["actions"] for row in rows} == {"1111110"}
     assert rows[0]["distance_to_goal"] == pytest.approx(0.5)
     assert rows[0]["spl"] == pytest.approx(1 / 1.5, abs=1e-6)
@@ -458,7 +458,7 @@ def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
     evaluate_plane(monkeypatch, data, tmp_path / "random", "--agent", "random")
     evaluate_plane(monkeypatch, data, tmp_path / "random1", "--agent", "random", "--sims", "1")
     assert contents(tmp_path / "random") == contents(tmp_path / "random1")
-    rows, _ = evaluate.read_rows(tmp_path / "random" / "episodes.jsonl")
+    rows = read_rows(tmp_path / "random" / "episodes.jsonl")
     shares = np.array([[row["actions"].count(a) for a in "123"] for row in rows]).sum(axis=0)
     assert shares[0] > 2 * shares[1] and len({row["actions"] for row in rows}) == 9
 
@@ -466,7 +466,7 @@ def test_results_of_the_baselines_by_hand(monkeypatch, tmp_path, capsys):
 def test_limit_is_spread_and_ranks_agree_with_one(monkeypatch, tmp_path):
     data = write_plane(tmp_path / "data")
     evaluate_plane(monkeypatch, data, tmp_path / "one", "--limit", "4")
-    rows, _ = evaluate.read_rows(tmp_path / "one" / "episodes.jsonl")
+    rows = read_rows(tmp_path / "one" / "episodes.jsonl")
     assert [row["episode_id"] for row in rows] == [0, 2, 4, 6]
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
@@ -520,18 +520,17 @@ def test_the_checkpoint_brings_the_robot_that_its_data_were_seen_by(ego, tmp_pat
     (tmp_path / "train/meta.json").write_text(json.dumps(meta))
     args = sft.parse_args(["--model", "tiny", "--data", str(tmp_path / "train")])
     contract = sft.setup(args, "cpu")[1].contract
-    episode = fake_episode(0)
-    assert evaluate.choose_robot(evaluate.parse_args([]), "x", contract, episode) == meta["robot"]
+    assert choose_robot(evaluate.parse_args([]), "x", contract, "houses") == meta["robot"]
     with pytest.raises(UserError, match="radius_m = 0.15 and the robot 'houses' has 0.18"):
-        evaluate.choose_robot(evaluate.parse_args(["--robot", "houses"]), "x", contract, episode)
+        choose_robot(evaluate.parse_args(["--robot", "houses"]), "x", contract, "houses")
     with pytest.raises(UserError, match="width = 112 and .* has 56: leave --robot and --width out"):
-        evaluate.choose_robot(evaluate.parse_args(["--width", "56"]), "x", contract, episode)
+        choose_robot(evaluate.parse_args(["--width", "56"]), "x", contract, "houses")
     same = evaluate.parse_args(["--width", "112", "--no-sliding"])
-    assert evaluate.choose_robot(same, "x", contract, episode) == meta["robot"]
+    assert choose_robot(same, "x", contract, "houses") == meta["robot"]
     # an older contract has no frame size: the data set's, or what a flag says
     unknown = ("width", "height", "sliding")
     old = {key: value for key, value in contract.items() if key not in unknown}
-    found = evaluate.choose_robot(evaluate.parse_args(["--width", "64"]), "x", old, episode)
+    found = choose_robot(evaluate.parse_args(["--width", "64"]), "x", old, "houses")
     assert (found["width"], found["height"], found["sliding"]) == (64, 56, True)
 
 
@@ -557,7 +556,7 @@ def test_kill_minus_9_and_resume_is_bit_for_bit(monkeypatch, tmp_path):
     argv = ["--split", "val", "--episodes", data, "--out", str(out), "--agent", "oracle",
             "--sims", "3"]
     assert child(argv, kill_after=120).returncode == -signal.SIGKILL
-    rows, whole = evaluate.read_rows(out / "episodes.jsonl")
+    rows = read_rows(out / "episodes.jsonl")
     assert 0 < len(rows) < 9 and not (out / "results.json").exists()
     with open(out / "episodes.jsonl", "a") as file:
         file.write('{"episode_id": 8, "end": "st')                     # as if cut while writing
@@ -591,14 +590,14 @@ def test_the_oracle_arrives_and_survives_kill_minus_9(two_houses, tmp_path, monk
     assert len(os.listdir(tmp_path / "undisturbed" / "pictures")) == 2
 
     assert child(argv("killed"), "KilledPool", kill_after=200).returncode == -signal.SIGKILL
-    rows, _ = evaluate.read_rows(tmp_path / "killed" / "episodes.jsonl")
+    rows = read_rows(tmp_path / "killed" / "episodes.jsonl")
     assert 0 < len(rows) < 6
     evaluate.main(evaluate.parse_args(argv("killed")))
     assert contents(tmp_path / "undisturbed") == contents(tmp_path / "killed")
 
     # the ground truth's own actions, replayed, are as good as the expert's: it is the expert's walk
     truths = evaluate.read_ground_truth(two_houses, "val_unseen")
-    for row in evaluate.read_rows(tmp_path / "undisturbed" / "episodes.jsonl")[0]:
+    for row in read_rows(tmp_path / "undisturbed" / "episodes.jsonl"):
         assert row["actions"] == "".join(map(str, truths[str(row["episode_id"])]["actions"]))
     assert mean["ndtw"] == 1.0
 

@@ -9,7 +9,7 @@ from helpers import evaluate_plane, fake_episode, walk_with, write_plane
 
 import cli
 import evaluate
-from cli import UserError
+from cli import UserError, read_rows
 from reward import FORWARD, STOP
 from tools import habitat_check
 from world.robots import ROBOTS
@@ -159,7 +159,7 @@ def test_the_command_writes_its_file_before_it_fails(fake_habitat, monkeypatch, 
     flags = "--agent", "forward", "--sim", "habitat"
     evaluate_plane(monkeypatch, data, tmp_path / "out", *flags)
     # only these two have their goals straight ahead
-    rows = [row for row in evaluate.read_rows(tmp_path / "out/episodes.jsonl")[0]
+    rows = [row for row in read_rows(tmp_path / "out/episodes.jsonl")
             if row["episode_id"] in (0, 5)]
     cli.write_lines(tmp_path / "out/episodes.jsonl", rows)
     with pytest.raises(SystemExit, match="could not walk 1 of 2 walks .first 5: RuntimeError: no"):

@@ -4,7 +4,8 @@ import pytest
 from helpers import FakePool, evaluate_plane, fake_episode, write_plane
 from PIL import Image
 
-from evaluate import EpisodeState, read_rows
+from cli import read_rows
+from evaluate import EpisodeState
 from tools import page
 from world.robots import ROBOTS
 
@@ -61,7 +62,7 @@ def test_a_page_for_each_pose_and_one_for_the_walk(monkeypatch, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["0.gif", "0.png"]
     with Image.open(folder / "0.gif") as film:
         assert film.n_frames == 1 + 3                       # the start, and a pose per step
-    rows, _ = read_rows(tmp_path / "out/episodes.jsonl")
+    rows = read_rows(tmp_path / "out/episodes.jsonl")
     walk = EpisodeState(fake_episode("0"), "Stop.")
     assert page.page_title(walk, rows[0]) == "success: episode 0, 4 steps, 0.25 m from the goal"
     assert page.page_title(walk, {"end": "invalid", "steps": 0}) == "invalid: episode 0, 0 steps"

@@ -13,7 +13,7 @@ from helpers import evaluate_plane, scored_row, write_plane
 
 import cli
 import evaluate
-from cli import UserError
+from cli import UserError, read_rows
 from reward import FORWARD, LEFT, STOP
 from tools import bounds, report
 from world import houses
@@ -213,7 +213,7 @@ def test_a_metric_that_no_row_has_is_a_dash(tmp_path, capsys):
     for folder in folders:
         path = os.path.join(folder, "episodes.jsonl")
         rows = [{key: value for key, value in row.items() if "dtw" not in key}
-                for row in evaluate.read_rows(path)[0]]
+                for row in read_rows(path)]
         cli.write_lines(path, rows)
     call("--summary", *folders)
     assert " 0.00     -     -  " in capsys.readouterr().out

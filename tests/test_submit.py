@@ -11,7 +11,7 @@ from helpers import FakePool, fake_episode
 
 import cli
 import evaluate
-from cli import UserError
+from cli import UserError, read_rows
 from reward import FORWARD, LEFT, RIGHT, STOP
 from tools import submit
 from world import SimError
@@ -123,7 +123,7 @@ def test_a_submission_is_whole_or_not_written(monkeypatch, tmp_path):
         walked(monkeypatch, where, out, "--turn-deg", "30")
     with pytest.raises(UserError, match="1 episodes have no result, because a simulator failed"):
         write_file(out, file)
-    rows, _ = evaluate.read_rows(out / "episodes.jsonl")
+    rows = read_rows(out / "episodes.jsonl")
     cli.write_lines(out / "episodes.jsonl", [{**row, "end": "invalid"} if row["end"] == "error"
                                                   else row for row in rows])
     with pytest.raises(UserError, match="1 of 5 episodes have no walk on record, the first is 1"):

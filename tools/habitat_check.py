@@ -29,7 +29,7 @@ import shutil
 import subprocess
 import sys
 
-from cli import DefaultsFormatter, UserError, run_cli, write_json
+from cli import DefaultsFormatter, UserError, read_json, run_cli, write_json
 
 MEASURES = ("distance_to_goal", "success", "spl")
 TOLERANCE = 1e-4
@@ -133,7 +133,6 @@ def difference(ours: float | None, theirs: float | None) -> float:
 def main(args):
     if args.worker:
         return work()
-    from evaluate import read_json
     from world.episodes import scenes_of
     if not args.folder:
         raise UserError("name a results folder of evaluate.py")

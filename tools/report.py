@@ -27,14 +27,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cli import DefaultsFormatter, UserError, run_cli, write_json
+from cli import DefaultsFormatter, UserError, read_json, read_rows, run_cli, write_json
 from evaluate import (
     TITLES,
     cluster_bootstrap,
     describe_intervals,
     known_rows,
-    read_json,
-    read_rows,
     sampling_units,
     summarise,
 )
@@ -197,7 +195,7 @@ def run_gain(before: Results, after: Results, metrics: dict) -> dict:
     ckpt, seed, minutes = after.run.get("ckpt") or "", None, None
     if os.path.exists(os.path.join(ckpt, "args.json")):
         seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
-        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[0][-1].get("minutes")
+        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[-1].get("minutes")
     sr = metrics["success"]
     return {"ckpt": ckpt, "seed": seed, "sr_before": sr["a"], "sr_after": sr["b"],
             "episodes": sr["episodes"], "diff": sr["difference"], "diff_ci": sr["ci"],
@@ -316,7 +314,7 @@ def stage_minutes(folder: str) -> dict[str, float]:
     path = os.path.join(folder, "minutes.jsonl")
     if not os.path.exists(path):
         return {}
-    minutes = {stage["stage"]: round(stage["minutes"], 2) for stage in read_rows(path)[0]}
+    minutes = {stage["stage"]: round(stage["minutes"], 2) for stage in read_rows(path)}
     print(f"{sum(minutes.values()):.1f} minutes: "
           + ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items()))
     return minutes

@@ -585,3 +585,30 @@ def check_scenes(episodes: list[dict], scenes: str) -> dict:
         if os.path.isfile(path):
             digest.update(f"{name} {scene_hash(path)}\n".encode())
     return {"count": len(names), "sha256": digest.hexdigest()[:16]}
+
+
+# ---------------------------------------------------------------- what a measurement needs
+
+EPISODES = {"houses": "data/houses", "r2r": "data/datasets/R2R_VLNCE_v1-3_preprocessed",
+            "rxr": "data/datasets/RxR_VLNCE_v0"}        # where each data set is looked for
+
+
+def check_episodes(episodes: list[dict], truths: dict | None, source: str) -> None:
+    """UserError unless all episodes have what the metrics need. truths: None where the split has
+    none. (read_episodes() has checked everything else.)"""
+    hidden = not any(episode["goals"] for episode in episodes)
+    for episode in episodes:
+        if not hidden and not episode["goals"]:
+            raise UserError(f"episode {episode['episode_id']} of {source} has no goal, and others "
+                            "have one: copy the episodes again, or take it out")
+        if truths is not None and str(episode["episode_id"]) not in truths:
+            raise UserError(f"episode {episode['episode_id']} of {source} has no ground truth to "
+                            "measure by: copy the _gt.json.gz of the same release")
+
+
+def success_radius(episodes: list[dict]) -> float:
+    """The success radius that all goals name, VLN-CE's where they name none."""
+    radii = {goal.get("radius") or VLNCE_RADIUS_M for e in episodes for goal in e["goals"]}
+    if len(radii) > 1:
+        raise UserError("the goals of the data have no common radius: evaluate them in parts")
+    return radii.pop() if radii else VLNCE_RADIUS_M

@@ -70,6 +70,23 @@ def robot_from_args(args, row: dict) -> dict:
     return robot
 
 
+def choose_robot(args, ckpt: str | None, contract: dict | None, dataset: str) -> dict:
+    """Body and camera: the checkpoint's; else --robot, or that of the episodes' data set.
+    UserError if a flag contradicts the checkpoint."""
+    name = args.robot or (contract["dataset"] if contract and contract["dataset"] in ROBOTS
+                          else dataset)
+    robot = robot_from_args(args, ROBOTS[name])
+    trained = {key: contract[key] for key in robot if contract and contract.get(key) is not None}
+    for key, value in trained.items():
+        stated = args.robot or vars(args)[key] is not None
+        if stated and abs(value - robot[key]) > 1e-6:
+            flag = "--" + key.replace("_", "-")
+            raise UserError(f"{ckpt} was trained with {key} = {value} and the robot {name!r} has "
+                            f"{robot[key]}: leave --robot and {flag} out, since a checkpoint brings"
+                            " its own, or take another --ckpt")
+    return {**robot, **trained}
+
+
 # ---------------------------------------------------------------- flags of every script that walks
 
 
@@ -109,6 +126,13 @@ def simulator_commands(args) -> list[list[str]] | None:
     if args.sim_python:
         return [[args.sim_python, "-m", "world.worker"]]
     return [shlex.split(command) for command in args.sim_command or ()] or None
+
+
+def simulator_gpus(args) -> list[int] | None:
+    """--sim-gpus; by default each rank of several uses its own GPU, if this machine has any."""
+    if not args.sim_gpus and not args.sim_command and "LOCAL_RANK" in os.environ and visible_gpus():
+        return [int(os.environ["LOCAL_RANK"])]
+    return args.sim_gpus
 
 
 def visible_gpus() -> int:
