@@ -97,7 +97,7 @@ def write_text(path: str, text: str) -> None:
     os.replace(temporary, path)
 
 
-def write_json(path: str, content, indent: int | None = 2) -> None:
+def write_json(path: str, content: Any, indent: int | None = 2) -> None:
     """write_text() of JSON. ValueError if a number is not finite: JSON has no NaN."""
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 

@@ -38,7 +38,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from cli import UserError, lock_folder, positive_int, write_json, write_text
+from cli import (
+    UserError,
+    lock_folder,
+    positive_int,
+    read_json,
+    read_rows,
+    write_json,
+    write_lines,
+    write_text,
+)
 from make_data import VlnEgo
 from model import save_policy
 from qwen import is_sound
@@ -61,34 +70,19 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: s
     return peak * 0.5 * (1 + math.cos(math.pi * (at - warmup) / (1 - warmup)))
 
 
-# TFLOP/s of a card in bf16, dense, from its datasheet. In practice less is reached: an
-# H200 was measured at 790 on a large matrix product.
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
-
-
-def peak_tflops(card: str) -> float | None:
-    """The datasheet's TFLOP/s of a card, by CUDA's name for it; None if it is not in the table.
-
-    >>> peak_tflops("NVIDIA H200"), peak_tflops("cpu")
-    (989, None)
-    """
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in card), None)
-
-
 # ---------------------------------------------------------------- flags that the trainers share
 
 
-def add_optimizer_args(parser, lr, schedule, weight_decay):
+def add_optimizer_args(parser, lr: float, schedule: str, weight_decay: float) -> None:
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
     add("--schedule", choices=("cosine", "constant"), default=schedule)
     add("--warmup", type=float, default=0.1, help="share of all steps with a rising rate")
     add("--weight-decay", type=float, default=weight_decay)
     add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
-    add("--max-grad-norm", type=float, default=1.0)
 
 
-def add_machine_args(parser):
+def add_machine_args(parser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
         choices=("cpu", "cuda"))
@@ -124,8 +118,8 @@ def init_distributed(args) -> Process:
     os.environ.setdefault("DS_ACCELERATOR", args.device)
     import deepspeed
 
-    # Without these lines DeepSpeed compiles an extension at its first start, which takes half a
-    # minute and a compiler. gloo and torch's AdamW do not need it.
+    # Otherwise DeepSpeed compiles an extension at its first start, which takes half a minute and a
+    # compiler. gloo and torch's AdamW do not need it.
     from deepspeed.ops import __compatible_ops__
     __compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(args.threads)
@@ -152,11 +146,6 @@ def on_first_rank(action: Callable[[], None]) -> None:
     dist.broadcast_object_list(message, src=0)
     if message[0]:
         raise UserError(message[0])
-
-
-def final_barrier() -> None:
-    """Barrier before exit, so that rank 0 can finish writing."""
-    dist.barrier()
 
 
 def all_reduce_sum(values: Sequence[float], device: str) -> list[float]:
@@ -207,12 +196,9 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def count_weights(engine) -> int:
-    return sum(numel(p) for p in engine.module.parameters())
-
-
-def numel(p: torch.Tensor) -> int:
-    return getattr(p, "ds_numel", p.numel())              # the whole tensor, if ZeRO-3 shards it
+def count_weights(engine, trained_only: bool = False) -> int:
+    return sum(getattr(p, "ds_numel", p.numel())           # the whole tensor, if ZeRO-3 shards it
+               for p in engine.module.parameters() if p.requires_grad or not trained_only)
 
 
 def print_memory_estimate(engine, reference, activations: float) -> None:
@@ -225,20 +211,16 @@ def print_memory_estimate(engine, reference, activations: float) -> None:
     if dist.get_rank():
         return
     stage, world_size = engine.zero_optimization_stage(), dist.get_world_size()
-    half = engine.bfloat16_enabled()
-    trained = sum(numel(p) for p in engine.module.parameters() if p.requires_grad)
-    divided = [world_size if stage >= least else 1 for least in (3, 2, 1)]
-    parts = {"weights": count_weights(engine) * (2 if half else 4) / divided[0],
-             "gradients": trained * (2 if half else 4) / divided[1],
-             "optimizer": trained * (12 if half else 8) / divided[2]}
-    if reference is not None:
-        parts["reference"] = parts["weights"]
-    parts = {name: b / 1e9 for name, b in (parts | {"activations": activations}).items()}
-    cuda = torch.cuda.is_initialized()
-    available = (torch.cuda.get_device_properties(0).total_memory if cuda else
-                 os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size) / 1e9
-    needed = sum(parts.values())
-    print("memory: about " + " + ".join(f"{name} {gb:.2f}" for name, gb in parts.items())
+    half, trained = engine.bfloat16_enabled(), count_weights(engine, trained_only=True)
+    by_stage = [world_size if stage >= least else 1 for least in (1, 2, 3)]
+    weights = count_weights(engine) * (2 if half else 4) / by_stage[2]
+    parts = {"weights": weights, "gradients": trained * (2 if half else 4) / by_stage[1],
+             "optimizer": trained * (12 if half else 8) / by_stage[0],
+             **({"reference": weights} if reference else {}), "activations": activations}
+    available = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_initialized()
+                 else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size) / 1e9
+    needed = sum(parts.values()) / 1e9
+    print("memory: about " + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
           + f" = {needed:.2f} GB of {available:.0f} GB a process has")
     if needed > available:
         print("WARNING: that does not fit. Lower --micro-tokens; then --gradient-checkpointing; "
@@ -304,13 +286,13 @@ def accumulate(engine, parts: Sequence) -> Iterator:
 
 
 def held_out_data(val_data: str | None, data: str) -> VlnEgo | None:
-    """The folder of --val-data; by default val_seen beside --data, if it exists."""
+    """The folder of --val-data; by default val_seen in the folder of --data, if it exists."""
     path = val_data or os.path.join(os.path.dirname(data.rstrip("/")), "val_seen")
     found = val_data or os.path.exists(os.path.join(path, "meta.json"))
     return VlnEgo(path) if found else None
 
 
-def check_lengths(policy, lengths, source):
+def check_lengths(policy, lengths: Sequence[tuple[str, int]], source: str) -> None:
     """UserError if a sequence does not fit the model's context.
 
     lengths: [(name of a record or an episode, its tokens with pictures and answer), ..] or upper
@@ -335,13 +317,13 @@ def make_engine(policy, args):
     """Wrap the policy in DeepSpeed; accumulate() decides after which micro-batch it steps."""
     import deepspeed
     try:
-        with open(args.deepspeed_config) as f:
-            config = json.load(f)
+        config = read_json(args.deepspeed_config)
         zero = config.setdefault("zero_optimization", {})
         zero.setdefault("stage", 0)
+        config.setdefault("gradient_clipping", 1.0)
     except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"--deepspeed-config {args.deepspeed_config}: {error}; it wants a file "
-                        "like ds_config.json") from error
+        raise UserError(f"--deepspeed-config {args.deepspeed_config}: {error}; give a file "
+                        "such as ds_config.json") from error
     if args.zero_stage is not None:
         zero["stage"] = args.zero_stage
     if default_dtype(args) == "bfloat16":
@@ -349,7 +331,6 @@ def make_engine(policy, args):
         # bias correction is off by one. Stage 1 does not.
         zero["stage"] = max(1, zero["stage"])
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
-                  gradient_clipping=args.max_grad_norm,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
     weights = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
@@ -438,14 +419,13 @@ def open_run(args, resumable: Sequence[str] = ()) -> None:
     def lock_and_check():
         lock_folder(args.out)
         if last_state(args.out) and os.path.exists(path):
-            with open(path) as f:
-                before = json.load(f)
+            before = read_json(path)
             other = [k for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
             if other:
                 raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
                                 f"{before[other[0]]}, not {getattr(args, other[0])}; resume it "
                                 "with its own flags, or choose another folder, or remove this one")
-        write_text(path, json.dumps(vars(args), indent=2, sort_keys=True))
+        write_json(path, dict(sorted(vars(args).items())))
     on_first_rank(lock_and_check)
 
 
@@ -468,7 +448,7 @@ def diverged(out: str, step: int, reason: str, lr: float) -> UserError:
     """The error of a run whose numbers are not finite."""
     good = last_state(out)
     good = (f"The last good state is {good}; start again with a lower --lr and another --out, or "
-            f"remove {out} (a run goes on with its own flags only)" if good else
+            f"remove {out} (a run is resumed with its own flags only)" if good else
             f"No state was saved in {out}; run the same command with a lower --lr")
     return UserError(f"step {step}: {reason} (learning rate {lr:g}). {good}")
 
@@ -506,8 +486,7 @@ def load_state(engine, out: str) -> int:
     if state is None:
         return 0
     folder, tag = os.path.split(state)
-    with open(os.path.join(state, "made_by.json")) as f:
-        then, now = json.load(f), parallel_layout(engine)
+    then, now = read_json(os.path.join(state, "made_by.json")), parallel_layout(engine)
     if then != now:
         raise UserError(f"{folder} was written with {then} and would be resumed with {now}; make "
                         "them agree, give another --out, or remove that folder to start again")
@@ -542,36 +521,32 @@ def finish_run(engine, log: Log, out: str, message: str, panels: Sequence[tuple]
         if panels:
             draw_curves(out, panels)
         print(f"wrote {out} ({message})")
-    final_barrier()
+    dist.barrier()                                       # rank 0 is still writing
 
 
 # ---------------------------------------------------------------- log
 
 
-# Keys of the log that measure time and hardware. They differ from run to run.
+# Keys of the log that measure time and hardware, and differ from run to run.
 TIMING_KEYS = {"seconds", "wait_s", "tokens_per_second", "tflops", "peak_share", "memory_gb",
                "eta_minutes"}
 
+# TFLOP/s of a card in bf16, dense, by its datasheet. In practice less is reached: an H200 was
+# measured at 790 on a large matrix product.
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "A800": 312, "L40S": 362, "4090": 165}
 
 # DeepSpeed skips a bf16 update with gradients that are not finite. A single one is harmless; so
 # many in a row mean that the weights are lost.
 MAX_SKIPPED_STEPS = 20
 
 
-def finite_or_none(value):
-    """A value as JSON can hold it: None for a number that is not finite."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def cut_jsonl(path: str, last_step: int) -> list[dict]:
     """On resume, remove the rows after the state's step, and a half-written one -> the rest."""
     if not os.path.exists(path):
         return []
-    with open(path) as f:
-        rows = [(line, json.loads(line)) for line in f if line.endswith("\n")]
-    kept = [(line, row) for line, row in rows if row["step"] <= last_step]
-    write_text(path, "".join(line for line, _ in kept))
-    return [row for _, row in kept]
+    kept = [row for row in read_rows(path) if row["step"] <= last_step]
+    write_lines(path, kept)
+    return kept
 
 
 class Log:
@@ -612,9 +587,11 @@ class Log:
                        "tflops": counters.flops / seconds / dist.get_world_size() / 1e12,
                        "eta_minutes": (now - self.started) / (step - self.first_step)
                        * (self.steps - step) / 60}
-            if peak_tflops(card):
-                values["peak_share"] = values["tflops"] / peak_tflops(card)
-        row = {"step": step, **{key: finite_or_none(value) for key, value in values.items()}}
+            peaks = [peak for name, peak in PEAK_TFLOPS.items() if name in card]
+            if peaks:
+                values["peak_share"] = values["tflops"] / peaks[0]
+        row = {"step": step, **{key: value if math.isfinite(value) else None
+                                for key, value in values.items()}}
         self.file.write(json.dumps(row, allow_nan=False) + "\n")
         for key, value in values.items():
             self.board.add_scalar(key, value, step)
@@ -627,8 +604,7 @@ class Log:
         DeepSpeed leaves the weights as they were."""
         before, self.skipped = self.skipped, values.get("skipped_steps", self.skipped)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if self.skipped > before else 0
-        bad = [f"{key} is {value}" for key, value in values.items()
-               if finite_or_none(value) is None]
+        bad = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
         if nan_logits:
             bad.insert(0, "a log-probability of a sampled token is not finite")
         elif not bad or 0 < self.skipped_in_a_row < self.max_skipped:
@@ -645,28 +621,36 @@ class Log:
             self.file.close()
 
 
+def log_column(rows: Sequence[dict], key: str, x: str = "step") -> np.ndarray:
+    """Rows of log.jsonl -> (n, 2): x and the value of `key`, of the rows that have one."""
+    return np.array([(row.get(x, 0), row[key]) for row in rows if row.get(key) is not None],
+                    dtype=float).reshape(-1, 2)
+
+
+def moving_mean(points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Points (n, 2) -> x, and the mean of y over the last `width` points."""
+    return points[width - 1:, 0], np.convolve(points[:, 1], np.ones(width) / width, "valid")
+
+
+def save_figure(figure, path: str) -> None:
+    """Write a picture in one move."""
+    figure.savefig(path + ".tmp", format="png", dpi=110)
+    os.replace(path + ".tmp", path)
+
+
 def draw_curves(out: str, panels: Sequence[tuple]) -> None:
     """log.jsonl -> curves.png with one panel for each tuple of keys; val/ keys are greedy."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    with open(os.path.join(out, "log.jsonl")) as f:
-        rows = [json.loads(line) for line in f]
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), layout="constrained")
-    for axis, keys in zip(axes, panels):
+    from matplotlib.figure import Figure
+    rows = read_rows(os.path.join(out, "log.jsonl"))
+    figure = Figure(figsize=(4 * len(panels), 3), layout="constrained")
+    for axis, keys in zip(figure.subplots(1, len(panels)), panels):
         for key in keys:
-            points = np.array([(r["step"], r[key]) for r in rows if r.get(key) is not None]
-                              ).reshape(-1, 2)
+            points = log_column(rows, key)
             if key.startswith("val/"):
                 axis.plot(*points.T, "o-", color="tab:orange", label=f"{key} (greedy)")
                 continue
-            width = max(1, len(points) // 20)                  # a moving mean, to guide the eye
-            smooth = np.convolve(points[:, 1], np.ones(width) / width, "valid")
             axis.plot(*points.T, color="tab:blue", alpha=0.25)
-            axis.plot(points[width - 1:, 0], smooth, color="tab:blue", label=key)
+            axis.plot(*moving_mean(points, max(1, len(points) // 20)), color="tab:blue", label=key)
         axis.set_xlabel("step")
         axis.legend(fontsize=8)
-    temporary = os.path.join(out, "curves.png.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    os.replace(temporary, os.path.join(out, "curves.png"))
-    plt.close(figure)
+    save_figure(figure, os.path.join(out, "curves.png"))

@@ -89,6 +89,7 @@ def parse_args(argv=None):
                                 formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--split", default="val_unseen")
+    add("--limit", type=positive_int, help="so many episodes, evenly spaced over the split")
     add_episode_args(add)
     add("--ckpt", help="checkpoint folder; default: ckpt/grpo if it is there, else ckpt/sft")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
@@ -96,6 +97,8 @@ def parse_args(argv=None):
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
     add("--out", help="default: results/<checkpoint or agent>_<split>")
+    add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
+        "spaced: none, all, or a number")
     add = p.add_argument_group("simulator").add_argument
     add_simulator_args(add, sims=8)
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
@@ -112,15 +115,12 @@ def parse_args(argv=None):
     add("--blank-frames", action="store_true", help="control run: every frame is black")
     add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
         "instruction of another walk, in the same scene where one leads to another goal")
-    add("--limit", type=positive_int, help="so many episodes, evenly spaced over the split")
     add = p.add_argument_group("machine").add_argument
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
-        "spaced: none, all, or a number")
     return p.parse_args(argv)
 
 
@@ -701,25 +701,22 @@ def shuffled_instructions(episodes: list[dict], seed: int, radius: float) -> dic
     is another, of the same language. It is of the same scene where there is one: a text from
     elsewhere names things that are not there, which a policy could notice.
     """
-    order = random.Random(seed).sample(episodes, len(episodes))
-    scenes, chosen = {}, {}
-    for episode in order:
-        scenes.setdefault(episode["scene_id"], []).append(episode)
+    order, chosen = random.Random(seed).sample(episodes, len(episodes)), {}
 
-    def fits(mine, other):
+    def fits(mine, other, same_scene):
         a, b = mine["instruction"], other["instruction"]
-        return (mine["trajectory_id"] != other["trajectory_id"]
+        return ((mine["scene_id"] == other["scene_id"]) == same_scene
+                and mine["trajectory_id"] != other["trajectory_id"]
                 and a["instruction_text"] != b["instruction_text"]
                 and a.get("language") == b.get("language")
-                and (mine["scene_id"] != other["scene_id"] or all(
+                and (not same_scene or all(
                     math.dist(goal["position"], another["position"]) > radius
                     for goal in mine["goals"] for another in other["goals"])))
 
     for i, mine in enumerate(order):
-        here = scenes[mine["scene_id"]]
-        k = here.index(mine)
-        others = (*here[k + 1:], *here[:k], *order[i + 1:], *order[:i])
-        found = next((other for other in others if fits(mine, other)), None)
+        found = next((other for same_scene in (True, False)
+                      for other in (*order[i + 1:], *order[:i])
+                      if fits(mine, other, same_scene)), None)
         if found is None:
             raise UserError("--shuffled-instruction needs walks with different instructions: "
                             f"episode {mine['episode_id']} finds none in its language")

@@ -69,7 +69,7 @@ from engine import (
     update_metrics,
 )
 from make_data import open_data
-from model import load_policy, window_prompt
+from model import Policy, load_policy, window_prompt
 from qwen import resize
 from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
 
@@ -361,11 +361,11 @@ def score_sums(scores: Sequence[Score]) -> dict[str, float]:
     """Sums over plans, by the keys of log.jsonl."""
     return {"reward": sum(s.reward for s in scores),
             "first_action_acc": sum(s.first_correct for s in scores),
-            "exact_match": sum(None not in s.plan and s.plan == s.expert for s in scores),
-            "mean_accuracy": sum(uniform_reward(s.plan, s.expert) for s in scores),
+            "exact_match": sum(None not in s.plan and s.plan == s.expert_plan for s in scores),
+            "mean_accuracy": sum(uniform_reward(s.plan, s.expert_plan) for s in scores),
             "malformed": sum(s.malformed for s in scores),
             "stops": sum(s.plan.count(STOP) for s in scores),
-            "expert_stops": sum(s.expert.count(STOP) for s in scores)}
+            "expert_stops": sum(s.expert_plan.count(STOP) for s in scores)}
 
 
 def step_metrics(scores: Sequence[Score], rollouts: Sequence[RolloutBatch], rewards: Tensor,
@@ -392,7 +392,7 @@ def format_group(decision, texts, scores, advantages, policy) -> str:
     words = "\n".join([*(text for _, text in decision.before), words])
     words = re.sub(r"(<image>\s*)+", lambda m: f"[{m.group().count('<image>')} frames]\n", words)
     lines = [words.strip(), "reward  advantage  plan",
-             f"    the expert's:  {' '.join(letters[a] for a in scores[0].expert)}"]
+             f"    the expert's:  {' '.join(letters[a] for a in scores[0].expert_plan)}"]
     for text, its, advantage in zip(texts, scores, advantages):
         plan = " ".join(letters[a] for a in its.plan)
         quote = f"   {text!r}" if its.malformed else ""
@@ -440,19 +440,27 @@ def validate(engine, data, prompts: Sequence[PromptIndex], args) -> dict[str, fl
 # ---------------------------------------------------------------- the run
 
 
-def setup(args, device):
-    """Data and policy, from the flags."""
+def load_init(args, device: str, sft: str) -> Policy:
+    """The policy of --init, to be trained. sft: the script and flags that make one."""
     if not os.path.exists(os.path.join(args.init, "nav.json")):
         raise UserError(f"--init {args.init} is not a checkpoint of ours (it has no nav.json); "
-                        f"make one with: python sft.py --out {args.init}")
+                        f"make one with: python {sft} --out {args.init}")
     if args.group_size < 2:
-        raise UserError("--group-size must be 2 or more: a plan is compared with its siblings")
+        raise UserError("--group-size must be 2 or more: advantages compare siblings")
     if args.temperature <= 0:
-        raise UserError("--temperature must be above 0: at 0 all plans of a group are the same")
+        raise UserError("--temperature must be above 0: at 0 all siblings are the same")
+    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    policy.vision.requires_grad_(not args.freeze_vision)
+    policy.checkpointing = args.gradient_checkpointing
+    return policy
+
+
+def setup(args, device):
+    """Data and policy, from the flags."""
     if not 0 <= args.gamma <= 1:
         raise UserError("--gamma must lie between 0 (only the next action counts) and 1 (uniform)")
     sources = [open_data(path, args.image_root) for path in args.data]
-    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    policy = load_init(args, device, "sft.py")
     if policy.whole_walks:
         raise UserError(f"--init {args.init} is a dialog policy; train it with "
                         "activevln.grpo_online")
@@ -470,8 +478,6 @@ def setup(args, device):
             data.check_plans(policy.contract)
             lengths = data.lengths(policy, MAX_ANSWER_TOKENS)
         check_lengths(policy, lengths, path)
-    policy.vision.requires_grad_(not args.freeze_vision)
-    policy.checkpointing = args.gradient_checkpointing
     return sources, policy
 
 
@@ -489,13 +495,15 @@ def load_reference(args, engine, device):
     return reference
 
 
-def check_batch_size(n: int, world_size: int, args) -> None:
+def count_steps(args, n: int, found: str, world_size: int) -> int:
+    """The steps of a run over n prompts or episodes. found: where these are from, and how many."""
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size} does not split into {world_size} "
                         "processes")
     if n < args.batch_size:
-        raise UserError(f"--data and --prompts give {n} prompts and a batch takes "
-                        f"{args.batch_size}; lower --batch-size or record more walks")
+        raise UserError(f"{found} and a batch takes {args.batch_size}; lower --batch-size or give "
+                        "more")
+    return args.max_steps or max(1, round(args.epochs * (n // args.batch_size)))
 
 
 def main(args):
@@ -503,8 +511,8 @@ def main(args):
     sources, policy = setup(args, device)
     open_run(args, RESUMABLE)
     prompts = draw_prompts(sources, args.prompts, args.seed)
-    check_batch_size(len(prompts), world_size, args)
-    steps = args.max_steps or max(1, round(args.epochs * (len(prompts) // args.batch_size)))
+    steps = count_steps(args, len(prompts), f"--data and --prompts give {len(prompts)} prompts",
+                        world_size)
 
     engine = make_engine(policy, args)
     reference = load_reference(args, engine, device)

@@ -2,29 +2,27 @@
 From text to a plan, and from a plan to a reward (VLN-R1 [1], stage two).
 
 The policy answers in words: "A. Move forward 25 cm, C. Turn right 30 degrees, ...", one phrase for
-each of its next n = 6 actions. Only this file writes and parses that language, so training, the
-reward and the robot cannot disagree about what an answer means. It has two parsers, on purpose:
+each of its next n = 6 actions. Only this file writes and parses that language, so an answer means
+the same in training, in the reward and on the robot. There are two parsers, on purpose:
 
-    strict  (parse_plan)     for the reward: a position holds an exact phrase, or it is worth 0.
+    strict  (parse_plan)     for the reward: a position holds an exact phrase, or it earns 0.
                              Anything more generous would reward leaving the grammar.
-    lenient (parse_control)  for the robot, which must act now: a clear letter is enough, and what
-                             cannot be understood ends the plan. It never picks a random action.
+    lenient (parse_control)  for the robot, which must act now: a clear letter is enough, and an
+                             unclear position ends the plan. It never picks a random action.
 
 The time-decayed reward (TDR) compares a plan a with what the expert did next, a*:
 
     R = sum_{k=0}^{n-1} gamma^k [a_k = a*_k]  /  sum_{k=0}^{n-1} gamma^k            in [0, 1]
 
-The next action matters most; the sixth will probably be planned again before it is due. Each
-position counts by itself: a wrong first action takes nothing from the second one (as in the paper).
-The paper gives no gamma; 0.8 is ours: the sixth position weighs a third of the first. Dividing by
-the maximum is ours too: it changes no advantage that is divided by the group's standard deviation,
-and 1 means "the expert's plan". To compare, as in the paper's ablation: uniform (gamma = 1), linear
-(weights n, n-1, .. 1) and hard (all or nothing). On R2R a plan of six times "forward" already earns
-0.647 (val_seen); only what rises above that has been learned.
+The next action matters most; the sixth will probably be planned again before it is carried out.
+Each position counts by itself, as in the paper. The paper gives no gamma; ours is 0.8: the sixth
+position weighs a third of the first. Dividing by the maximum is ours too: it changes no advantage
+that is divided by the group's standard deviation, and 1 means "the expert's plan". The paper's
+ablation compares uniform (gamma = 1), linear (weights n, n-1, .. 1) and hard (all or nothing). On
+R2R (val_seen) a plan of six times "forward" already earns 0.647.
 
 Run it   python -m doctest reward.py -v          # the worked examples below
 Imports  the standard library only, in Python 3.9 syntax: a simulator's interpreter loads this file
-
 [1] VLN-R1, https://arxiv.org/abs/2506.17221 (section 3 of the method: TDR, eq. for R_nav)
 """
 from __future__ import annotations
@@ -119,20 +117,20 @@ def parse_control(text: str, phrases: dict[int, str]) -> list[int]:
 Plan = Sequence[Optional[int]]            # action ids; None is a malformed or an unknown action
 
 
-def weighted_accuracy(plan: Plan, expert: Plan, weights: Sequence[float]) -> float:
+def weighted_accuracy(plan: Plan, expert_plan: Plan, weights: Sequence[float]) -> float:
     """sum_k w_k [a_k = a*_k] / sum_k w_k over the positions whose expert action is known.
 
-    A None in the plan is malformed and earns 0. A None in the expert is unknown (a ShareGPT
+    A None in the plan is malformed and earns 0. A None in the expert's is unknown (a ShareGPT
     answer that is no plan): both sums leave that position out. If no position is known, the result
     is 0.
     """
-    plan = list(plan) + [None] * (len(expert) - len(plan))
-    known = [(w, a == best) for w, a, best in zip(weights, plan, expert) if best is not None]
+    plan = list(plan) + [None] * (len(expert_plan) - len(plan))
+    known = [(w, a == best) for w, a, best in zip(weights, plan, expert_plan) if best is not None]
     total = sum(w for w, _ in known)
     return sum(w for w, right in known if right) / total if total else 0.0
 
 
-def time_decayed_reward(plan: Plan, expert: Plan, gamma: float = 0.8) -> float:
+def time_decayed_reward(plan: Plan, expert_plan: Plan, gamma: float = 0.8) -> float:
     """TDR [1], divided by its maximum: in [0, 1].
 
     Three positions, the second one wrong, gamma = 1/2: (1 + 0 + 1/4) / (1 + 1/2 + 1/4) = 5/7.
@@ -150,34 +148,34 @@ def time_decayed_reward(plan: Plan, expert: Plan, gamma: float = 0.8) -> float:
     1.0
     """
     assert 0 <= gamma <= 1, "gamma is a discount: between 0 (only the next action) and 1 (uniform)"
-    return weighted_accuracy(plan, expert, [gamma**k for k in range(len(expert))])
+    return weighted_accuracy(plan, expert_plan, [gamma**k for k in range(len(expert_plan))])
 
 
-def uniform_reward(plan: Plan, expert: Plan) -> float:
+def uniform_reward(plan: Plan, expert_plan: Plan) -> float:
     """Every position weighs the same.
 
     >>> uniform_reward([FORWARD, LEFT, STOP, STOP], [FORWARD, RIGHT, STOP, STOP])
     0.75
     """
-    return weighted_accuracy(plan, expert, [1] * len(expert))
+    return weighted_accuracy(plan, expert_plan, [1] * len(expert_plan))
 
 
-def linear_reward(plan: Plan, expert: Plan) -> float:
+def linear_reward(plan: Plan, expert_plan: Plan) -> float:
     """Weights n, n-1, .. 1. Four positions, the second one wrong: (4 + 2 + 1) / 10.
 
     >>> linear_reward([FORWARD, LEFT, STOP, STOP], [FORWARD, RIGHT, STOP, STOP])
     0.7
     """
-    return weighted_accuracy(plan, expert, range(len(expert), 0, -1))
+    return weighted_accuracy(plan, expert_plan, range(len(expert_plan), 0, -1))
 
 
-def hard_reward(plan: Plan, expert: Plan) -> float:
+def hard_reward(plan: Plan, expert_plan: Plan) -> float:
     """1 if every known position is right, else 0. (The paper names "hard" and does not define it.)
 
     >>> hard_reward([FORWARD, STOP], [FORWARD, STOP]), hard_reward([FORWARD, LEFT], [FORWARD, STOP])
     (1.0, 0.0)
     """
-    return float(uniform_reward(plan, expert) == 1.0)
+    return float(uniform_reward(plan, expert_plan) == 1.0)
 
 
 REWARDS = {
@@ -191,22 +189,22 @@ REWARDS = {
 class Score(NamedTuple):
     reward: float
     plan: list
-    expert: list
+    expert_plan: list
     first_correct: bool          # is the next action the expert's?
     malformed: int               # positions that are missing, not a phrase, or beyond the horizon
 
 
-def score(text: str, expert: Plan, phrases: dict[int, str], reward: str = "tdr",
+def score(text: str, expert_plan: Plan, phrases: dict[int, str], reward: str = "tdr",
           gamma: float = 0.8) -> Score:
     """Score one answer against the expert's next actions. No text raises an error.
 
     >>> phrases = action_phrases(30, 0.25)
     >>> score("A. Move forward 25 cm, D. Halt", [FORWARD, STOP], phrases, reward="uniform")
-    Score(reward=0.5, plan=[1, None], expert=[1, 0], first_correct=True, malformed=1)
+    Score(reward=0.5, plan=[1, None], expert_plan=[1, 0], first_correct=True, malformed=1)
     """
-    plan = parse_plan(text, phrases, len(expert))
-    extra = max(0, len(text.split(",")) - len(expert))
+    plan = parse_plan(text, phrases, len(expert_plan))
+    extra = max(0, len(text.split(",")) - len(expert_plan))
     kwargs = {"gamma": gamma} if reward == "tdr" else {}
-    return Score(REWARDS[reward](plan, expert, **kwargs), plan, list(expert),
-                 first_correct=plan[0] is not None and plan[0] == expert[0],
+    return Score(REWARDS[reward](plan, expert_plan, **kwargs), plan, list(expert_plan),
+                 first_correct=plan[0] is not None and plan[0] == expert_plan[0],
                  malformed=plan.count(None) + extra)

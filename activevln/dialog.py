@@ -103,15 +103,16 @@ class Turn(NamedTuple):
     in_loss: bool
 
 
-def merge_walk(actions: list[int], in_loss: list[bool], rng, horizon: int = 3, merge: int = 3,
-               chance: float = 0.7, vary: bool = False) -> list[Turn]:
+def merge_walk(actions: list[int], in_loss: list[bool], rng: np.random.Generator,
+               horizon: int = 3, merge: int = 3, chance: float = 0.7, vary: bool = False
+               ) -> list[Turn]:
     """Cut a walk into the turns of a dialog.
 
     Equal actions are merged at random: the next one joins with probability `chance`, up to `merge`
     of them; `horizon` such moves make an answer. The chance is ActiveVLN's, estimated from its
     8,000 released episodes. vary: 1 to `horizon` moves, drawn for each answer.
-    in_loss: per step, is it what the expert would do? A turn is all of one kind: a perturbation is
-    shown as it happened, and not trained on.
+    in_loss: per step, is it what the expert would do? All steps of a turn agree in it: a
+    perturbation is a turn of its own, shown as it happened and not trained on.
 
     >>> [tuple(turn) for turn in merge_walk([1, 1, 1, 1, 2, 0], [True] * 6,
     ...                                     np.random.default_rng(0), horizon=2, chance=1)]
@@ -132,7 +133,7 @@ def merge_walk(actions: list[int], in_loss: list[bool], rng, horizon: int = 3, m
 
 
 class DialogCache(NamedTuple):
-    """A conversation as the decoder remembers it between two turns."""
+    """What is kept of a dialog between two turns."""
     kv: Tensor              # (2 * layers, kv_heads, P, D): keys, then values
     pending_ids: list       # ids sampled last and not run yet: the answer's end
     next_position: int      # the position of pending_ids[0]
@@ -197,7 +198,11 @@ class DialogPolicy(Policy):
 
     def dialog_tokens(self, dialog: Dialog, features: list[Tensor]
                       ) -> tuple[Segment, list[AnswerStart]]:
-        """A dialog with ids, and its frames' features -> its tokens, and where answers begin."""
+        """A dialog with ids, and its frames' features -> its tokens, and where answers begin.
+
+        Positions in a prompt count from 0, and a frame's tokens share some of theirs. In the dialog
+        the turn begins at position `now`, its answer at `then`.
+        """
         ids, positions, starts, now = [], [], [], 0
         for k, (answer, feature) in enumerate(zip(dialog.answers, features)):
             prompt = self.turn_prompt(dialog.instruction if k == 0 else None, feature)
@@ -314,7 +319,7 @@ class DialogPolicy(Policy):
         """
         segments = []
         for cache, instruction, feature in zip(caches, instructions, features):
-            # Unread so far: the end of the last answer, then the new turn, right behind it.
+            # Not run yet: the end of the last answer, then the new turn, right behind it.
             prompt = self.turn_prompt(None if cache else instruction, feature)
             pending, now = (cache.pending_ids, cache.next_position) if cache else ([], 0)
             positions = torch.cat((torch.arange(now, now + len(pending)).expand(3, -1),

@@ -9,9 +9,10 @@ where they stopped:
     loss = - sum_i sum_t [ min(rho A_i, clip(rho, 1-c, 1+c') A_i) - beta KL ] / all answer tokens
 
 An episode is one conversation (dialog.py), walked with a cache that is kept across turns and
-trained in one forward pass. The sampled ids are the ids that are trained on. Groups without success
-are walked again, up to --rerolls times; groups whose rewards all agree are dropped before the
-backward pass. --groups state compares plans instead of walks: docs/activevln.md says how and why.
+trained in one forward pass, on the ids that were sampled. Groups without success are walked again,
+up to --rerolls times; groups whose rewards all agree are dropped before the backward pass. --groups
+state compares the G answers to one frame instead of G walks (docs/activevln.md): one of them is
+carried out, the simulator tries the others, and all are trained on as branches of one dialog.
 
 Run it
     python -m activevln.grpo_online --init ckpt/sft_dialog --groups state    # one process
@@ -21,12 +22,11 @@ Reads    --init  a checkpoint of sft.py --prompt dialog;  --episodes  and  --sce
 Writes   --out   the run directory that engine.py describes, rollouts.jsonl (walks as text: answers,
          where they were given, reward, end) and curves.png
 Expect   success slowly up, noisily; entropy down; frac_reward_zero_std: the share of groups without
-         a gradient; end_*: how walks end, where stop should rule. Killed? The same command goes on:
+         a gradient; end_*: how walks end, mostly by stop. The same command continues a killed run:
          walks are functions of (seed, step, episode, robot), but for rounding, which depends on the
-         robots that are batched together.
+         robots that share a batch.
 
-[1] https://arxiv.org/abs/2509.12618, https://github.com/arvillion/ActiveVLN.;
-    docs/activevln.md lists what differs
+[1] https://arxiv.org/abs/2509.12618, https://github.com/arvillion/ActiveVLN
 """
 from __future__ import annotations
 
@@ -45,35 +45,34 @@ import numpy as np
 import torch
 
 from activevln.dialog import Dialog, DialogPolicy
-from cli import DefaultsFormatter, UserError, positive_int, run_cli
+from cli import DefaultsFormatter, UserError, positive_int, read_rows, run_cli
 from engine import (
     Log,
     add_machine_args,
     add_optimizer_args,
     all_reduce_sum,
     cut_jsonl,
-    default_dtype,
     finish_run,
     gathered,
     init_distributed,
     is_due,
     load_state,
+    log_column,
     make_engine,
     micro_batches,
+    moving_mean,
     open_run,
     pop_flop_counters,
     print_memory_estimate,
     print_start,
+    save_figure,
     save_state,
     set_learning_rate,
     update_metrics,
 )
 from evaluate import (
-    EPISODES,
     EpisodeState,
     check_context,
-    check_episodes,
-    choose_robot,
     episode_metrics,
     evenly_spaced,
     is_finite,
@@ -86,29 +85,34 @@ from grpo import (
     UpdateStats,
     add_objective_args,
     batch_of,
+    count_steps,
     group_advantages,
+    load_init,
     load_reference,
     policy_update,
     reference_logps,
 )
 from make_data import run_jobs
-from model import load_policy
 from reward import STOP
 from world import SimDied, SimError
 from world.episodes import (
-    VLNCE_RADIUS_M,
+    EPISODES,
     add_episode_args,
+    check_episodes,
+    dataset_of,
     read_episodes,
     read_ground_truth,
     scenes_of,
+    success_radius,
 )
 from world.pool import SimPool, scenes_used
 from world.robots import (
     add_robot_args,
     add_simulator_args,
+    choose_robot,
     simulator_commands,
+    simulator_gpus,
     turn_between,
-    visible_gpus,
     yaw_deg,
 )
 
@@ -134,22 +138,20 @@ def parse_args(argv=None):
         "folders (val/success over CPU minutes) into the picture --out X.png")
     add = p.add_argument_group("simulator").add_argument
     add_simulator_args(add, sims=8)
-    add("--success-m", type=float, help="r; default: goals[].radius in the data (R2R: 3.0)")
     add_robot_args(add, "the checkpoint's")
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
-    add("--group-size", type=positive_int, default=4,
-        help="G, walks per episode, or plans per state")
+    add("--group-size", type=positive_int, default=4, help="G, walks of an episode, or plans")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
-    add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the actions "
-        "of the expert,")
+    add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the "
+        "actions of the expert,")
     add("--action-cap", type=positive_int, default=240, help="or at so many, whichever is less")
     add("--turn-cap", type=positive_int, default=40, help="or after so many answers")
-    add("--patience", type=int, default=25, help="or after so many actions that brought it no "
-        "nearer to the goal than it had been; 0: never")
-    add("--rerolls", type=int, default=2, help="times a group without success is walked again; "
-        "whole walks only")
+    add("--patience", type=int, default=25, help="or after so many actions since it was nearest to "
+        "the goal; 0: never")
+    add("--rerolls", type=int, default=2, help="times a group of walks without success is walked "
+        "again")
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a whole walk: a sum such as "
         "success+0.5*progress, of " + ", ".join(REWARD_TERMS))
@@ -178,7 +180,7 @@ def parse_args(argv=None):
 REWARD_TERMS = ("success", "soft_success", "progress", "ndtw")
 TERMINATIONS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "invalid",
                 "error")
-INVALID_ENDS = TERMINATIONS[-3:]     # the simulator's fault: not trained on, and in no mean
+INVALID_ENDS = TERMINATIONS[-3:]     # not the policy's fault: not trained on, and in no mean
 
 
 def walk_scores(walk: EpisodeState, radius: float, reference: list) -> dict[str, float]:
@@ -213,10 +215,10 @@ def read_reward(text: str) -> dict[str, float]:
 
 
 def cost_to_goal(state: dict, robot: dict) -> float:
-    """Metres of the shortest way, plus what the robot could walk in the time of its turns.
+    """Length of the shortest path in metres, plus one step's length for each turn on it.
 
-    3 m to go, first to the left, then after a metre to the left again, with turns of 30 degrees:
-    twice three turns, each as long as a step of 0.25 m.
+    3 m to go, first to the left, then after a metre to the left again: twice three turns of 30
+    degrees, each counted as a step of 0.25 m.
     >>> state = {"distance_to_goal": 3.0, "position": [0, 0, 0], "rotation": [0, 0, 0, 1]}
     >>> robot = {"turn_deg": 30, "forward_m": 0.25}
     >>> cost_to_goal(dict(state, way=[[0, 0, 0], [-1, 0, 0], [-1, 0, 2]]), robot)
@@ -226,8 +228,8 @@ def cost_to_goal(state: dict, robot: dict) -> float:
     for (x, _, z), (next_x, _, next_z) in itertools.pairwise(state["way"]):
         if math.hypot(next_x - x, next_z - z) < robot["forward_m"] / 2:
             continue                           # a corner this near needs no turn of its own
-        way = math.degrees(math.atan2(x - next_x, z - next_z))
-        turns, yaw = turns + abs(turn_between(yaw, way)) / robot["turn_deg"], way
+        heading = math.degrees(math.atan2(x - next_x, z - next_z))
+        turns, yaw = turns + abs(turn_between(yaw, heading)) / robot["turn_deg"], heading
     return state["distance_to_goal"] + robot["forward_m"] * round(turns, 9)
 
 
@@ -244,8 +246,8 @@ def plan_reward(before: dict, after: dict, plan: list[int], robot: dict, radius:
 
 
 def length_features(plans: list, answers: list) -> np.ndarray:
-    """What a group's plans are like apart from where they lead -> (G, 3): their motions, their
-    tokens, whether they stop; each less its mean over the group. Malformed plans: 0.
+    """(G, 3): each plan's number of motions, number of tokens, and whether it stops, minus the mean
+    over the group. Malformed plans: 0.
 
     >>> length_features([[1, 1, 0], [1], []], [[7, 8], [7, 8, 9, 10], [8, 8, 8]])
     array([[ 0.5, -1. ,  0.5],
@@ -260,30 +262,21 @@ def length_features(plans: list, answers: list) -> np.ndarray:
     return features
 
 
-def normal_equations(groups: list) -> tuple[np.ndarray, np.ndarray]:
-    """[(features (G, F), rewards (G,)), ..] -> M (F, F), v (F,): the coefficients of the least
-    squares fit over all groups solve M @ c = v. Sums over groups, hence also over ranks.
-
-    Here one more motion earns 0.5 (and one answer in two groups does a little better than that):
-    >>> first = np.array([[-1], [0], [1]]), np.array([0.5, 1.25, 1.5])
-    >>> M, v = normal_equations([first, (np.array([[-1], [1]]), np.array([1.0, 2.0]))])
-    >>> M, v, np.linalg.solve(M, v)
-    (array([[4]]), array([2.]), array([0.5]))
-    """
-    return (sum(features.T @ features for features, _ in groups),
-            sum(features.T @ rewards for features, rewards in groups))
-
-
 def residual_rewards(walks: list, rewards: list, policy: DialogPolicy) -> list:
-    """Rewards (turns, G) per walk, less their fit to length_features over the batch on all ranks: a
-    control variate. Without it the policy soon writes the longest plans or the shortest ones, and
-    stops always or never: what such a plan earns by itself hides where it leads."""
-    groups = [[(length_features([policy.actions(answer) for answer in answers], answers),
-                np.array(some)) if some else (np.zeros((0, 3)), np.zeros(0))
-               for answers, some in zip((one.answers for one in walk.decisions), per_turn)]
+    """Rewards (turns, G) per walk, minus their least squares fit to length_features over the batch
+    on all ranks: a control variate. Without it the policy soon writes only the longest plans or
+    only the shortest, and stops always or never: what such plans gain on average hides where each
+    one leads."""
+    groups = [[(length_features([policy.actions(answer) for answer in decision.answers],
+                                decision.answers), np.array(some))
+               if some else (np.zeros((0, 3)), np.zeros(0))             # a turn without rewards
+               for decision, some in zip(walk.decisions, per_turn)]
               for walk, per_turn in zip(walks, rewards)]
-    M, v = normal_equations([(np.zeros((1, 3)), np.zeros(1)), *sum(groups, [])])
-    sums = np.reshape(all_reduce_sum([*M.flat, *v], policy.device), (4, 3))
+    # The coefficients solve (sum F^T F) c = sum F^T r: sums over groups, so also over ranks.
+    flat = sum(groups, [])
+    squares = sum((features.T @ features for features, _ in flat), np.zeros((3, 3)))
+    products = sum((features.T @ some for features, some in flat), np.zeros(3))
+    sums = np.reshape(all_reduce_sum([*squares.flat, *products], policy.device), (4, 3))
     coefficients = np.linalg.lstsq(sums[:3], sums[3], rcond=None)[0]
     return [[(some - features @ coefficients).round(9).tolist() for features, some in mine]
             for mine in groups]
@@ -313,23 +306,18 @@ class RolloutEnv:
         self.episodes = read_episodes(source, split, args.role, args.languages)
         self.truths = read_ground_truth(source, split, args.role)
         self.scenes = args.scenes or scenes_of(source)
-        self.robot = choose_robot(args, args.init, policy.contract, self.episodes[0])
+        self.robot = choose_robot(args, args.init, policy.contract, dataset_of(self.episodes[0]))
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
         check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
                       self.robot)
         scenes_used(args, self.robot, self.scenes, self.episodes)
-        radii = {goal.get("radius") or VLNCE_RADIUS_M for e in self.episodes for goal in e["goals"]}
-        if not args.success_m and len(radii) > 1:
-            raise UserError("the goals of the data have no common radius: give --success-m")
-        self.radius, self.args, self.source = args.success_m or radii.pop(), args, source
+        self.radius, self.args, self.source = success_radius(self.episodes), args, source
         self.cpu_s, self.last_s = 0.0, [0.0] * args.sims   # of all simulators; last known of each
 
     def open(self) -> SimPool:
         args = self.args
-        own = ([int(os.environ.get("LOCAL_RANK", 0))] if visible_gpus() and not args.sim_command
-               else None)
-        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims,
-                            simulator_commands(args), args.sim_timeout, args.sim_gpus or own)
+        self.pool = SimPool(args.sim, self.robot, self.scenes, args.sims, simulator_commands(args),
+                            args.sim_timeout, simulator_gpus(args))
         return self.pool
 
     def truth(self, episode: dict) -> dict:
@@ -345,31 +333,30 @@ class RolloutEnv:
                  for name, episode in named]
         agent = policy.agent(temperature=temperature, seed=self.args.seed, group_size=group_size)
         ended = {}
-
-        def should_stop(walk):
-            return early_end(walk, len(self.truth(walk.episode)["actions"]), self.args)
-
-        for walk in run_episodes(self.pool, walks, agent, sims=self.args.sims,
-                                 max_actions=sys.maxsize, retries=self.args.retries, render="last",
-                                 should_stop=should_stop,
-                                 counters=Counter() if tally is None else tally):
+        for walk in run_episodes(
+                self.pool, walks, agent, sims=self.args.sims, max_actions=sys.maxsize,
+                retries=self.args.retries, render="last",
+                should_stop=lambda walk: early_end(
+                    walk, len(self.truth(walk.episode)["actions"]), self.args),
+                counters=Counter() if tally is None else tally):
             ended[walk.name], walk.dialog_cache = walk, None            # frees its memory
-        return [ended[walk.name] for walk in walks]
+        return [ended[walk.name] for walk in walks]     # a killed simulator's is another object
 
     def scores(self, walk: EpisodeState) -> dict[str, float]:
-        """walk_scores(); zeros for a walk that the simulator has spoiled."""
+        """walk_scores(); zeros for a walk of INVALID_ENDS."""
         if walk.end in INVALID_ENDS:
             return dict.fromkeys(REWARD_TERMS, 0.0)
         return walk_scores(walk, self.radius, self.truth(walk.episode)["locations"])
 
     def preload(self, episodes: list, walks_each: int):
-        """Let the simulators enter the scenes of the walks that they will be given first."""
+        """Load the scenes of the first walks of the next batch, without waiting for it."""
         walks = [episode for episode in episodes for _ in range(walks_each)]
         for i in range(self.args.sims):
             self.pool.submit(i, "load", scene_id=walks[i % len(walks)]["scene_id"])
 
     def preloaded(self):
-        """Wait for preload(). Errors are ignored here: the walk meets them again."""
+        """Wait for preload(), and add up the CPU time. Errors are ignored: a walk in that scene
+        reports them again."""
         for i, last in enumerate(self.last_s):
             try:
                 self.last_s[i] = self.pool.wait(i)["cpu_s"]
@@ -378,8 +365,8 @@ class RolloutEnv:
             self.cpu_s += self.last_s[i] - (last if self.last_s[i] >= last else 0)  # 0: restarted
 
     def plan_rewards(self, walks: list, policy: DialogPolicy, tally: Counter | None = None) -> list:
-        """--groups state: play every answer of every turn -> rewards per walk, (turns, G); [] where
-        no simulator could tell. tally counts such walks ("unscored"), and deaths."""
+        """--groups state: try every answer of every turn in the simulator -> rewards per walk,
+        (turns, G); [] where that failed. tally counts such walks ("unscored"), and deaths."""
         rewards, args, failed = {}, self.args, []
         tally = Counter() if tally is None else tally
 
@@ -388,8 +375,8 @@ class RolloutEnv:
                      for decision in walk.decisions]
             poses = [walk.states[one.t]["position"] + walk.states[one.t]["rotation"]
                      for one in walk.decisions]
-            moves = [sorted({without_stop(plan) for plan in some} | {()})
-                     for some in plans]                    # (): the pose itself
+            # Per turn, the distinct ways to move, each tried once; (): the pose itself.
+            moves = [sorted({without_stop(plan) for plan in some} | {()}) for some in plans]
             for _ in range(1 + args.retries):
                 reply = yield "try", {"episode": walk.episode, "poses": poses, "plans": moves}
                 if not isinstance(reply, SimDied):
@@ -457,34 +444,25 @@ def rollout(env: RolloutEnv, policy: DialogPolicy, episodes: list, step: int, ar
 # ---------------------------------------------------------------- advantages
 
 
-def dialog_of(walk: EpisodeState) -> tuple[Dialog, dict]:
-    """A walk as it is trained on -> Dialog with the sampled ids, its frames."""
-    keys = tuple((walk.name, k) for k in range(len(walk.decisions)))
-    frames = {key: decision.frame for key, decision in zip(keys, walk.decisions)}
-    answers = tuple(decision.answers[0] for decision in walk.decisions)
-    return Dialog(walk.instruction, keys, answers, (True,) * len(keys)), frames
-
-
 class TrainingExample:
-    """A walk with the advantage of its own answers together, or that of each branch."""
+    """A walk as it is trained on: its dialog with the sampled ids, and the rows of the loss.
 
-    def __init__(self, walk: EpisodeState, advantages: list[float], branches: list | None = None):
-        (self.dialog, self.frames), self.branches = dialog_of(walk), branches
-        answers = [sum(self.dialog.answers, [])] if branches is None else [
-            ids for _, ids in branches]
-        self.advantages, self.lengths = advantages, [len(ids) for ids in answers]
+    branches None: one row, the walk's own answers together, with one advantage. With --groups state
+    a row for each branch (turn, ids): one of the G answers sampled at that turn, whether it was
+    carried out or not, with its own advantage.
+    """
 
-    def token_count(self, policy: DialogPolicy) -> int:
-        count, = policy.token_counts([self.dialog], self.frames, branches=[self.branches])
-        return count
-
-
-class MicroBatch(NamedTuple):
-    """What one forward pass is given."""
-    inputs: tuple           # of the policy: dialogs, frames, branches
-    advantages: torch.Tensor    # (R,), one per row of log-probabilities
-    mask: torch.Tensor          # (R, C): exactly the sampled ids
-    in_loss: bool = True        # False: a dummy
+    def __init__(self, walk: EpisodeState, advantages: list[float], branches: list | None = None,
+                 turns: int | None = None):
+        """turns: only so many of the walk's, the first."""
+        decisions = walk.decisions[:turns]
+        keys = tuple((walk.name, k) for k in range(len(decisions)))
+        self.frames = {key: one.frame for key, one in zip(keys, decisions)}
+        self.dialog = Dialog(walk.instruction, keys, tuple(one.answers[0] for one in decisions),
+                             (True,) * len(keys))
+        self.advantages, self.branches = advantages, branches
+        self.lengths = [sum(map(len, self.dialog.answers))] if branches is None else [
+            len(ids) for _, ids in branches]                # tokens of each row
 
 
 def zero_std(rewards: torch.Tensor) -> bool:
@@ -524,51 +502,40 @@ def compare_plans(walks: list, rewards: list, args) -> tuple[list[TrainingExampl
 
 def dummy_example(walk: EpisodeState, state_groups: bool) -> TrainingExample:
     """A walk's first turn with advantage 0, so that every rank runs the same number of forwards."""
-    dialog, frames = dialog_of(walk)
-    example = TrainingExample(walk, [0.0], [(0, dialog.answers[0])] if state_groups else None)
-    example.dialog = dialog._replace(frames=dialog.frames[:1], answers=dialog.answers[:1])
-    example.frames = dict(list(frames.items())[:1])
-    example.lengths = [len(dialog.answers[0])]
-    return example
+    branches = [(0, walk.decisions[0].answers[0])] if state_groups else None
+    return TrainingExample(walk, [0.0], branches, turns=1)
 
 
-def collate(examples: list[TrainingExample], device, in_loss: bool = True) -> MicroBatch:
+def collate(examples: list[TrainingExample], device: torch.device | str, temperature: float,
+            tokens: float, in_loss: bool = True) -> PlanBatch:
+    """Examples -> one forward pass, R rows of log-probabilities. Every token has the same weight in
+    the loss. tokens: their number over all ranks; in_loss False: a dummy, of weight 0."""
     frames = {key: frame for example in examples for key, frame in example.frames.items()}
     branches = [example.branches for example in examples]
     lengths = torch.tensor([n for example in examples for n in example.lengths], device=device)
-    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    mask = torch.arange(int(lengths.max()), device=device) < lengths[:, None]      # (R, C)
     advantages = torch.tensor([a for example in examples for a in example.advantages],
                               device=device)
-    inputs = ([example.dialog for example in examples], frames,
-              None if branches[0] is None else branches)
-    return MicroBatch(inputs, advantages, mask, in_loss)
+    return PlanBatch(([example.dialog for example in examples], frames,
+                      None if branches[0] is None else branches, temperature),
+                     mask, advantages, mask.sum(dim=1) * in_loss / max(tokens, 1))
 
 
-def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, args
-                       ) -> list[MicroBatch]:
-    """Examples -> one MicroBatch per forward pass; dummies where a rank has fewer than another."""
+def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, tokens: float, args
+                       ) -> list[PlanBatch]:
+    """Examples -> micro-batches; dummies where this rank has fewer than another."""
     walked = [walk for walk in walks if walk.decisions]
     if not walked:
         raise UserError(f"no simulator could walk any of {len(walks)} walks; the first ended with "
                         f"{walks[0].error or walks[0].end}")
     dummy = dummy_example(min(walked, key=lambda walk: len(walk.decisions)), args.groups == "state")
-    return [collate(some or [dummy], policy.device, in_loss=bool(some)) for some in micro_batches(
-        examples, lambda example: example.token_count(policy), args.micro_tokens, policy.device)]
+    parts = micro_batches(examples, lambda one: policy.token_counts(
+        [one.dialog], one.frames, branches=[one.branches])[0], args.micro_tokens, policy.device)
+    return [collate(some or [dummy], policy.device, args.temperature, tokens, in_loss=bool(some))
+            for some in parts]
 
 
 # ---------------------------------------------------------------- logging
-
-
-def rollout_record(walk: EpisodeState, scores: dict, reward: float, advantage: float,
-                   step: int) -> dict:
-    """A walk for rollouts.jsonl. A frame is its scene and pose: it can be rendered again."""
-    return {"step": step, "episode_id": walk.episode["episode_id"],
-            "scene_id": walk.episode["scene_id"], "instruction": walk.instruction,
-            "end": walk.end, "reward": round(reward, 4), "advantage": round(advantage, 4),
-            "scores": {k: round(v, 4) for k, v in scores.items()},
-            "turns": [{"t": one.t, "position": walk.states[one.t]["position"],
-                       "rotation": walk.states[one.t]["rotation"], "answer": one.text}
-                      for one in walk.decisions]}
 
 
 def metric_sums(walks: list, scores: list, rewards: list) -> dict[str, float]:
@@ -581,7 +548,8 @@ def metric_sums(walks: list, scores: list, rewards: list) -> dict[str, float]:
             **{f"end_{end}": sum(walk.end == end for walk in walks) for end in TERMINATIONS}}
 
 
-def metric_means(sums: dict, others: dict, n_walks: int, device) -> dict[str, float]:
+def metric_means(sums: dict, others: dict, n_walks: int, device: torch.device | str
+                 ) -> dict[str, float]:
     """metric_sums() of each rank -> means over all n_walks, and others summed over the ranks.
     Scores and rewards are means over the valid walks, and missing if there are none."""
     totals = all_reduce_sum([*sums.values(), *others.values()], device)
@@ -592,41 +560,55 @@ def metric_means(sums: dict, others: dict, n_walks: int, device) -> dict[str, fl
     return means | dict(zip(others, totals[len(sums):]))
 
 
-def draw_runs(folders: list[str], out: str):
+def write_rollouts(path: str, rollouts: Rollouts, examples: list[TrainingExample], step: int,
+                   stride: int) -> None:
+    """Append a batch to rollouts.jsonl. A frame is its scene and pose: it can be rendered again.
+
+    rollouts.rewards: one number per walk. stride: every so manieth row of an example is an answer
+    that was carried out (--groups state: the first of each G), and their mean advantage is written.
+    """
+    advantages = {example.dialog.frames[0][0]: float(np.mean(example.advantages[::stride]))
+                  for example in examples}
+    with open(path, "a") as f:
+        for walk, scores, reward in zip(*rollouts):
+            row = {"step": step, "episode_id": walk.episode["episode_id"],
+                   "scene_id": walk.episode["scene_id"], "instruction": walk.instruction,
+                   "end": walk.end, "reward": round(reward, 4),
+                   "advantage": round(advantages.get(walk.name, 0.0), 4),
+                   "scores": {key: round(score, 4) for key, score in scores.items()},
+                   "turns": [{"t": one.t, "position": walk.states[one.t]["position"],
+                              "rotation": walk.states[one.t]["rotation"], "answer": one.text}
+                             for one in walk.decisions]}
+            f.write(json.dumps(row) + "\n")
+
+
+def draw_runs(folders: list[str], out: str) -> None:
     """log.jsonl of several runs -> one picture: greedy success on the held-out split, and sampled
     success while learning (mean of 20 steps), over the CPU minutes spent."""
     if not out.endswith(".png"):
         raise UserError(f"--out {out}: --draw wants the name of a .png file there")
-    runs = {}
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3), layout="constrained")
+    greedy, sampled = figure.subplots(1, 2, sharex=True)
+    greedy.set_title("greedy, held-out episodes")
+    sampled.set_title("sampled, while learning")
+    for axis in (greedy, sampled):
+        axis.set(xlabel="CPU minutes", ylabel="success")
+        axis.set_prop_cycle(color=colormaps["tab20"].colors)
     for folder in folders:
         try:
-            with open(os.path.join(folder, "log.jsonl")) as f:
-                runs[folder] = [json.loads(line) for line in f]
+            rows = read_rows(os.path.join(folder, "log.jsonl"))
         except OSError as error:
             raise UserError(f"--draw {folder}: no run of ours is there ({error.strerror}: "
                             "log.jsonl)") from error
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3), layout="constrained", sharex=True)
-    for axis in axes:
-        axis.set_prop_cycle(color=plt.colormaps["tab20"].colors)
-    for folder, rows in runs.items():
         label = os.path.basename(folder.rstrip("/"))
-        points, sampled = (np.array([(r.get("minutes", 0), r[key]) for r in rows
-                                     if r.get(key) is not None]).reshape(-1, 2)
-                           for key in ("val/success", "success"))
-        axes[0].plot(*points.T, "o-", label=label)
-        width = max(1, min(20, len(sampled)))
-        axes[1].plot(sampled[width - 1:, 0],
-                     np.convolve(sampled[:, 1], np.ones(width) / width, "valid"), label=label)
-    for axis, title in zip(axes, ("greedy, held-out episodes", "sampled, while learning")):
-        axis.set(title=title, xlabel="CPU minutes", ylabel="success")
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        greedy.plot(*log_column(rows, "val/success", "minutes").T, "o-", label=label)
+        points = log_column(rows, "success", "minutes")
+        sampled.plot(*moving_mean(points, max(1, min(20, len(points)))), label=label)
+    sampled.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-    figure.savefig(out + ".tmp", format="png", dpi=110)
-    os.replace(out + ".tmp", out)
-    plt.close(figure)
+    save_figure(figure, out)
 
 
 # ---------------------------------------------------------------- the run
@@ -657,35 +639,15 @@ class Run(NamedTuple):
 
 def setup(args, device: str) -> tuple[DialogPolicy, RolloutEnv, RolloutEnv | None]:
     """Policy and environments (training and, if it is there, validation), from the flags."""
-    if not os.path.exists(os.path.join(args.init, "nav.json")):
-        raise UserError(f"--init {args.init} is not a checkpoint of ours (it has no nav.json); "
-                        f"make one with: python sft.py --prompt dialog --out {args.init}")
-    if args.group_size < 2:
-        raise UserError("--group-size must be 2 or more: a lone walk has no siblings to beat")
-    if args.temperature <= 0:
-        raise UserError("--temperature must be above 0: at 0 all siblings are the same walk")
     read_reward(args.reward)
-    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    policy = load_init(args, device, "sft.py --prompt dialog")
     if not policy.whole_walks:
         raise UserError(f"--init {args.init} was trained on {policy.contract['prompt']!r} prompts,"
                         " one for each decision; here a walk is one dialog: sft.py --prompt dialog")
-    policy.vision.requires_grad_(not args.freeze_vision)
-    policy.checkpointing = args.gradient_checkpointing
     env = RolloutEnv(args, policy, args.split)
     found = any(os.path.exists(f"{env.source}/{args.val_split}/{args.val_split}{end}.json.gz")
                 for end in ("", "_guide"))
     return policy, env, RolloutEnv(args, policy, args.val_split) if found else None
-
-
-def count_steps(args, env: RolloutEnv, world_size: int) -> int:
-    n = len(env.episodes)
-    if args.batch_size % world_size:
-        raise UserError(f"--batch-size {args.batch_size} does not split into {world_size} "
-                        "processes")
-    if n < args.batch_size:
-        raise UserError(f"{env.source} has {n} episodes and a batch takes {args.batch_size}; lower "
-                        "--batch-size or give more")
-    return args.max_steps or max(1, round(args.epochs * (n // args.batch_size)))
 
 
 @torch.no_grad()
@@ -719,15 +681,13 @@ def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
     # 2. advantages within groups
     compare = compare_plans if state_groups else compare_walks
     examples, dropped = compare(rollouts.walks, rollouts.rewards, args)
-    parts = make_micro_batches(policy, rollouts.walks, examples, args)
     tokens, = all_reduce_sum([sum(sum(example.lengths) for example in examples)], device)
+    batches = make_micro_batches(policy, rollouts.walks, examples, tokens, args)
     if print_memory:
         print_memory_estimate(run.engine, run.reference, max(
-            policy.activations(*part.inputs[:2], branches=part.inputs[2]) for part in parts))
+            policy.activations(*batch.inputs[:2], branches=batch.inputs[2]) for batch in batches))
 
-    # 3. policy update: every token counts the same
-    batches = [PlanBatch((*part.inputs, args.temperature), part.mask, part.advantages,
-                         part.mask.sum(dim=1) * part.in_loss / max(tokens, 1)) for part in parts]
+    # 3. policy update
     update = UpdateStats()
     if tokens:
         update = policy_update(run.engine, batches, reference_logps(run.reference, batches), args)
@@ -749,18 +709,6 @@ def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
     return metrics, rollouts._replace(rewards=walk_rewards), examples
 
 
-def write_rollouts(run: Run, rollouts: Rollouts, examples: list[TrainingExample], step: int):
-    """Append a batch to rollouts.jsonl. rollouts.rewards: one number per walk."""
-    # with --groups state the mean advantage of the answers that were walked: each group's first
-    stride = run.args.group_size if run.args.groups == "state" else 1
-    advantages = {example.dialog.frames[0][0]: float(np.mean(example.advantages[::stride]))
-                  for example in examples}
-    with open(f"{run.args.out}/rollouts.jsonl", "a") as f:
-        f.writelines(json.dumps(rollout_record(walk, scores, reward,
-                                               advantages.get(walk.name, 0.0), step)) + "\n"
-                     for walk, scores, reward in zip(*rollouts))
-
-
 def resume(run: Run, steps: int) -> tuple[int, float]:
     """Load the last state -> the step to go on from, the CPU minutes spent so far."""
     args, first, minutes = run.args, load_state(run.engine, run.args.out), 0
@@ -780,7 +728,8 @@ def main(args):
     rank, world_size, device = init_distributed(args)
     policy, env, val = setup(args, device)
     open_run(args, RESUMABLE)
-    steps = count_steps(args, env, world_size)
+    n = len(env.episodes)
+    steps = count_steps(args, n, f"{env.source} has {n} episodes", world_size)
     engine = make_engine(policy, args)
     run = Run(args, rank, world_size, policy, engine, load_reference(args, engine, device), env,
               val)
@@ -805,7 +754,8 @@ def main(args):
                 metrics |= validate(run)
             log(done, pop_flop_counters(device, policy, run.reference), **metrics)
             if rank == 0 and (done == 1 or is_due(done, args.rollouts_every, steps)):
-                write_rollouts(run, rollouts, examples, done)
+                write_rollouts(f"{args.out}/rollouts.jsonl", rollouts, examples, done,
+                               args.group_size // run.walks_each)
             if is_due(done, args.save_every, last):
                 save_state(engine, args.out, done)
     finish_run(engine, log, args.out, "the policy for evaluate.py; see curves.png, "
