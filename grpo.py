@@ -68,7 +68,7 @@ from engine import (
     set_learning_rate,
     update_metrics,
 )
-from make_data import open_data
+from make_data import add_data_args, open_sources, split_by_shares
 from model import Policy, load_policy, window_prompt
 from qwen import resize
 from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
@@ -82,11 +82,7 @@ def parse_args(argv=None):
                                 formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--init", default="ckpt/sft", help="folder of sft.py: the start, and pi_sft")
-    add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, or ShareGPT "
-        ".json or .jsonl")
-    add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
-        "that of the file")
-    add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
+    add_data_args(add, "equal")
     add("--out", default="ckpt/grpo")
     add = p.add_argument_group("rollout").add_argument
     add("--prompts", type=positive_int, default=20000,
@@ -231,17 +227,17 @@ class PromptIndex(NamedTuple):
     t: int
 
 
-def draw_prompts(sources: Sequence, n: int, seed: int) -> list[PromptIndex]:
-    """n distinct decisions, an equal share from each source.
+def draw_prompts(sources: Sequence, n: int, seed: int, shares: Sequence[float] | None = None
+                 ) -> list[PromptIndex]:
+    """n distinct decisions, by default an equal share from each source.
 
     sources: data sets with .episodes and .steps(i). A source that has fewer gives all it has.
     """
     rng = np.random.default_rng(seed)
-    drawn = []
-    for k, data in enumerate(sources):
+    counts, drawn = split_by_shares(n, shares or [1] * len(sources)), []
+    for k, (data, count) in enumerate(zip(sources, counts)):
         every = [PromptIndex(k, i, t) for i in range(len(data.episodes)) for t in data.steps(i)]
-        share = n // len(sources) + (k < n % len(sources))
-        drawn += [every[j] for j in rng.permutation(len(every))[:share]]
+        drawn += [every[j] for j in rng.permutation(len(every))[:count]]
     return drawn
 
 
@@ -459,7 +455,7 @@ def setup(args, device):
     """Data and policy, from the flags."""
     if not 0 <= args.gamma <= 1:
         raise UserError("--gamma must lie between 0 (only the next action counts) and 1 (uniform)")
-    sources = [open_data(path, args.image_root) for path in args.data]
+    sources = open_sources(args)
     policy = load_init(args, device, "sft.py")
     if policy.whole_walks:
         raise UserError(f"--init {args.init} is a dialog policy; train it with "
@@ -472,12 +468,9 @@ def setup(args, device):
                 raise UserError(f"{args.init} was trained with {key} {trained:g}, and --data "
                                 f"{path} was recorded with {recorded:g}; give the data that it "
                                 "was trained on")
-        if data.whole_walks:
-            lengths = policy.walk_lengths(data)
-        else:
-            data.check_plans(policy.contract)
-            lengths = data.lengths(policy, MAX_ANSWER_TOKENS)
-        check_lengths(policy, lengths, path)
+        data.check_plans(policy.contract)
+        check_lengths(policy, policy.walk_lengths(data) if data.whole_walks
+                      else data.lengths(policy, MAX_ANSWER_TOKENS), path)
     return sources, policy
 
 
@@ -510,7 +503,7 @@ def main(args):
     rank, world_size, device = init_distributed(args)
     sources, policy = setup(args, device)
     open_run(args, RESUMABLE)
-    prompts = draw_prompts(sources, args.prompts, args.seed)
+    prompts = draw_prompts(sources, args.prompts, args.seed, args.shares)
     steps = count_steps(args, len(prompts), f"--data and --prompts give {len(prompts)} prompts",
                         world_size)
 

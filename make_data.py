@@ -40,9 +40,10 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -106,20 +107,33 @@ def parse_args(argv=None):
         "tools.sharegpt import FOLDER")
 
     add = p.add_argument_group("data").add_argument
-    add("--limit", type=positive_int, help="only the first N episodes")
+    add("--limit", type=positive_int, help="only the first N episodes; of own walks, N episodes "
+        "drawn by --seed")
     add_expert_args(add)
     add("--horizon", type=positive_int, default=6,
         help="actions per label of noisy copies; the paper's 6")
     add("--max-actions", type=positive_int, default=500,
-        help="the expert gives up here; VLN-CE's 500")
+        help="the expert gives up here, and an own walk ends; VLN-CE's 500")
     add("--max-drift", type=float, default=0.25,
         help="metres between replay and ground truth; ours: a step. The same simulator has none")
     add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
     add("--shard-walks", type=positive_int, default=64,
         help="walks per zip: the unit of resumption")
 
+    add = p.add_argument_group("own walks (tools/own_walks.py)").add_argument
+    add("--policy", metavar="CKPT", help="this checkpoint walks; the expert only labels its poses")
+    add("--temperature", type=float, default=0.0, help="0: greedy; above: sampled")
+    add("--expert-share", type=float, default=0.0, metavar="BETA",
+        help="probability that a decision is the expert's instead of the policy's (DAgger's beta)")
+    add("--execute", type=positive_int, default=3, help="actions of a decision")
+    add("--label-path", choices=("goal", "reference"), help="what the labels head for: the goal, "
+        "or the reference path's next point, because that path is what an instruction of R2R or "
+        "RxR describes, and the shortest way from a pose may be another; default: reference, in "
+        "houses goal (there the two are one)")
+    add("--device", help="default: cuda if there is one, else cpu")
+
     add = p.add_argument_group("simulator").add_argument
-    add_robot_args(add, "that of the episodes' data set")
+    add_robot_args(add, "that of the episodes' data set; of own walks, the checkpoint's")
     add_simulator_args(add, sims=2)
     return p.parse_args(argv)
 
@@ -134,7 +148,7 @@ def add_expert_args(add) -> None:
         "describe the bends, the reference path")
     add("--noise", type=float, default=0.0, help="chance per step of a perturbation; above 0, each "
         "walk gets a noisy copy")
-    add("--seed", type=int, default=0, help="of the perturbations")
+    add("--seed", type=int, default=0, help="of what is drawn at random")
 
 
 # ---------------------------------------------------------------- labels
@@ -525,12 +539,40 @@ def check_instruction(text) -> None:
             f"the instruction {text!r} holds the reserved <image> or <|")
 
 
+def add_data_args(add, shares: str) -> None:
+    """--data and what belongs to it, for both trainers. shares: what --shares is by default."""
+    add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, or ShareGPT "
+        ".json or .jsonl")
+    add("--shares", nargs="+", type=float, metavar="SHARE", help="in which proportion several "
+        f"--data are mixed; default: {shares}")
+    add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
+        "that of the file")
+    add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
+
+
 def open_data(path: str, image_root: str | None = None):
     """A VLN-Ego folder, or, by the name's ending, a ShareGPT file. -> VlnEgo or ShareGpt"""
     if str(path).lower().endswith((".json", ".jsonl")):
         from tools.sharegpt import ShareGpt  # the root imports its tools only when asked
         return ShareGpt(path, image_root)
     return VlnEgo(path)
+
+
+def open_sources(args) -> list:
+    """All of --data, opened. UserError if --shares does not fit them."""
+    if args.shares and (len(args.shares) != len(args.data) or min(args.shares) <= 0):
+        raise UserError(f"--shares needs a number above 0 for each of the {len(args.data)} --data")
+    return [open_data(path, args.image_root) for path in args.data]
+
+
+def split_by_shares(n: int, shares: Sequence[float]) -> list[int]:
+    """n things in these proportions; what rounding leaves over goes to the first ones.
+
+    >>> split_by_shares(20, [1, 1, 1]), split_by_shares(8, [3, 1])
+    ([7, 7, 6], [6, 2])
+    """
+    counts = [int(n * share / sum(shares)) for share in shares]
+    return [count + (k < n - sum(counts)) for k, count in enumerate(counts)]
 
 
 class VlnEgo:
@@ -581,12 +623,19 @@ class VlnEgo:
         plan = action_chunk(walk["actions"], t, horizon)
         if "labels" in walk:
             plan = [int(digit) for digit in walk["labels"][t][:horizon]]
-            if len(plan) < horizon:
+            if len(plan) < horizon:                     # in the loader's thread: see check_plans
                 raise UserError(f"the labels in {self.folder} hold {len(plan)} actions and the "
                                 f"policy plans {horizon}: record again with --horizon {horizon}")
         shown = [*lsm.pick_frames(t, **contract["memory"]), t]
         return Decision(episode["instruction"], tuple((walk["walk_id"], s) for s in shown),
                         tuple(plan))
+
+    def check_plans(self, contract: dict) -> None:
+        """UserError if the labels hold fewer actions than the policy plans: all are of one length.
+        """
+        labelled = (i for i, e in enumerate(self.episodes) if "labels" in self.walks[e["walk_id"]])
+        for i in islice(labelled, 1):
+            self.decision(i, self.steps(i)[0], contract)
 
     def read(self, key: tuple) -> np.ndarray:
         """key (walk_id, t) -> uint8 (H, W, 3). Use .frame(key), which remembers recent ones."""
@@ -704,6 +753,9 @@ def main(args):
     if args.import_walk:
         from tools import sharegpt
         return sharegpt.import_walks(args.import_walk, args)
+    if args.policy:
+        from tools import own_walks
+        return own_walks.main(args)
     if not 0 <= args.noise < 1:
         raise UserError("--noise is a chance per step: 0 or more, and below 1")
 

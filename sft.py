@@ -33,6 +33,7 @@ Expect   loss near ln(4) per action at once, then a plateau: what the instructio
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ from engine import (
     set_learning_rate,
     update_metrics,
 )
-from make_data import open_data
+from make_data import add_data_args, open_sources, split_by_shares
 from model import POLICIES, Policy, load_policy, policy_class
 from world.robots import ROBOTS
 
@@ -76,10 +77,7 @@ def parse_args(argv=None):
                                 formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
-    add("--data", default="data/vln_ego/train", help="VLN-Ego folder, or ShareGPT .json or .jsonl")
-    add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
-        "that of the file")
-    add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
+    add_data_args(add, "every decision of all of them once an epoch")
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
     add("--prompt", choices=[prompt.split("-")[0] for prompt in POLICIES], default="window",
@@ -130,11 +128,29 @@ def step_groups(data, seed: int, epoch: int, steps_per_walk: int | None) -> list
     return [units[i] for i in rng.permutation(len(units))]
 
 
+def mixed_groups(sources: Sequence, seed: int, epoch: int, steps_per_walk: int | None,
+                 shares: Sequence[float] | None = None) -> list[tuple]:
+    """step_groups() of every source, shuffled together: [(source, *unit), ..]
+
+    shares: units of the sources in that proportion, as many as there are without one twice; of a
+    source that has more, other units in each epoch.
+    """
+    groups = [step_groups(data, seed, epoch, steps_per_walk) for data in sources]
+    if shares:
+        n = min(len(units) * sum(shares) / share for units, share in zip(groups, shares))
+        groups = [units[:count] for units, count in zip(groups, split_by_shares(int(n), shares))]
+    mixed = [(k, *unit) for k, units in enumerate(groups) for unit in units]
+    if len(sources) == 1:
+        return mixed                                            # in its own random order
+    return [mixed[i] for i in np.random.default_rng((seed, epoch, 1)).permutation(len(mixed))]
+
+
 class BatchSampler:
     """step -> the units of that global batch, a function of the step alone: resuming is exact."""
 
-    def __init__(self, data, seed: int, steps_per_walk: int | None, per_batch: int):
-        self.make = lambda epoch: step_groups(data, seed, epoch, steps_per_walk)
+    def __init__(self, sources: Sequence, seed: int, steps_per_walk: int | None, per_batch: int,
+                 shares: Sequence[float] | None = None):
+        self.make = lambda epoch: mixed_groups(sources, seed, epoch, steps_per_walk, shares)
         self.per_batch, self.epoch, self.units = per_batch, 0, self.make(0)
         self.per_epoch = len(self.units) // per_batch      # a rest too small for a batch is dropped
         if self.per_epoch == 0:
@@ -146,6 +162,16 @@ class BatchSampler:
         if epoch != self.epoch:
             self.epoch, self.units = epoch, self.make(epoch)
         return self.units[at * self.per_batch:(at + 1) * self.per_batch]
+
+
+def load_unit(sources: Sequence, policy: Policy, unit: tuple, vary_turns: bool = False
+              ) -> tuple[list, dict]:
+    """(source, *unit) -> examples, {frame key: uint8 (H, W, 3)}. The trainer calls it in a loader
+    thread, too."""
+    k = unit[0]                                # two sources may give their walks the same names
+    examples, frames = policy.load_batch(sources[k], [unit[1:]], vary_turns)
+    return ([e._replace(frames=tuple((k, key) for key in e.frames)) for e in examples],
+            {(k, key): frame for key, frame in frames.items()})
 
 
 # ---------------------------------------------------------------- the run
@@ -167,25 +193,35 @@ def setup(args, device: str):
     horizon = args.horizon or kind.default_contract["horizon"]
     if not 1 <= horizon <= kind.max_horizon:
         raise UserError(f"--horizon {horizon}: give 1 to 8 actions per answer, 1 to 3 in a dialog")
-    data = open_data(args.data, args.image_root)
-    if kind.whole_walks and not data.whole_walks:
-        raise UserError(f"--prompt dialog needs whole walks and {args.data} holds single answers; "
-                        "give a VLN-Ego folder (make_data.py --import-walk reads released walks)")
-    robot = data.meta.get("robot", {})
-    contract = dict(kind.default_contract, dataset=data.meta.get("dataset", ""), horizon=horizon,
-               max_pixels=args.max_pixels)
+    sources = open_sources(args)
+    robot = sources[0].meta.get("robot", {})
+    for path, data in zip(args.data, sources):
+        if kind.whole_walks and not data.whole_walks:
+            raise UserError(f"--prompt dialog needs whole walks and {path} holds single answers; "
+                            "give a VLN-Ego folder (make_data.py --import-walk reads released "
+                            "walks)")
+        other = [key for key, value in data.meta.get("robot", {}).items()
+                 if key in ROBOTS["r2r"] and value != robot.get(key, value)]
+        if other:
+            raise UserError(f"--data {path} was recorded with another {other[0]} than "
+                            f"{args.data[0]}: a policy has one robot; record again with its flags")
+    contract = dict(kind.default_contract, dataset=sources[0].meta.get("dataset", ""),
+                    horizon=horizon, max_pixels=args.max_pixels)
     if "memory" in contract:
         contract["memory"] = lsm.memory_from_args(args)
     contract.update({k: robot.get(k) for k in ROBOTS["r2r"]     # a JSON does not name its camera
                      if k in robot or k not in ("turn_deg", "forward_m")})
+    texts = [e["instruction"].replace("<image>", "") for data in sources for e in data.episodes]
     policy = load_policy(args.model, contract, device, default_dtype(args), seed=args.seed,
-                         texts=[e["instruction"].replace("<image>", "") for e in data.episodes],
-                         replace_contract=True)
-    check_lengths(policy, policy.walk_lengths(data, args.vary_turns) if data.whole_walks
-                    else data.lengths(policy), args.data)
+                         texts=texts, replace_contract=True)
+    for path, data in zip(args.data, sources):
+        if data.whole_walks and not policy.whole_walks:
+            data.check_plans(contract)
+        check_lengths(policy, policy.walk_lengths(data, args.vary_turns) if data.whole_walks
+                      else data.lengths(policy), path)
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
-    return data, policy
+    return sources, policy
 
 
 def forward_batches(policy: Policy, batch: list, args) -> list[tuple[list, dict]]:
@@ -211,27 +247,30 @@ def update(engine, policy: Policy, batch: list, args) -> dict[str, float]:
 
 def main(args):
     rank, world_size, device = init_distributed(args)
-    data, policy = setup(args, device)
+    sources, policy = setup(args, device)
     open_run(args)
 
-    per_walk = args.steps_per_walk if data.whole_walks and not policy.whole_walks else 1
+    whole_walks = all(data.whole_walks for data in sources)
+    per_walk = args.steps_per_walk if whole_walks and not policy.whole_walks else 1
     if args.batch_size % (per_walk * world_size):
         raise UserError(f"--batch-size {args.batch_size} does not split into {world_size} processes"
                         f" x --steps-per-walk {per_walk}; change one of them")
     steps_per_walk = None if policy.whole_walks else per_walk
-    sampler = BatchSampler(data, args.seed, steps_per_walk, args.batch_size // per_walk)
+    sampler = BatchSampler(sources, args.seed, steps_per_walk, args.batch_size // per_walk,
+                           args.shares)
     steps = args.max_steps or max(1, round(args.epochs * sampler.per_epoch))
-    val = held_out_data(args.val_data, args.data)
+    val = held_out_data(args.val_data, args.data[0])
     val_units = step_groups(val, 0, 0, steps_per_walk and 8) if val else []
     val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
 
     engine = make_engine(policy, args)
     first = load_state(engine, args.out)
-    print_start(engine, f"{len(data.episodes)} episodes, {sampler.per_epoch} batches of "
-                f"{args.batch_size} an epoch, {steps} steps", first, data.notes)
+    print_start(engine, f"{sum(len(data.episodes) for data in sources)} episodes, "
+                f"{sampler.per_epoch} batches of {args.batch_size} an epoch, {steps} steps", first,
+                [note for data in sources for note in data.notes])
 
     def load(step):
-        return [policy.load_batch(data, [unit], args.vary_turns)
+        return [load_unit(sources, policy, unit, args.vary_turns)
                 for unit in sampler(step)[rank::world_size]]
     print_memory_estimate(engine, None, max(policy.activations(*part) for part in
                                             forward_batches(policy, load(first), args)))

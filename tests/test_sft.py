@@ -61,11 +61,11 @@ def test_an_epoch_holds_every_decision_once():
 
 def test_order_needs_no_history():
     data = SimpleNamespace(episodes=range(9), steps=lambda i: list(range(8)))
-    straight, jumping = (sft.BatchSampler(data, 3, 4, 2) for _ in range(2))
+    straight, jumping = (sft.BatchSampler([data], 3, 4, 2) for _ in range(2))
     batches = [straight(step) for step in range(20)]
     assert [jumping(step) for step in (17, 2, 9)] == [batches[17], batches[2], batches[9]]
     with pytest.raises(UserError, match="lower --batch-size"):
-        sft.BatchSampler(data, 0, 8, 100)
+        sft.BatchSampler([data], 0, 8, 100)
 
 
 def test_learning_rate_by_hand():

@@ -153,6 +153,42 @@ def do_try(sim, episode: dict, poses: list, plans: list) -> dict:
     return {"states": ends}
 
 
+def do_label(sim, episode: dict, poses: list, horizon: int = 6, way=None, start: int = 0) -> dict:
+    """What the expert would do at the poses of a walk, in their order -> {"labels": for each pose
+    from number `start` on the expert's actions up to STOP, as `horizon` digits, padded with STOP}
+
+    way: points that it heads for one after another; None: the goal that is nearest to the pose. A
+    point of the way is behind the robot once the next one is as near to the robot as to the point.
+    The robot stands at the last pose afterwards. SimError if a pose has no way.
+    """
+    sim.reset(episode)
+    expert, known, labels, leg = Expert(sim, way or [None]), {}, [], 0
+
+    def decide(pose, leg):
+        """The expert's action at a pose, the pose after it, and its leg: computed once, since the
+        labels of one walk overlap."""
+        key = (leg, *(round(v, 6) for v in pose))
+        if key not in known:
+            sim.set_pose(pose[:3], pose[3:])
+            expert.leg = leg
+            expert.pass_points()
+            action = expert.action()
+            if action != STOP:
+                sim.act(action)
+            known[key] = action, sim.pose(), expert.leg
+        return known[key]
+
+    for t, here in enumerate(poses):
+        action, here, leg = decide(here, leg)
+        ahead, its_leg = [action], leg
+        while t >= start and len(ahead) < horizon and ahead[-1] != STOP:
+            action, here, its_leg = decide(here, its_leg)
+            ahead.append(action)
+        labels.append("".join(map(str, ahead)).ljust(horizon, str(STOP)))
+    sim.set_pose(poses[-1][:3], poses[-1][3:])
+    return {"labels": labels[start:]}
+
+
 def do_check(sim, scene_id: str) -> dict:
     """Render at some places and walk from one to another. -> facts for world/check.py"""
     rng, clock = np.random.default_rng(0), [time.perf_counter()]
@@ -240,6 +276,12 @@ class Expert:
             action = self.sim.expert_action(self.way[self.leg])
         return action
 
+    def pass_points(self) -> None:
+        """Leave out the points that are behind the robot, though it has not stood on them."""
+        while self.leg < len(self.way) - 1 and self.sim.geodesic([self.way[self.leg + 1]]) <= (
+                math.dist(self.way[self.leg], self.way[self.leg + 1])):
+            self.leg += 1
+
     def rollout(self, horizon: int) -> list[int]:
         """Its next actions from here, at most `horizon`. The simulator's pose is restored."""
         here, leg, ahead = self.sim.pose(), self.leg, []
@@ -299,6 +341,7 @@ REQUESTS = {
     "step": do_step,
     "try": do_try,
     "load": do_load,
+    "label": do_label,
     "record": record,
     "check": do_check,
     "expert": lambda sim, goal=None: {"action": sim.expert_action(goal)},
