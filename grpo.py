@@ -17,7 +17,8 @@ Run it   python grpo.py --init ckpt/sft --data data/vln_ego/train --out ckpt/grp
          deepspeed grpo.py --init ckpt/sft                                          # every GPU
          deepspeed --num_gpus 2 grpo.py --init ckpt/sft --device cpu --zero-stage 3 # two on a CPU
 Reads    --init  a checkpoint of sft.py, whose nav.json defines the prompt;  --data  from
-         make_data.py, several folders in equal shares (the paper: 10K prompts of R2R, 10K of RxR)
+         make_data.py (--policy records own walks), several folders mixed by --shares (the paper:
+         10K prompts of R2R, 10K of RxR)
 Writes   --out   the run directory described in engine.py, and samples.txt (plans and rewards)
 Expect   a loss near 0, because advantages cancel within a group. Watch reward (up; always forward:
          0.64 on R2R), kl (slowly up), frac_reward_zero_std (at 1 nothing is left to compare) and
@@ -274,6 +275,16 @@ class PromptBatch(NamedTuple):
     seeds: list                          # one per decision
 
 
+def load_batch(engine, sources: Sequence, prompts: Sequence[PromptIndex], step: int, args
+               ) -> list[PromptBatch]:
+    """This rank's prompts of a step."""
+    drawn = batch_of(prompts, step, args.batch_size, args.seed)
+    seeds = sampling_seeds(args.seed, step, args.batch_size)
+    mine = list(zip(drawn, seeds))[engine.global_rank::engine.world_size]
+    return [PromptBatch(*load_prompts(sources, engine.module.contract, [prompt]), [seed])
+            for prompt, seed in mine]
+
+
 def split_batch(prompts: Sequence[PromptBatch], policy, args) -> list[PromptBatch]:
     """Batches of one prompt each -> the micro-batches of an update."""
     def tokens(one):
@@ -517,10 +528,7 @@ def main(args):
                 f"{args.group_size} plans", first, [n for data in sources for n in data.notes])
 
     def load(step):
-        drawn = batch_of(prompts, step, args.batch_size, args.seed)
-        seeds = sampling_seeds(args.seed, step, args.batch_size)
-        return [PromptBatch(*load_prompts(sources, policy.contract, [prompt]), [seed])
-                for prompt, seed in list(zip(drawn, seeds))[rank::world_size]]
+        return load_batch(engine, sources, prompts, step, args)
     print_memory_estimate(engine, reference, max(policy.activations(
         *part[:2], args.group_size) for part in split_batch(load(first), policy, args)))
     log = Log(engine, args.out, first, steps, ("reward", "kl", "frac_reward_zero_std"))

@@ -14,15 +14,16 @@ it from the pictures. tools/sharegpt.py imports released frames and gives them t
 A walk is stored once (R2R has three instructions to a trajectory), and every walk is checked: its
 turns, its positions against the ground truth's, its end. With more than 1% bad walks the set-up is
 wrong, and recording ends as an error. --noise adds copies with random perturbations, labelled with
-what the expert would do from each state (DAgger's idea, without a policy).
+what the expert would do from each state. --policy records what a checkpoint does, labelled by the
+expert at every pose (tools/own_walks.py).
 
 Run it   python make_data.py --episodes data/houses --split train --out data/vln_ego [--noise 0.1]
          python make_data.py --sim habitat --sim-python ~/habitat/bin/python --sims 8 \\
              --episodes data/datasets/R2R_VLNCE_v1-3_preprocessed --out data/r2r [--turn-deg 30]
 Reads    --episodes  {split}.json.gz and {split}_gt.json.gz;  --scenes  the files scene_id names
-Writes   --out/<split>/  meta.json, walks.jsonl (actions, poses, shard, labels if noisy),
-         episodes.jsonl (instruction, walk_id), frames/*.zip of <walk_id>/<t>.png, and for restarts
-         rows/ and recording.json (the flags)
+Writes   --out/<split>/  meta.json; walks.jsonl (actions, poses, shard; labels of noisy and own
+         walks: labels[t] is then the plan at t); episodes.jsonl (instruction, walk_id);
+         frames/*.zip of <walk_id>/<t>.png; for restarts rows/ and recording.json (the flags)
 Expect   the action mix of R2R: forward 64%, left 17.5%, right 16.7%, stop 1.7%. A killed run goes
          on when started again, and ends with the same records and pictures, with any --sims
 

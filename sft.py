@@ -20,7 +20,7 @@ Run it
     python sft.py --model Qwen2-VL-2B --data released.json --image-root DIR  # ShareGPT, as released
 
 Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
-         ShareGPT JSON;  --val-data  from make_data.py, a split that is not trained on
+         ShareGPT JSON, several mixed by --shares;  --val-data  a split that is not trained on
 Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
 Expect   loss near ln(4) per action at once, then a plateau: what the instruction says of the first
          turn is learned early, what the frames show much later. val/first_action_acc is the share

@@ -352,6 +352,8 @@ def test_prompts_and_seeds_are_functions_of_the_seed_and_the_step(world):
     prompts = grpo.draw_prompts([data, data], 21, seed=3)
     assert len(set(prompts)) == 21 and [p[0] for p in prompts].count(0) == 11
     assert prompts == grpo.draw_prompts([data, data], 21, seed=3)
+    shared = grpo.draw_prompts([data, data], 20, 3, shares=[3, 1])
+    assert len(set(shared)) == 20 and [p[0] for p in shared].count(0) == 15
     epoch = [u for step in range(5) for u in grpo.batch_of(prompts, step, 4, seed=0)]
     assert len(set(epoch)) == 20                               # each at most once an epoch
     assert grpo.batch_of(prompts, 7, 4, 0) == grpo.batch_of(prompts, 7, 4, 0)

@@ -68,6 +68,37 @@ def test_order_needs_no_history():
         sft.BatchSampler([data], 0, 8, 100)
 
 
+def test_recordings_are_mixed_in_their_shares():
+    """30 groups of four steps in one recording, 12 in the other."""
+    long, short = (SimpleNamespace(episodes=range(n), steps=lambda i: list(range(8)))
+                   for n in (15, 6))
+    alone = [unit[1:] for unit in sft.mixed_groups([long], 0, 0, 4)]
+    assert alone == sft.step_groups(long, 0, 0, 4)              # as if nothing could be mixed
+    everything = sft.mixed_groups([long, short], 0, 0, 4)
+    assert sorted(unit for unit in everything if unit[0] == 0) == sorted((0, *u) for u in alone)
+    assert len({*everything}) == len(everything) == 42 and everything != sorted(everything)
+    epochs = [sft.mixed_groups([long, short], 0, epoch, 4, shares=[1, 2]) for epoch in (0, 1)]
+    for units in epochs:
+        assert [unit[0] for unit in units].count(0) == 6 and len({*units}) == 18
+    firsts = [{unit for unit in units if unit[0] == 0} for units in epochs]
+    assert firsts[0] != firsts[1], "other ones of the larger recording in each epoch"
+    sampler = sft.BatchSampler([long, short], 0, 4, 9, shares=[1, 2])
+    assert sampler.per_epoch == 2 and sampler(3) == epochs[1][9:18] and sampler(0) == epochs[0][:9]
+
+
+def test_recordings_of_other_robots_are_not_mixed(ego, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(ego, other)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["robot"]["camera_height_m"] = 0.5
+    (other / "meta.json").write_text(json.dumps(meta))
+    args = ["--data", ego, str(other), "--out", str(tmp_path / "out"), *TINY]
+    with pytest.raises(UserError, match="another camera_height_m than"):
+        sft.setup(sft.parse_args(args), "cpu")
+    with pytest.raises(UserError, match="--shares needs a number above 0 for each of the 2"):
+        sft.setup(sft.parse_args([*args, "--shares", "1"]), "cpu")
+
+
 def test_learning_rate_by_hand():
     rates = [engine.learning_rate(s, 100, 2.0, 0.1, "cosine") for s in range(100)]
     assert rates[4] == pytest.approx(2 * 0.045 / 0.1) and max(rates) < 2.0
