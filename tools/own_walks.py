@@ -32,16 +32,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError
-from evaluate import (
-    EpisodeLoop,
-    EpisodeState,
-    choose_ckpt,
-    choose_robot,
-    fingerprint,
-    load_agent,
-    read_json,
-)
+from cli import UserError, read_json
+from evaluate import EpisodeLoop, EpisodeState, choose_ckpt, fingerprint, load_agent
 from make_data import (
     Shard,
     check_turns,
@@ -54,7 +46,7 @@ from make_data import (
 )
 from world.episodes import dataset_of, read_episodes, scenes_of
 from world.pool import SimPool, scenes_used
-from world.robots import simulator_commands
+from world.robots import choose_robot, simulator_commands, simulator_gpus
 
 # Flags that a restart must repeat, beside those of the robot and the checkpoint.
 FLAGS = ("split", "role", "languages", "sim", "temperature", "expert_share", "execute",
@@ -192,7 +184,7 @@ def walk_shards(args, out: str, shards: dict, settings: dict, scenes: str, suffi
     walks = deque(EpisodeState(*pair, keep_video=True) for pair in zip(episodes, texts))
     sims = min(args.sims, len(walks))
     with SimPool(args.sim, settings["robot"], scenes, sims, simulator_commands(args),
-                 args.sim_timeout, args.sim_gpus) as pool:
+                 args.sim_timeout, simulator_gpus(args)) as pool:
         pool.note_versions(out, episodes[0]["scene_id"])
         loop = LabelledLoop(pool, walks, agent, sims, args.max_actions, args.retries,
                             execute=args.execute, horizon=args.horizon,
@@ -236,9 +228,9 @@ def main(args):
     ckpt, contract = choose_ckpt(args)
     check_flags(args, contract)
     first = read_episodes(args.episodes, args.split, args.role, args.languages)[0]
-    robot, scenes = choose_robot(args, ckpt, contract, first), args.scenes or scenes_of(
-        args.episodes)
     dataset = args.robot or dataset_of(first)
+    robot = choose_robot(args, ckpt, contract, dataset_of(first))
+    scenes = args.scenes or scenes_of(args.episodes)
     args.label_path = args.label_path or ("goal" if dataset == "houses" else "reference")
 
     # 2. plan
