@@ -183,11 +183,12 @@ def test_the_experts_share_is_a_probability_of_a_decision():
 
 
 def test_without_the_expert_it_walks_as_evaluate_does(houses, ckpt, tmp_path):
-    own = record(houses, ckpt, tmp_path / "own", "--sims", 2, "--execute", 2)
+    own = record(houses, ckpt, tmp_path / "own", "--sims", 2, "--execute", 2, "--temperature", 1)
     evaluate.main(evaluate.parse_args([
         "--ckpt", ckpt, "--episodes", houses, "--split", "train", "--out", str(tmp_path / "walks"),
-        "--device", "cpu", "--max-actions", str(MOST), "--sims", "3", "--execute", "2"]))
-    rows, _ = evaluate.read_rows(tmp_path / "walks" / "episodes.jsonl")
+        "--device", "cpu", "--max-actions", str(MOST), "--sims", "3", "--execute", "2",
+        "--temperature", "1"]))
+    rows = make_data.read_lines(tmp_path / "walks" / "episodes.jsonl")
     assert [(e["episode_id"], "".join(map(str, own.walks[e["walk_id"]]["actions"])))
             for e in own.episodes] == [(row["episode_id"], row["actions"]) for row in rows]
     with open(tmp_path / "walks" / "run.json") as file:

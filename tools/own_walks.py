@@ -33,7 +33,14 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import UserError, read_json
-from evaluate import EpisodeLoop, EpisodeState, choose_ckpt, fingerprint, load_agent
+from evaluate import (
+    EpisodeLoop,
+    EpisodeState,
+    choose_ckpt,
+    device_and_dtype,
+    fingerprint,
+    load_agent,
+)
 from make_data import (
     Shard,
     check_turns,
@@ -237,8 +244,10 @@ def main(args):
     walks, rows = plan_walks(args)
     shards, out = make_shards(walks, args.shard_walks), f"{args.out}/{args.split}"
     suffix = args.image_format or ("png" if dataset == "houses" else "jpg")
+    device, dtype = device_and_dtype(args)
     settings = {**{k: getattr(args, k) for k in FLAGS}, "ckpt": ckpt,
-                "weights": fingerprint(ckpt), "image_format": suffix,
+                "weights": fingerprint(ckpt), "device": device, "dtype": dtype,
+                "image_format": suffix,
                 "input_crc32": input_crc32(walks),
                 "scenes": scenes_used(args, robot, scenes, [w["episode"] for w in walks])}
     todo = open_folder(out, {**settings, "robot": robot}, shards)
