@@ -1,4 +1,7 @@
 """Every test runs offline, on one CPU thread, and finds the repository's scripts by name."""
+import contextlib
+import importlib
+import io
 import os
 import struct
 import subprocess
@@ -9,7 +12,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 
 
 GLB, NAVMESH = b"glTF" + struct.pack("<II", 2, 12), b"TESM"     # the least that has the right marks
@@ -21,15 +24,36 @@ def script(*command, check=True):
                           capture_output=True, text=True)
 
 
-@pytest.fixture(scope="session")
-def ego(tmp_path_factory):
+def in_process(*command, check=True):
+    """script() without a process of its own, which saves the start of torch and DeepSpeed: for what
+    a script computes, writes and says. Signals, locks and launchers need processes."""
+    from cli import run_cli
+    name, *argv = [str(word) for word in command if word != "-m"]
+    name = name.removeprefix("bench/").removesuffix(".py").replace("/", ".")
+    module = importlib.import_module(name)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_cli(module.main, lambda: module.parse_args(argv))
+        except SystemExit as left:
+            status = left.code or 0
+    done = subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+    assert not check or status == 0, done.stderr
+    return done
+
+
+def make_ego(root):
     """A VLN-Ego folder recorded in two tiny houses, by the project's own scripts; the houses lie
     in ../../houses."""
-    root = tmp_path_factory.mktemp("ego")
     script("-m", "world.houses", "--out", root / "houses", "--train-houses", 2,
            "--walks-per-house", 4, "--val-episodes", 4, "--unseen-houses", 2, "--jobs", 1)
     script("make_data.py", "--episodes", root / "houses", "--out", root / "ego", "--sims", 1)
     return str(root / "ego" / "train")
+
+
+@pytest.fixture(scope="session")
+def ego(tmp_path_factory):
+    return make_ego(tmp_path_factory.mktemp("ego"))
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +74,16 @@ def house(scenes):
     simulator = house_sim.HouseSim(ROBOT, scenes)
     simulator.reset(EPISODE)
     return simulator
+
+
+@pytest.fixture(scope="module")
+def wordy():
+    """A policy whose tokenizer splits phrases, as Qwen2's does: there is something to draft."""
+    from policies import texts
+
+    from model import CONTRACT, load_policy
+    return load_policy("tiny", contract=dict(CONTRACT, turn_deg=30), texts=texts(), seed=1,
+                       atomic_patterns=[])
 
 
 @pytest.fixture(scope="session")

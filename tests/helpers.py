@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import time
 
 import numpy as np
 import trimesh
@@ -25,6 +26,17 @@ def write_gz(path, data):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as f:
         json.dump(data, f)
+
+
+def kill_when(process, condition):
+    """kill -9 of a running script as soon as condition() holds; it must come before the end."""
+    deadline = time.monotonic() + 600                          # a guard, not a measurement
+    while not condition():
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline, "it did not come so far"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 # ---------------------------------------------------------------- a house of two rooms

@@ -5,21 +5,17 @@ Run it   python -m pytest tests/test_bench.py       (TRL's part: with the packag
 import importlib.util
 import json
 import os
-import sys
 from types import SimpleNamespace
 
+import common
+import decoding
+import evaluation
 import numpy as np
 import pytest
+import recording
 import torch
 from conftest import ROOT
-from test_model import (  # noqa: F401 (wordy is a fixture)
-    Decision,
-    confident,
-    make_prompt,
-    pictures,
-    texts,
-    wordy,
-)
+from policies import Decision, learn_plans, make_prompt, pictures, texts
 
 import engine
 import evaluate
@@ -32,16 +28,11 @@ from qwen import decoder_flops, vision_flops
 from reward import write_plan
 
 torch.set_num_threads(1)
-sys.path.insert(0, os.path.join(ROOT, "bench"))
-import common  # noqa: E402
-import decoding  # noqa: E402
-import evaluation  # noqa: E402
-import recording  # noqa: E402
 
 # ---------------------------------------------------------------- the same numbers
 
 
-def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # noqa: F811
+def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):
     """sample_with_logps() against generate() and logps() of prompts run apart: all equal."""
     decisions = [Decision(texts()[i], tuple(range(2 + i)), None)
                  for i in range(2)]
@@ -63,7 +54,7 @@ def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):  # no
     assert (got - want).norm() / want.norm() < 1e-6
 
 
-def test_frames_may_be_given_as_features(wordy):  # noqa: F811
+def test_frames_may_be_given_as_features(wordy):
     decisions = [Decision(texts()[0], (0, 1, 2), None)]
     frames = dict(enumerate(pictures(3)))
     ids, mask = wordy.answers([write_plan([1, 2, 3, 0, 0, 0], wordy.phrases)])
@@ -72,7 +63,7 @@ def test_frames_may_be_given_as_features(wordy):  # noqa: F811
         assert torch.equal(*(wordy(decisions, seen, ids, mask) for seen in (features, frames)))
 
 
-def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):  # noqa: F811
+def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):
     """Of "B. Move forward ..": nothing inside the slip, and everything from the next letter on."""
     def ids(text):
         return wordy.tokenizer(text)["input_ids"]
@@ -88,8 +79,8 @@ def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):  # noqa: F811
     assert wordy.draft(ids("D")) == stops[1:] + [wordy.end_token]
 
 
-def test_passes_fall_and_plans_stay(wordy):  # noqa: F811
-    confident(wordy)
+def test_passes_fall_and_plans_stay(wordy):
+    learn_plans(wordy)
     drafted, plain, same = decoding.count(wordy, [make_prompt(wordy, pictures(2))])
     assert same and drafted[0] <= 8 < 40 < plain[0]
 
@@ -167,7 +158,7 @@ def test_flops_of_the_real_shapes_are_those_of_the_tables():
         assert split == pytest.approx(decoder_flops(text, 1308))
 
 
-def test_a_policy_counts_what_it_computes(wordy):  # noqa: F811
+def test_a_policy_counts_what_it_computes(wordy):
     """By hand: head, tail and answers; three times where it learns, once where it does not."""
     config, frames = wordy.model.config, pictures(2)
     decision = Decision(texts()[0], (0, 1), None)
@@ -223,8 +214,7 @@ def test_the_log_tells_the_clock(ego, tmp_path):
     out = tmp_path / "out"
     sft.main(sft.parse_args(["--model", "tiny", "--data", ego, "--out", str(out), "--device", "cpu",
                              "--batch-size", "8", "--max-steps", "2", "--val-decisions", "8"]))
-    with open(out / "log.jsonl") as f:
-        rows = [json.loads(line) for line in f]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert engine.TIMING_KEYS - set(rows[1]) == {"peak_share"}          # a CPU has none
     assert rows[1]["eta_minutes"] == 0 and 0 <= rows[1]["wait_s"] < rows[1]["seconds"]
     assert rows[1]["tflops"] > 0 and rows[1]["tokens_per_second"] > 0

@@ -3,19 +3,24 @@ import doctest
 import io
 import json
 import math
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
+from helpers import kill_when
 from PIL import Image
-from safetensors.torch import load_file
+from policies import (
+    gradients,
+    log_of,
+    max_difference,
+    relative_difference,
+    run_on_two_ranks,
+    weights_of,
+)
 
 import engine
 import grpo
@@ -255,22 +260,6 @@ def flags(world, out, *more):
             "--warmup=0", "--val-decisions=4", "--samples-every=2", *more]
 
 
-def weights_of(folder):
-    return load_file(os.path.join(folder, "model.safetensors"))
-
-
-def farthest(a, b):
-    assert a.keys() == b.keys()
-    return max((a[k] - b[k]).abs().max().item() for k in a)
-
-
-def log_of(folder):
-    """log.jsonl without the clock."""
-    with open(os.path.join(folder, "log.jsonl")) as f:
-        return [{k: v for k, v in json.loads(line).items() if k not in engine.TIMING_KEYS}
-                for line in f]
-
-
 def group_of_four(policy, world, n=2, seed=5):
     """n decisions, their frames, and four sampled plans for each."""
     data = VlnEgo(world / "vln_ego" / "train")
@@ -280,18 +269,6 @@ def group_of_four(policy, world, n=2, seed=5):
         prompts = policy.build_prompts(decisions, frames)
         roll = policy.generate(prompts, 4, 1.0, seeds=list(range(n)))
     return decisions, frames, roll
-
-
-def gradients(policy, loss):
-    policy.zero_grad()
-    loss.backward()
-    return {k: p.grad.clone() for k, p in policy.named_parameters() if p.grad is not None}
-
-
-def relative(a, b):
-    """|a - b| / |b| over all weights together."""
-    gap = sum(((a[k] - b[k]) ** 2).sum() for k in b)
-    return (gap / sum((b[k] ** 2).sum() for k in b)).sqrt().item()
 
 
 def test_shared_prompt_equals_separate_rows(policy, world):
@@ -312,7 +289,7 @@ def test_shared_prompt_equals_separate_rows(policy, world):
     assert torch.allclose(shared, separate, rtol=1e-5, atol=1e-5)
     one, many = loss_of(shared), loss_of(separate)
     assert abs(one.item() - many.item()) <= 1e-5 * abs(many.item())
-    assert relative(gradients(policy, one), gradients(policy, many)) < 1e-5
+    assert relative_difference(gradients(policy, one), gradients(policy, many)) < 1e-5
 
 
 def test_first_gradient_of_the_policy_is_reinforce(policy, world):
@@ -327,7 +304,8 @@ def test_first_gradient_of_the_policy_is_reinforce(policy, world):
     logps = policy(decisions, frames, roll.completion_ids, mask, 4)
     reinforce = -(adv * logps.sum(1) / mask.sum(1)).mean()     # masked logps are 0
     theirs = gradients(policy, reinforce)
-    assert max(g.abs().max() for g in theirs.values()) > 1e-4 and relative(ours, theirs) < 1e-5
+    assert max(g.abs().max() for g in theirs.values()) > 1e-4
+    assert relative_difference(ours, theirs) < 1e-5
 
 
 def test_scores_of_a_group_and_their_text(policy, world):
@@ -377,7 +355,7 @@ def test_a_run_learns_and_writes_its_files(world, plain):
     assert log[1]["kl"] < 1e-9 and abs(log[1]["loss"]) < 1e-6 and log[1]["clip_frac"] == 0
     assert log[3]["kl"] > 0                                    # it has left the SFT policy
     assert 0 <= log[1]["frac_reward_zero_std"] <= 1 and log[1]["plan_tokens"] > 1
-    assert farthest(weights_of(world / "sft"), weights_of(plain)) > 1e-4
+    assert max_difference(weights_of(world / "sft"), weights_of(plain)) > 1e-4
     samples = (plain / "samples.txt").read_text()
     assert [line for line in samples.splitlines() if line.startswith("# step")] == [
         "# step 1", "# step 2", "# step 3"]
@@ -389,31 +367,16 @@ def test_kill_9_and_resume_is_the_undisturbed_run(world, plain):
     out = world / "killed"
     command = [sys.executable, grpo.__file__, *flags(world, out, "--save-every=1")]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "state" / "latest").exists():             # the first state is complete
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    kill_when(child, (out / "state" / "latest").exists)        # the first state is complete
     assert not (out / "model.safetensors").exists()
     with open(out / "log.jsonl", "a") as f:                    # after the state: cut on resume
         f.write('{"step": 3, "reward": 9}\n{"step": 4, "rew')
     with open(out / "samples.txt", "a") as f:
         f.write("# step 3\nhalf a bl")
     grpo.main(grpo.parse_args(flags(world, out, "--save-every=1")))
-    assert farthest(weights_of(out), weights_of(plain)) == 0
+    assert max_difference(weights_of(out), weights_of(plain)) == 0
     assert log_of(out) == log_of(plain)
     assert (out / "samples.txt").read_text() == (plain / "samples.txt").read_text()
-
-
-DRIVER = """
-import sys, grpo
-for stage in sys.argv[2].split(","):
-    grpo.main(grpo.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/zero{stage}",
-                                              f"--zero-stage={stage}"]))
-grpo.main(grpo.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/once2", "--zero-stage=2",
-                                          "--updates-per-batch=1", "--micro-tokens=0"]))
-"""
 
 
 def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
@@ -427,20 +390,16 @@ def test_two_ranks_agree_with_one_at_zero_0_2_3(world):
     # In pieces of one prompt the rollouts are run apart from the learning; in one piece, with it.
     grpo.main(grpo.parse_args(flags(world, world / "alone_once", *more, "--updates-per-batch=1",
                                     "--micro-tokens=1")))
-    (world / "driver.py").write_text(DRIVER)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    root = os.path.dirname(grpo.__file__)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    with open(world / "ranks.txt", "w") as output:
-        subprocess.run([*launch, str(world / "driver.py"), str(world), "0,2,3",
-                        *flags(world, world / "unused", *more)], check=True, timeout=150,
-                       env=dict(env, PYTHONPATH=root, OMP_NUM_THREADS="1"),
-                       stdout=output, stderr=output)
+    run_on_two_ranks(world, "grpo", [
+        *(flags(world, world / f"zero{stage}", *more, f"--zero-stage={stage}")
+          for stage in (0, 2, 3)),
+        flags(world, world / "once2", *more, "--zero-stage=2", "--updates-per-batch=1",
+              "--micro-tokens=0")])
     for two, one in (("zero0", "alone"), ("zero2", "alone"), ("zero3", "alone"),
                      ("once2", "alone_once")):
         theirs, start = weights_of(world / one), weights_of(world / "sft")
-        assert farthest(weights_of(world / two), theirs) < 1e-5, two
-        moved = relative({k: w - start[k] for k, w in weights_of(world / two).items()},
+        assert max_difference(weights_of(world / two), theirs) < 1e-5, two
+        moved = relative_difference({k: w - start[k] for k, w in weights_of(world / two).items()},
                          {k: w - start[k] for k, w in theirs.items()})
         assert moved < 1e-3, (two, moved)                      # and not because nothing moved
         for ours, theirs in zip(log_of(world / two), log_of(world / one), strict=True):

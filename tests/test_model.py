@@ -8,73 +8,33 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections import Counter, namedtuple
+from collections import Counter
 
-import numpy as np
 import pytest
 import torch
+from policies import (
+    Decision,
+    hf_inputs,
+    hf_logps,
+    learn_plans,
+    make_prompt,
+    pictures,
+    pixel_values,
+    texts,
+)
 
 from cli import UserError
 from model import CONTRACT, Policy, load_policy, save_policy, window_prompt
-from qwen import PatchProjection, fit_pixels, patchify, resize
+from qwen import PatchProjection, fit_pixels
 from reward import write_plan
 
 torch.set_num_threads(1)
 CONTRACT30 = dict(CONTRACT, turn_deg=30)
-WORDS = "turn around left right go to the red green blue sofa chair and stop in front of it".split()
-Decision = namedtuple("Decision", "instruction frames plan prompt before", defaults=(None, ()))
-
-
-def texts(n=60):
-    rng = np.random.default_rng(0)
-    return [" ".join(rng.choice(WORDS, 9)) for _ in range(n)]
-
-
-def pictures(n, h=56, w=56, seed=0):
-    return list(np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
 def policy():
     return load_policy("tiny", contract=CONTRACT30, texts=texts())
-
-
-@pytest.fixture(scope="module")
-def wordy():
-    """A policy whose tokenizer splits phrases, as Qwen2's does: there is something to draft."""
-    return load_policy("tiny", contract=CONTRACT30, texts=texts(), seed=1, atomic_patterns=[])
-
-
-def pixel_values(frames, contract):
-    """What transformers' processor would hand its model: (patches, 1176), both time halves."""
-    rows, grids = [], []
-    for frame in frames:
-        small = resize(frame, contract)
-        patches = patchify(torch.from_numpy(small.copy())[None])[0]
-        rows.append(patches.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176))
-        grids.append([1, small.shape[0] // 14, small.shape[1] // 14])
-    return torch.cat(rows), torch.tensor(grids)
-
-
-def hf_inputs(policy, ids, frames):
-    pixels, grids = pixel_values(frames, policy.contract)
-    return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grids,
-                mm_token_type_ids=(ids == policy.image_token).int())
-
-
-def hf_logps(policy, prompt, frames, completion):
-    """log p of one completion (C,) by transformers' own forward, vision tokens banned."""
-    ids = torch.cat((torch.tensor(prompt.ids), completion))[None]
-    logits = policy.model(**hf_inputs(policy, ids, frames)).logits[0]
-    logits[:, policy.banned] = -torch.inf
-    logps = logits[len(prompt.ids) - 1:-1].log_softmax(-1)
-    return logps.gather(1, completion[:, None])[:, 0]
-
-
-def make_prompt(policy, frames, text=None):
-    features = policy.encode_frames(frames)
-    instruction = text or texts()[0]
-    return policy.prompt(window_prompt(instruction, len(frames) - 1, policy.contract), features)
 
 
 # ---------------------------------------------------------------- frames
@@ -219,27 +179,13 @@ def test_greedy_equals_transformers_generate(wordy):
         assert torch.equal(got, want[0, ids.shape[1]:][:len(got)])
 
 
-def confident(policy, steps=80):
-    """Learn four plans by heart, so that drafts are often right and sometimes wrong."""
-    plans = ([1, 2, 3, 1, 2, 3], [1] * 6, [2, 2, 1, 1, 1, 1], [3] * 6)
-    ids, mask = policy.answers([write_plan(p, policy.phrases) for p in plans])
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=3e-3)
-    for _ in range(steps):
-        features = policy.encode_frames(pictures(2))
-        prompts = [policy.prompt(window_prompt(texts()[0], 1, policy.contract), features)]
-        loss = -policy.logps(prompts, ids, mask, group_size=4).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-
 def test_drafting_changes_the_passes_and_nothing_else(wordy):
     """The same uniform numbers give the same tokens: drafted and plain are one distribution."""
     prompts = [make_prompt(wordy, pictures(2)), make_prompt(wordy, pictures(3, seed=4))]
     kwargs = dict(group_size=16, temperature=1.0, seeds=[3, 4], max_new_tokens=70)
     wild = [wordy.generate(prompts, draft=d, **kwargs) for d in (True, False)]
     assert torch.equal(wild[0].completion_ids, wild[1].completion_ids)
-    confident(wordy)
+    learn_plans(wordy)
     tame = [wordy.generate(prompts, draft=d, **kwargs) for d in (True, False)]
     assert torch.equal(tame[0].completion_ids, tame[1].completion_ids)
     assert tame[0].texts == tame[1].texts

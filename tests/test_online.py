@@ -8,15 +8,22 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
-from test_grpo import farthest, gradients, log_of, relative, weights_of
-from test_model import hf_inputs
+from conftest import ROOT, in_process
+from helpers import kill_when
+from policies import (
+    gradients,
+    hf_inputs,
+    log_of,
+    max_difference,
+    relative_difference,
+    run_on_two_ranks,
+    weights_of,
+)
 
 import sft
 from activevln import grpo_online
@@ -180,7 +187,7 @@ def test_a_whole_walk_in_one_forward_equals_transformers(policy, ego):
     weights = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])         # advantages: the third is dead
     mine = gradients(policy, (weights[:, None] * ours).sum())
     hf = gradients(policy, sum(w * t.sum() for w, t in zip(weights, theirs)))
-    assert relative(mine, hf) < 1e-4
+    assert relative_difference(mine, hf) < 1e-4
     alone = gradients(policy, policy(dialogs[2:3], frames).sum() * 0)
     assert all(g.abs().max() == 0 for g in alone.values())
 
@@ -208,7 +215,7 @@ def test_sft_learns_dialogs_and_resumes(ego, tmp_path):
     for out, stop in (("a", 12), ("b", 6), ("b", 12)):
         sft.main(sft.parse_args([*flags, f"--out={tmp_path / out}", f"--stop-after={stop}"]))
     losses = [row["loss"] for row in log_of(tmp_path / "a")]
-    assert losses[-1] < 0.8 * losses[0] and farthest(
+    assert losses[-1] < 0.8 * losses[0] and max_difference(
         weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
     contract = json.loads((tmp_path / "a" / "nav.json").read_text())
     assert contract["prompt"] == "dialog-1" and contract["merge"] == 3 and "memory" not in contract
@@ -535,7 +542,7 @@ def test_a_run_learns_and_writes_its_files(init, plain):
     assert [row["step"] for row in log] == [0, 1, 2] and "val/success" in log[0]
     assert sum(log[1][f"end_{end}"] for end in grpo_online.TERMINATIONS) == pytest.approx(1)
     assert log[1]["kl"] == log[1]["clip_frac"] == 0 and log[1]["tokens"] > 0
-    assert farthest(weights_of(init), weights_of(plain)) > 1e-4
+    assert max_difference(weights_of(init), weights_of(plain)) > 1e-4
     told = [json.loads(line) for line in open(plain / "rollouts.jsonl")]
     assert len(told) == 12 and {"episode_id", "turns", "reward", "end"} <= set(told[0])
     assert (plain / "curves.png").stat().st_size > 1000
@@ -548,15 +555,11 @@ def test_kill_9_and_resume_gives_the_same_next_update(ego, init, plain, tmp_path
                *args_for(ego, init, out, "--save-every=1")]
     child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "state" / "latest").exists():
-        assert child.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    kill_when(child, (out / "state" / "latest").exists)
     assert not (out / "model.safetensors").exists()
     run_online(ego, init, out, "--save-every=1")
-    assert farthest(weights_of(out), weights_of(plain)) == 0 and untimed(out) == untimed(plain)
+    assert max_difference(weights_of(out), weights_of(plain)) == 0
+    assert untimed(out) == untimed(plain)
     assert (out / "rollouts.jsonl").read_text() == (plain / "rollouts.jsonl").read_text()
 
 
@@ -570,53 +573,42 @@ def test_a_diverging_run_ends_with_a_sentence(ego, init, tmp_path, groups):
     assert not (out / "model.safetensors").exists() and not (out / "state").exists()
 
 
-DRIVER = """
-import sys
-from activevln import grpo_online
-for stage in sys.argv[2].split(","):
-    grpo_online.main(grpo_online.parse_args(sys.argv[3:] + [f"--out={sys.argv[1]}/zero{stage}",
-                                                            f"--zero-stage={stage}"]))
-"""
-
-
-@pytest.mark.parametrize("groups, stages", [("episode", (0, 3)), ("state", (0,))])
-def test_two_ranks_of_unequal_walks_agree_with_one(ego, init, tmp_path, groups, stages):
+def test_two_ranks_of_unequal_walks_agree_with_one(ego, init, tmp_path):
     more = ["--micro-tokens=500", "--updates-per-batch=2", "--lr=2e-5", "--kl-coef=0.01",
-            "--max-steps=1", f"--groups={groups}"]
-    run_online(ego, init, tmp_path / "alone", *more)
-    (tmp_path / "driver.py").write_text(DRIVER)
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "driver.py"), str(tmp_path), ",".join(map(str, stages)),
-         *args_for(ego, init, "unused", *more)], timeout=150, capture_output=True, text=True,
-        env=dict(env, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"))
-    assert done.returncode == 0, done.stderr[-2000:]
-    start, want = weights_of(init), weights_of(tmp_path / "alone")
-    for stage in stages:
-        got = weights_of(tmp_path / f"zero{stage}")
-        assert farthest(got, want) < 1e-5, stage
-        moved = relative({k: w - start[k] for k, w in got.items()},
-                         {k: w - start[k] for k, w in want.items()})
-        assert moved < 2e-3, (stage, moved)
-        for ours, theirs in zip(untimed(tmp_path / f"zero{stage}"), untimed(tmp_path / "alone"),
-                                strict=True):
+            "--max-steps=1"]
+    runs = (("episode", 0), ("episode", 3), ("state", 0))
+    for groups in ("episode", "state"):
+        run_online(ego, init, tmp_path / groups, *more, f"--groups={groups}")
+    run_on_two_ranks(tmp_path, "activevln.grpo_online", [
+        args_for(ego, init, tmp_path / f"{groups}{stage}", *more, f"--groups={groups}",
+                 f"--zero-stage={stage}") for groups, stage in runs])
+    start = weights_of(init)
+    for groups, stage in runs:
+        one, two = tmp_path / groups, tmp_path / f"{groups}{stage}"
+        want, got = weights_of(one), weights_of(two)
+        assert max_difference(got, want) < 1e-5, two.name
+        moved = relative_difference({k: w - start[k] for k, w in got.items()},
+                                    {k: w - start[k] for k, w in want.items()})
+        assert moved < 2e-3, (two.name, moved)
+        for ours, theirs in zip(untimed(two), untimed(one), strict=True):
             for key in theirs:
-                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (stage, key)
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), (two.name, key)
 
 
 def test_the_bench_of_rollouts_walks_the_same_both_ways(ego, init, tmp_path):
-    script("bench/rollouts.py", "--ckpt", init, "--episodes", houses_of(ego), "--walks", 4,
-           "--sims", 2, "--repeats", 1, "--results", tmp_path / "rows")
+    in_process("bench/rollouts.py", "--ckpt", init, "--episodes", houses_of(ego), "--walks", 3,
+               "--sims", 2, "--repeats", 1, "--results", tmp_path / "rows")
     row = json.loads((tmp_path / "rows").read_text())
-    assert row["equal"] and row["ratio"] > 0 and row["check"].startswith("4 greedy walks")
+    assert row["equal"]
+    assert row["ratio"] > 0
+    assert row["check"].startswith("3 greedy walks")
 
 
 def test_state_groups_learn_too(ego, init, tmp_path):
     out = run_online(ego, init, tmp_path / "state", "--groups=state", "--micro-tokens=1",
                      "--max-steps=1")
     row = untimed(out)[-1]
-    assert row["groups"] > 2 and farthest(weights_of(init), weights_of(out)) > 1e-4
+    assert row["groups"] > 2 and max_difference(weights_of(init), weights_of(out)) > 1e-4
     assert any(abs(json.loads(line)["advantage"]) > 1e-3
                for line in (out / "rollouts.jsonl").read_text().splitlines())
 
