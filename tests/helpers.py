@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import socket
 import time
 
 import numpy as np
@@ -26,6 +27,12 @@ def write_gz(path, data):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with gzip.open(path, "wt", encoding="utf-8") as f:
         json.dump(data, f)
+
+def free_port():
+    """A port that the kernel gives: tests run side by side."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def kill_when(process, condition):

@@ -1,7 +1,6 @@
 """What tests of policies and of trainers share (it brings torch)."""
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -129,10 +128,3 @@ def run_on_two_ranks(folder, module, argvs):
     done = launch(["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
                   folder / "driver.py")
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def free_port():
-    """A port that the kernel gives: tests run side by side."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

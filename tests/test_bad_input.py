@@ -260,7 +260,9 @@ def test_a_start_in_a_wall_is_named_once_and_not_walked_again(houses, tmp_path, 
     found = walk_stop(houses, tmp_path / "y")
     assert (found["invalid"], found["errors"], found["scored"]) == (1, 0, 3)
     told = capsys.readouterr().out
-    assert "1 invalid, 0 errors" in told and "the first is 1: " in told and "obstacle" in told
+    assert "1 invalid, 0 errors" in told
+    assert "the first is 1: " in told
+    assert "obstacle" in told
     rows = (tmp_path / "y" / "episodes.jsonl").read_bytes()
     walk_stop(houses, tmp_path / "y")
     assert "walks 0 episodes" in capsys.readouterr().out

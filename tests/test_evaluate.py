@@ -244,7 +244,9 @@ def test_every_frame_is_encoded_once_and_the_memory_is_lsm():
     policy = FakePolicy(stop=0.0)
     episode = fake_episode(5)
     walk = walk_with(policy.agent(execute=2), [episode], max_actions=21)["5"]
-    assert len(walk.actions) == 21 and walk.end == "max_actions" and not walk.video_frames
+    assert len(walk.actions) == 21
+    assert walk.end == "max_actions"
+    assert not walk.video_frames
     assert len(walk.states) == 22 and policy.encoded == 21      # the last view is not needed
     seen, at = [], 0
     for (_, shown), decision in zip(policy.prompts, walk.decisions):
@@ -546,7 +548,7 @@ run_cli(evaluate.main, lambda: evaluate.parse_args({argv!r}))
 def child(argv, pool="FakePool", kill_after=-1):
     code = CHILD.format(root=ROOT, tests=os.path.join(ROOT, "tests"), pool=pool, argv=argv)
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "KILL_AFTER": str(kill_after)}, timeout=120)
+                          env={**os.environ, "KILL_AFTER": str(kill_after)}, timeout=600)
 
 
 def test_kill_minus_9_and_resume_is_bit_for_bit(monkeypatch, tmp_path):
@@ -585,8 +587,12 @@ def test_the_oracle_arrives_and_survives_kill_minus_9(two_houses, tmp_path, monk
     found = evaluate.main(evaluate.parse_args(argv("undisturbed")))
     mean = {name: value["mean"] for name, value in found["metrics"].items()}
     assert found["episodes"] == found["scored"] == 6 and found["split"] == "val_unseen"
-    assert mean["success"] == 1.0 and mean["spl"] > 0.9 and mean["distance_to_goal"] < 0.25
-    assert mean["ndtw"] > 0.9 and mean["sdtw"] == mean["ndtw"] and found["radius_m"] == 1.0
+    assert mean["success"] == 1.0
+    assert mean["spl"] > 0.9
+    assert mean["distance_to_goal"] < 0.25
+    assert mean["ndtw"] > 0.9
+    assert mean["sdtw"] == mean["ndtw"]
+    assert found["radius_m"] == 1.0
     assert len(os.listdir(tmp_path / "undisturbed" / "pictures")) == 2
 
     assert child(argv("killed"), "KilledPool", kill_after=200).returncode == -signal.SIGKILL
@@ -636,7 +642,9 @@ def test_exit_codes(tmp_path):
     (tmp_path / "file").write_text("not a folder")
     argv = ["--split", "val", "--episodes", data, "--agent", "stop", "--out"]
     done = child([*argv, str(tmp_path / "file" / "results")])
-    assert done.returncode == 2 and "cannot write there" in done.stderr and "--out" in done.stderr
+    assert done.returncode == 2
+    assert "cannot write there" in done.stderr
+    assert "--out" in done.stderr
     assert "Traceback" not in done.stderr
     assert child([*argv, str(tmp_path / "out")]).returncode == 0
 

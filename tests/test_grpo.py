@@ -314,7 +314,9 @@ def test_scores_of_a_group_and_their_text(policy, world):
     texts = [write_plan(expert, phrases), "A. Move, forward", "", write_plan([1] * 6, phrases)]
     scores = grpo.compute_rewards(texts, decisions, policy, grpo.parse_args([]))
     sums = grpo.score_sums(scores)
-    assert scores[0].reward == 1.0 and sums["exact_match"] == 1 and sums["malformed"] == 12
+    assert scores[0].reward == 1.0
+    assert sums["exact_match"] == 1
+    assert sums["malformed"] == 12
     assert sums["expert_stops"] == 4 * expert.count(0) and sums["stops"] == expert.count(0)
     shown = grpo.format_group(decisions[0], texts, scores, [1.5, -0.5, -0.5, -0.5], policy)
     assert decisions[0].instruction in shown and "'A. Move, forward'" in shown
@@ -352,7 +354,9 @@ def test_a_run_learns_and_writes_its_files(world, plain):
     log = log_of(plain)
     assert [row["step"] for row in log] == [0, 1, 2, 3]
     assert "val/reward" in log[0] and "val/reward" in log[3]
-    assert log[1]["kl"] < 1e-9 and abs(log[1]["loss"]) < 1e-6 and log[1]["clip_frac"] == 0
+    assert log[1]["kl"] < 1e-9
+    assert abs(log[1]["loss"]) < 1e-6
+    assert log[1]["clip_frac"] == 0
     assert log[3]["kl"] > 0                                    # it has left the SFT policy
     assert 0 <= log[1]["frac_reward_zero_std"] <= 1 and log[1]["plan_tokens"] > 1
     assert max_difference(weights_of(world / "sft"), weights_of(plain)) > 1e-4

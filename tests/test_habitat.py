@@ -75,7 +75,9 @@ def test_same_pose_same_picture(houses, ours, habitat):
         far.append((apart.max(axis=-1) > 25).mean())
     print(f"{len(means)} poses in {HOUSES} houses: {np.mean(means):.2f} grey levels apart "
           f"(worst {max(means):.2f}); beyond 25: {np.mean(far):.3%} of pixels ({max(far):.2%})")
-    assert len(means) >= 50 and max(means) < 4 and max(far) < 0.02
+    assert len(means) >= 50
+    assert max(means) < 4
+    assert max(far) < 0.02
 
 
 def test_geodesics_agree(houses, ours, habitat):
@@ -157,7 +159,9 @@ def test_check_finds_what_is_there(houses, habitat_python):
     told = script("-m", "world.check", "--sim", "habitat", "--sim-python", habitat_python,
                   "--scenes", houses[0] / "scenes").stdout
     print(told)
-    assert "gl_device" in told and "navmesh" in told and told.endswith("ready\n")
+    assert "gl_device" in told
+    assert "navmesh" in told
+    assert told.endswith("ready\n")
 
 
 def walk(houses, habitat_python, out, *flags):

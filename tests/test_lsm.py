@@ -19,7 +19,9 @@ def test_doctests_and_the_picture():
     assert doctest.testmod(lsm).failed == 0
     picture = next(line.split()[1] for line in lsm.__doc__.splitlines() if "shown   #" in line)
     drawn = [i for i, char in enumerate(picture) if char == "#"]
-    assert drawn == pick_frames(30) and picture[30] == "@" and len(picture) == 31
+    assert drawn == pick_frames(30)
+    assert picture[30] == "@"
+    assert len(picture) == 31
 
 
 @pytest.mark.parametrize("name", MEMORIES)

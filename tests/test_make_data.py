@@ -164,7 +164,9 @@ def test_a_walk_is_stored_once_and_says_what_was_seen(world, pool, capsys):
                                 "instruction": "Walk 3 times."}
     assert list(data.walks) == ["h0-0", "h1-1", "h0-2", "h1-3", "h0-4"], "the episodes' order"
     walk = data.walks["h0-0"]
-    assert walk["actions"] == WALKS[0] and len(walk["poses"]) == 7 and "labels" not in walk
+    assert walk["actions"] == WALKS[0]
+    assert len(walk["poses"]) == 7
+    assert "labels" not in walk
     meta = data.meta
     assert (meta["episodes"], meta["walks"], meta["frames"]) == (7, 5, sum(map(len, WALKS)))
     assert meta["actions"] == {name: sum(w.count(a) for w in WALKS) for a, name in
@@ -384,7 +386,7 @@ def houses(tmp_path_factory):
     folder = tmp_path_factory.mktemp("houses")
     subprocess.run([sys.executable, "-m", "world.houses", "--out", str(folder), "--level", "1",
                     "--train-houses", "2", "--walks-per-house", "12", "--unseen-houses", "1",
-                    "--val-episodes", "2", "--jobs", "1"], cwd=ROOT, check=True, timeout=120,
+                    "--val-episodes", "2", "--jobs", "1"], cwd=ROOT, check=True, timeout=600,
                    capture_output=True)
     return folder
 
@@ -397,7 +399,7 @@ def command(houses, out, *flags):
 def begin(houses, out):
     """Start a recording, and wait until one shard is done (of a dozen)."""
     process = subprocess.Popen(command(houses, out), cwd=ROOT, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not (os.path.isdir(f"{out}/train/frames")
                and any(f.endswith(".zip") for f in os.listdir(f"{out}/train/frames"))):
         assert process.poll() is None and time.monotonic() < deadline
@@ -420,7 +422,7 @@ def children(pid):
 
 def test_two_houses_recorded_killed_and_recorded_on(houses, tmp_path):
     done = subprocess.run(command(houses, tmp_path / "a", "--sims", "1"), cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "skipped: 0 of" in done.stdout and "at most 0.00" in done.stdout
     whole = tree(tmp_path / "a")
@@ -429,13 +431,13 @@ def test_two_houses_recorded_killed_and_recorded_on(houses, tmp_path):
     process.kill()                                              # SIGKILL: no chance to tidy up
     process.wait()
     assert not os.path.exists(tmp_path / "b/train/meta.json"), "it was killed in mid-run"
-    subprocess.run(command(houses, tmp_path / "b"), cwd=ROOT, check=True, timeout=120,
+    subprocess.run(command(houses, tmp_path / "b"), cwd=ROOT, check=True, timeout=600,
                    stdout=subprocess.DEVNULL)
     assert tree(tmp_path / "b") == whole, "bit for bit, and with two simulators as with one"
 
     process = begin(houses, tmp_path / "c")
     os.kill(children(process.pid)[0], signal.SIGKILL)           # a simulator; its walk begins again
-    assert process.wait(timeout=120) == 0
+    assert process.wait(timeout=600) == 0
     assert tree(tmp_path / "c") == whole
 
 

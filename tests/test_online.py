@@ -127,7 +127,9 @@ def test_merging_keeps_the_walk_and_parts_pushes():
         assert flat == actions
         for t, keys, own in turns:
             n = sum(n for _, n in keys)
-            assert learned[t:t + n] == [own] * n and len(keys) <= 3 and actions[t] == keys[0][0]
+            assert learned[t:t + n] == [own] * n
+            assert len(keys) <= 3
+            assert actions[t] == keys[0][0]
         joined.update(n for _, keys, _ in merge_walk([1] * 3, [True] * 3, rng) for _, n in keys)
     assert set(joined) == {1, 2, 3}
 
@@ -218,7 +220,9 @@ def test_sft_learns_dialogs_and_resumes(ego, tmp_path):
     assert losses[-1] < 0.8 * losses[0] and max_difference(
         weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
     contract = json.loads((tmp_path / "a" / "nav.json").read_text())
-    assert contract["prompt"] == "dialog-1" and contract["merge"] == 3 and "memory" not in contract
+    assert contract["prompt"] == "dialog-1"
+    assert contract["merge"] == 3
+    assert "memory" not in contract
 
 
 # ---------------------------------------------------------------- walking
@@ -391,7 +395,9 @@ def test_what_the_expert_does_leaves_one_action_less_to_go(env):
         states, = env.pool.wait(0)["states"]
         left = np.array([grpo_online.cost_to_goal(s, env.robot) for s in states])
         gains += (-np.diff(left) / env.robot["forward_m"]).tolist()
-    assert len(gains) > 60 and 0.7 < np.mean(gains) < 1.05 and np.percentile(gains, 10) > 0.3
+    assert len(gains) > 60
+    assert 0.7 < np.mean(gains) < 1.05
+    assert np.percentile(gains, 10) > 0.3
 
 
 def test_advantages_by_hand_and_zero_std_groups_are_dropped(walks):
@@ -418,7 +424,9 @@ def test_invalid_walks_are_in_no_mean(walks, monkeypatch):
     walks[0].end, walks[1].end = "error", "unreachable"
     told = grpo_online.metric_means(
         grpo_online.metric_sums(walks, marks, [0, 0, 1, 1, 1, 1]), {"kl": 0.5}, 6, "cpu")
-    assert told["success"] == 3 / 4 and told["reward"] == 1 and told["kl"] == 0.5
+    assert told["success"] == 3 / 4
+    assert told["reward"] == 1
+    assert told["kl"] == 0.5
     assert told["end_error"] == 1 / 6 and "scored" not in told
     for walk in walks:
         walk.end = "error"
@@ -486,7 +494,9 @@ def test_unscored_turns_are_dropped(env, policy, monkeypatch):
     asking = walks
     rewards = env.plan_rewards(walks, policy, tally)
     assert tally == {"unscored": 2, "deaths": 1 + args.retries}
-    assert rewards[1][0] == [] and all(rewards[1][1:]) and rewards[2] == rewards[3] == []
+    assert rewards[1][0] == []
+    assert all(rewards[1][1:])
+    assert rewards[2] == rewards[3] == []
     examples, flat = grpo_online.compare_plans(
         walks, grpo_online.residual_rewards(walks, rewards, policy), args)
     assert [example.dialog.frames[0][0] for example in examples][:1] == ["kept"] and flat >= 1

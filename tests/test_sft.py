@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, in_process
-from helpers import kill_when
+from helpers import free_port, kill_when
 from policies import (
-    free_port,
     hf_logps,
     launch,
     log_of,
@@ -173,7 +172,9 @@ def test_an_update_takes_as_many_forwards_as_its_tokens_need(monkeypatch):
         told.append(int(most)), most.fill_(max(4, int(most)))))
     items = [("a", 5), ("b", 9), ("c", 4), ("d", 3)]
     parts = engine.micro_batches(items, lambda item: item[1], 12, "cpu")
-    assert told == [2] and len(parts) == 4 and sorted(sum(parts, [])) == items
+    assert told == [2]
+    assert len(parts) == 4
+    assert sorted(sum(parts, [])) == items
     monkeypatch.setattr(engine.dist, "all_reduce", lambda most, op: None)
     parts = engine.micro_batches(items, lambda item: item[1], 12, "cpu")
     assert len(parts) == 2 and max(sum(n for _, n in part) for part in parts) <= 12

@@ -60,10 +60,14 @@ BY_HAND = [([0, 0, 0], 0, False), ([0, 0, 0], math.pi / 6, False), ([0, 0, 0], m
 def test_the_r2r_leaderboard_file(monkeypatch, tmp_path, capsys):
     where = write_test_split(tmp_path / "r2r", "test")
     found = walked(monkeypatch, where, tmp_path / "out", "--turn-deg", "30", "--pictures", "1")
-    assert found["scored"] == 0 and found["episodes"] == 5 and found["ends"] == {"stop": 5}
+    assert found["scored"] == 0
+    assert found["episodes"] == 5
+    assert found["ends"] == {"stop": 5}
     assert all(value == {"mean": None, "ci": None} for value in found["metrics"].values())
     printed = capsys.readouterr().out
-    assert "0 of 5 episodes scored" in printed and "nan" not in printed and "SR" not in printed
+    assert "0 of 5 episodes scored" in printed
+    assert "nan" not in printed
+    assert "SR" not in printed
     assert os.path.exists(tmp_path / "out/pictures/0.png")
     write_file(tmp_path / "out", tmp_path / "x/r2r.json")
     assert "the walks of 5 episodes" in capsys.readouterr().out
