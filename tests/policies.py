@@ -11,6 +11,7 @@ from conftest import ROOT
 from safetensors.torch import load_file
 
 import engine
+import grpo
 from model import window_prompt
 from qwen import patchify, resize
 from reward import write_plan
@@ -69,6 +70,20 @@ def learn_plans(policy, steps=80):
         features = policy.encode_frames(pictures(2))
         prompts = [policy.prompt(window_prompt(texts()[0], 1, policy.contract), features)]
         loss = -policy.logps(prompts, ids, mask, group_size=4).sum() / mask.sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def learn_to_write(policy, data, steps=40):
+    """Plans of random actions: after this it knows how to answer, and not yet what."""
+    rng = np.random.default_rng(1)
+    decisions, frames = grpo.load_prompts([data], policy.contract, grpo.draw_prompts([data], 2, 0))
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    for _ in range(steps):
+        plans = rng.integers(0, 4, (8, 6)).tolist()
+        ids, mask = policy.answers([write_plan(plan, policy.phrases) for plan in plans])
+        loss = -policy(decisions, frames, ids, mask, 4).sum() / mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -15,6 +15,7 @@ from helpers import kill_when
 from PIL import Image
 from policies import (
     gradients,
+    learn_to_write,
     log_of,
     max_difference,
     relative_difference,
@@ -227,20 +228,6 @@ def make_world(folder):
     (folder / "sft").mkdir()
     save_policy(policy, str(folder / "sft"))
     return folder
-
-
-def learn_to_write(policy, data, steps=40):
-    """Plans of random actions: after this it knows how to answer, and not yet what."""
-    rng = np.random.default_rng(1)
-    decisions, frames = grpo.load_prompts([data], policy.contract, grpo.draw_prompts([data], 2, 0))
-    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
-    for _ in range(steps):
-        plans = rng.integers(0, 4, (8, 6)).tolist()
-        ids, mask = policy.answers([write_plan(plan, policy.phrases) for plan in plans])
-        loss = -policy(decisions, frames, ids, mask, 4).sum() / mask.sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from helpers import SCENE_ID, FakePool, fake_episode
-from test_grpo import learn_to_write
+from policies import learn_to_write
 
 import evaluate
 import grpo
