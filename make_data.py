@@ -724,7 +724,7 @@ def write_tables(out: str, walks: list[dict], shards: dict, episodes: list[dict]
     if len(lost) > 0.01 * len(rows):
         first = f"{lost[0]['walk_id']}: {lost[0]['skipped']}: {lost[0]['detail']}"
         raise UserError(f"{len(lost)} of {len(rows)} walks were skipped, more than 1%; the first "
-                        f"is {first}; what is good is in {out}; mend the cause, delete that folder "
+                        f"is {first}; what is good is in {out}; fix the cause, delete that folder "
                         "and record again")
 
 

@@ -11,7 +11,7 @@ VENV="${VENV:-.venv}"
   place() { release "$VENV/bin/python"; (cd "$VENV" && pwd -P); }    # console scripts hold the path
   install() {
     "$VENV/bin/python" -m pip install -q --disable-pip-version-check "$@" || fail "pip could not" \
-      "install $* (the reason is above). Run the same command again once that is mended"
+      "install $* (the reason is above). Fix it and run the same command again"
   }
   [ -f requirements.txt ] || fail "no requirements.txt in $PWD: cd to the repository first"
 

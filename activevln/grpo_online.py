@@ -472,7 +472,7 @@ def zero_std(rewards: torch.Tensor) -> bool:
 
 def compare_walks(walks: list, rewards: list, args) -> tuple[list[TrainingExample], int]:
     """B * G ended walks, siblings adjacent -> examples, and the number of groups without one: those
-    whose rewards agree, and those that the simulator has spoiled."""
+    whose rewards agree, and those whose simulator failed."""
     examples, dropped = [], 0
     for at in range(0, len(walks), args.group_size):
         group, some = walks[at:at + args.group_size], torch.tensor(rewards[at:at + args.group_size])

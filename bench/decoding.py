@@ -1,7 +1,7 @@
 """
 Passes through the decoder for one plan: drafted by the grammar, against token by token.
 
-    python bench/decoding.py                        # the spelling policy of the benches
+    python bench/decoding.py                        # a policy with Qwen2-sized words
     python bench/decoding.py --ckpt ckpt/sft        # a checkpoint of yours
 
 Greedy, one prompt at a time. A checkpoint of `tiny` has one token for a phrase, nothing to draft:
@@ -20,7 +20,7 @@ from model import load_policy
 
 def parse_args(argv=None):
     p = parser(__doc__)
-    p.add_argument("--ckpt", help="checkpoint folder; default: the spelling policy")
+    p.add_argument("--ckpt", help="checkpoint folder; default: one with Qwen2-sized words")
     p.add_argument("--prompts", type=int, default=32)
     return p.parse_args(argv)
 

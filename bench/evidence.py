@@ -1,7 +1,7 @@
 """
 The study of stage two (docs/evidence.md): which second stage makes the SFT policy walk better, at
-about equal CPU minutes? Every run starts from an SFT policy and is judged by the same 1,200 greedy
-walks in 300 houses that no policy has seen.
+about equal CPU minutes? Every run starts from an SFT policy and is evaluated on the same 1,200
+greedy walks in 300 houses that no policy has seen.
 
 The list below is run by two lanes of one thread each. What is done is skipped, so that the same
 command goes on after an interruption; a training resumes from its last state. The settings were
@@ -63,8 +63,8 @@ def own_walks(name: str, policy: str, needs: str, seed: int) -> Job:
                "--device cpu")
 
 
-def judge(run: str, ckpt: str, needs: str) -> Job:
-    """The 1,200 walks by which a checkpoint is judged."""
+def evaluation(run: str, ckpt: str, needs: str) -> Job:
+    """The 1,200 walks on which a checkpoint is evaluated."""
     return Job(f"walk_{run}", [needs, "unseen"], f"evaluate.py --ckpt {ckpt} --episodes "
                "evidence/unseen --split val_unseen --device cpu --sims 8 --max-actions 150 "
                f"--out evidence/results/{run}")
@@ -83,7 +83,7 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
                      f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
                  Job(f"sft{s}", [f"look{s}"], f"sft.py --model {look} --data {EXPERT} --out {sft} "
                      f"{MEMORY} --lr 1e-3 --max-steps 2000 --seed {s} {LEARN}"),
-                 own_walks(f"own{s}", sft, f"sft{s}", s), judge(f"start_{s}", sft, f"sft{s}")]
+                 own_walks(f"own{s}", sft, f"sft{s}", s), evaluation(f"start_{s}", sft, f"sft{s}")]
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
@@ -92,13 +92,13 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
 
 
 def stage_two(row: str, s: int, seed: int) -> list[Job]:
-    """Train one run of a row, from SFT policy s, and judge it."""
+    """Train one run of a row, from SFT policy s, and evaluate it."""
     run, start = f"{row}_{s}_{seed}", f"evidence/ckpt/sft{s}"
     command = ROWS[row].format(own=f"evidence/own{s}/train")
     flag = "--model" if command.startswith("sft.py") else "--init"
     ckpt = f"evidence/ckpt/{run}"
     return [Job(run, [f"own{s}"], f"{command} {flag} {start} --out {ckpt} --seed {seed}"),
-            judge(run, ckpt, run)]
+            evaluation(run, ckpt, run)]
 
 
 def keep_rows(run: str):
