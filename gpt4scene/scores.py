@@ -481,7 +481,8 @@ def join(path: str, answers: dict[str, dict], files: dict) -> dict[str, dict[str
             raise UserError(f"{path} lacks {len(missing)} of {len(rows)} answers, first "
                             f"{missing[0]}: run gpt4scene.answer again, it goes on")
         if not missing:
-            found[name] = {key: {**row, **answers.pop(key)} for key, row in rows.items()}
+            found[name] = {key: {**row, "pred": answers[key].get("pred"),
+                                 "cut": answers.pop(key).get("cut")} for key, row in rows.items()}
     if answers:
         raise UserError(f"{path} answers {next(iter(answers))}, which the ANNOTATIONS do not ask: "
                         "give the files that were answered")

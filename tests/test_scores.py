@@ -251,6 +251,10 @@ LINES = [json.dumps({"key": f"scanqa/{i}", "pred": pred, "tokens": 3, "cut": i =
          for i, pred in enumerate(ANSWERS)]
 
 
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["benchmarks"]["scanqa"]
+
+
 def test_our_files_and_the_released_ones_give_the_same(tmp_path, capsys):
     annotations = write(tmp_path / "data" / "scanqa_val.json", ROWS)
     write(tmp_path / "data" / "scanqa_train.json", "[")     # not read
@@ -261,10 +265,10 @@ def test_our_files_and_the_released_ones_give_the_same(tmp_path, capsys):
               [{**row, "qid": 0, "gt_id": 0, "pred_id": 0, "type_info": 0, "pred": pred}
                for row, pred in zip(ROWS[part], ANSWERS[part])])
     run(tmp_path / "run", tmp_path / "data")
-    first = json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"]["scanqa"]
+    first = results(tmp_path / "run")
     assert (tmp_path / "run" / "table.txt").read_text() == capsys.readouterr().out
     run(tmp_path / "theirs", annotations, "--as-released", "--out", tmp_path / "out")
-    second = json.loads((tmp_path / "out" / "results.json").read_text())["benchmarks"]["scanqa"]
+    second = results(tmp_path / "out")
     em = first["metrics"]["EM"]
     assert (em["ours"], em["as_released"]) == (5 / 6, 2 / 6)
     assert first["cut"] == 1 and second["cut"] == 0
@@ -277,8 +281,8 @@ def test_our_files_and_the_released_ones_give_the_same(tmp_path, capsys):
 def test_a_paired_comparison(tmp_path, capsys):
     annotations = write(tmp_path / "scanqa_val.json", ROWS)
     run("first-reference", annotations, "--compare", "constant:brown", "--out", tmp_path)
-    metrics = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["scanqa"]["metrics"]
-    assert metrics["EM"]["gain"] == 0.5 and metrics["EM"]["gain_ci"][0] < 0.5
+    em = results(tmp_path)["metrics"]["EM"]
+    assert em["gain"] == 0.5 and em["gain_ci"][0] < 0.5
     assert "gain +0.5000 [+" in capsys.readouterr().out
 
 
