@@ -203,20 +203,20 @@ def caption_question(boxes: Boxes, number: int, captions: list[str], wording: st
 
 
 def refer_question(boxes: Boxes, number: int, text: str, wording: str,
-                   template: str = "refer") -> Question:
+                   template: str = "all") -> Question:
     """ScanRefer: the mark of object `number`, which a text describes."""
     answers = [f"{boxes.mark(number)}."] if boxes.mark(number) else []
     return Question("scanrefer", template, wording.format(text), answers, answers,
                     {"obj_id": number, "pred_id": int(boxes.best[number])})
 
 
-def multi_question(boxes: Boxes, numbers: list[int], text: str, kind: str,
-                   wording: str) -> Question:
-    """Multi3DRefer: the marks of all objects that a text describes. kind: its eval_type."""
+def multi_question(boxes: Boxes, numbers: list[int], text: str, eval_type: str, wording: str,
+                   template: str = "all") -> Question:
+    """Multi3DRefer: the marks of all objects that a text describes."""
     marks = [boxes.mark(number) for number in numbers]
     answers = [] if None in marks else [list_marks(marks)]
-    return Question("multi3dref", kind, wording.format(text), answers, answers,
-                    {"eval_type": kind, "ref_captions": list(numbers)})
+    return Question("multi3dref", template, wording.format(text), answers, answers,
+                    {"eval_type": eval_type, "ref_captions": list(numbers)})
 
 
 # ---------------------------------------------------------------- questions about a house
@@ -347,24 +347,25 @@ def object_questions(facts: list[Fact], boxes: Boxes) -> Iterator[Question]:
 
 def multi3dref_questions(facts: list[Fact], boxes: Boxes) -> Iterator[Question]:
     """Of all five eval_types; a distractor is another object of the kind that is asked for."""
-    def ask(text: str, matches: Callable, kind: str = ""):
+    def ask(template: str, text: str, matches: Callable, kind: str = ""):
         numbers = [fact.number for fact in facts if matches(fact)]
         distracts = any(fact.kind == kind and not matches(fact) for fact in facts)
         eval_type = "mt" if len(numbers) > 1 else (
             ("st" if numbers else "zt") + ("_w_d" if distracts else "_wo_d"))
-        return multi_question(boxes, numbers, text, eval_type, WORDINGS["multi3dref"][0])
+        return multi_question(boxes, numbers, text, eval_type, WORDINGS["multi3dref"][0], template)
 
     for kind in houses.FURNITURE:
-        yield ask(f"{kind}s", lambda fact, kind=kind: fact.kind == kind)
+        yield ask("kind", f"{kind}s", lambda fact, kind=kind: fact.kind == kind)
         for colour in houses.PAINTS:
-            yield ask(f"{colour} {kind}s", lambda fact, name=f"{colour} {kind}": fact.name == name,
-                      kind)
+            yield ask("name", f"{colour} {kind}s",
+                      lambda fact, name=f"{colour} {kind}": fact.name == name, kind)
     for a in houses.PAINTS:
         for b in houses.PAINTS:
             if a < b:
-                yield ask(f"{a} or {b} things", lambda fact, both=(a, b): fact.colour in both)
+                yield ask("either", f"{a} or {b} things",
+                          lambda fact, both=(a, b): fact.colour in both)
     for wall in houses.WALLS:
-        yield ask(f"things in the {wall} room",
+        yield ask("room", f"things in the {wall} room",
                   lambda fact, room=f"{wall} room": fact.room == room)
 
 
@@ -392,7 +393,8 @@ def choose_questions(rng, candidates: list[Question], course: list[str],
             groups = defaultdict(list)
             for question in pool:
                 if question.template == template:
-                    groups["".join(question.references[:1])].append(question)
+                    answer = "".join(question.references[:1])
+                    groups[question.fields.get("eval_type", answer)].append(question)
             group = groups[rng.choice(sorted(groups))]
             chosen.append(group[rng.integers(len(group))])
             pool.remove(chosen[-1])
@@ -736,8 +738,8 @@ def blind_constants(asked: list[Question], trained: list[Question]) -> dict:
         groups[f"{question.benchmark}/{question.template}"].append(question)
     table = {}
     for name, group in sorted(groups.items()):
-        right = [set(map(plain, question.references)) for question in group]
-        hits = Counter(text for texts in right for text in sorted(texts)) or Counter({"": 0})
+        right = [dict.fromkeys(map(plain, question.references)) for question in group]
+        hits = Counter(text for texts in right for text in texts) or Counter({"": 0})
         constant, most = hits.most_common(1)[0]
         said = [(memory[q.prompt].most_common(1) or [(constant, 0)])[0][0] for q in group]
         shares = {"accuracy": most, "by_text": sum(s in r for s, r in zip(said, right)),
