@@ -500,7 +500,7 @@ def propose(rng, house: houses.House, noise: float) -> tuple[Boxes, list]:
     centres = ((lo + hi) / 2 * (1, 1, -1))[:, [0, 2, 1]]            # z up, as ScanNet's boxes
     truth = np.hstack([centres, (hi - lo)[:, [0, 2, 1]]])
     bad, missing = rng.random((2, len(truth))) < noise * np.array([[1 / 16], [1 / 50]])
-    jitter = rng.normal(size=(len(truth), 6)) * np.where(bad, 0.4, 0.05)[:, None] * noise
+    jitter = rng.normal(size=(len(truth), 6)) * np.where(bad, 0.25, 0.05)[:, None] * noise
     order = rng.permutation(np.flatnonzero(~missing))
     proposals = np.hstack([centres + jitter[:, :3] * truth[:, 3:],
                            truth[:, 3:] * np.exp(jitter[:, 3:])])
@@ -563,12 +563,14 @@ def embedded_scenes(args) -> dict[str, list[Scene]]:
 # ---------------------------------------------------------------- real scenes
 
 
-def read_records(path: str, records=None, **fields: type) -> list[dict]:
-    """A file's records (or those of a part of it), with these fields. UserError names the record
-    and the field."""
-    rows = read_json(path) if records is None else records
+def read_records(path: str, key: str | None = None, **fields: type) -> list[dict]:
+    """A file's list of records (the one under `key`, if given), all with these fields. UserError
+    names the record and the field."""
+    rows = read_json(path)
+    if key:
+        rows = rows.get(key) if isinstance(rows, dict) else None
     if not isinstance(rows, list) or not rows:
-        raise UserError(f"{path} holds no list of records; give the official file")
+        raise UserError(f"{path} holds no list of {key or 'records'}; give the official file")
     for k, row in enumerate(rows):
         for field, kind in {"scene_id": str, **fields}.items():
             if not isinstance(row, dict) or not isinstance(row.get(field), kind):
@@ -596,18 +598,12 @@ def read_attributes(path: str | None, flag: str) -> dict:
 
 def read_sqa3d(questions: str, annotations: str) -> Iterator[dict]:
     """SQA3D's two files as one: each question with its "answers", as texts."""
-    parts = [(path, read_json(path), key) for path, key in ((questions, "questions"),
-                                                          (annotations, "annotations"))]
-    for path, content, key in parts:
-        if not isinstance(content, dict) or key not in content:
-            raise UserError(f"--sqa3d {path} has no {key!r}; give questions, then annotations")
-    answers = {row["question_id"]: [answer["answer"] for answer in row["answers"]]
-               for row in read_records(annotations, parts[1][1]["annotations"], question_id=int,
-                                       answers=list)}
-    for row in read_records(questions, parts[0][1]["questions"], question_id=int, question=str,
-                            situation=str, alternative_situation=list):
+    answers = {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in
+               read_records(annotations, "annotations", question_id=int, answers=list)}
+    for row in read_records(questions, "questions", question_id=int, question=str, situation=str,
+                            alternative_situation=list):
         if not answers.get(row["question_id"]):
-            raise UserError(f"--sqa3d: question {row['question_id']} has no answer in "
+            raise UserError(f"--sqa3d {questions}: question {row['question_id']} has no answer in "
                             f"{annotations}; give two files of one split")
         yield {**row, "answers": answers[row["question_id"]]}
 

@@ -206,7 +206,7 @@ def test_a_frame_marks_what_it_shows_and_nothing_else(tmp_path):
         house = build_house(np.random.default_rng(k), 1)
         marks = [*range(len(house.things))][::-1]
         colours = [thing.name.split()[0] for thing in house.things]
-        marked, bare = (scenes.draw_frames(np.random.default_rng(k), house, which, 4, 56)
+        marked, bare = (scenes.draw_frames(np.random.default_rng(k), house, which, 8, 56)
                         for which in (marks, [None] * len(marks)))
         for picture, before in zip(marked, bare):
             found = find_marks(picture)
@@ -254,7 +254,7 @@ def test_proposals_fail_the_gates_now_and_then():
     boxes = [scenes.propose(np.random.default_rng(k), build_house(np.random.default_rng(k), 1), 1.0)
              for k in range(300)]
     iou = np.concatenate([found.iou for found, _ in boxes])
-    assert 0.03 < (iou < 0.5).mean() < 0.12 and 0.01 < (iou < 0.25).mean() < 0.06
+    assert 0.04 < (iou < 0.5).mean() < 0.12 and 0.02 < (iou < 0.25).mean() < 0.06
     assert 0.01 < np.mean([mark is None for _, marks in boxes for mark in marks]) < 0.03
 
 
