@@ -706,6 +706,9 @@ def write_split(out: str, split: str, scenes: list[Scene]) -> None:
                       for name, b in boxes.items()}}
     files[f"selected_images_{split}"] = {scene.name: scene.images for scene in scenes}
     files[split] = records
+    for benchmark in {*BENCHMARKS, "dense"} - set(entries):         # of an earlier run
+        if os.path.exists(os.path.join(out, f"{benchmark}_{split}.json")):
+            os.remove(os.path.join(out, f"{benchmark}_{split}.json"))
     for name, content in files.items():
         write_json(os.path.join(out, f"{name}.json"), content, indent=None)
 

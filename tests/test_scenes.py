@@ -238,7 +238,9 @@ def test_files_do_not_depend_on_jobs_and_ablations_ask_the_same(exact, tmp_path)
 
 
 def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
+    write_json(tmp_path / "scanqa_val.json", ["of an earlier run"])
     make(tmp_path, *SMALL, "--rooms", 1, "--course", "dense", "--bev-pixels", 112)
+    assert not os.path.exists(tmp_path / "scanqa_val.json")
     rows = load(tmp_path, "dense_val")
     assert len(rows) == 4 * 8
     for row in rows:
