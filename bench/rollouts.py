@@ -41,6 +41,7 @@ def parse_args(argv=None):
     p.add_argument("--split", default="val_unseen")
     p.add_argument("--scenes")
     p.add_argument("--walks", type=int, default=64)
+    p.add_argument("--turns", type=int, default=40, help="at most, of a walk")
     p.add_argument("--sim", choices=("house", "habitat"), default="house")
     p.add_argument("--sim-python", metavar="PATH")
     p.add_argument("--sims", type=int, default=16)
@@ -92,7 +93,7 @@ def walk_all(env, agent, min_waiting_fraction):
     ended = {walk.name: walk.actions for walk in run_episodes(
         env.pool, walks, agent, sims=args.sims, render="last", counters=counters,
         min_waiting_fraction=min_waiting_fraction,
-        should_stop=lambda walk: "turns" if len(walk.decisions) >= 40 else None)}
+        should_stop=lambda walk: "turns" if len(walk.decisions) >= args.turns else None)}
     seconds = time.perf_counter() - start
     return ended, len(ended) / seconds, counters["deciding_s"] / seconds
 
@@ -104,7 +105,7 @@ def main(args):
     flags += [f"--{key.replace('_', '-')}={vars(args)[key]}"
               for key in ("episodes", "scenes", "sim_python") if vars(args)[key]]
     policy, env, _ = grpo_online.setup(grpo_online.parse_args(flags), args.device)
-    env.args.walks = args.walks
+    env.args.walks, env.args.turns = args.walks, args.turns
     sides = {"ours": (policy.agent(), 0.5), "plain": (Plain(policy).agent(), 1.0)}
     found = {name: [] for name in sides}
     with env.open(), torch.no_grad():

@@ -607,7 +607,7 @@ def test_two_ranks_of_unequal_walks_agree_with_one(ego, init, tmp_path):
 
 def test_the_bench_of_rollouts_walks_the_same_both_ways(ego, init, tmp_path):
     in_process("bench/rollouts.py", "--ckpt", init, "--episodes", houses_of(ego), "--walks", 3,
-               "--sims", 2, "--repeats", 1, "--results", tmp_path / "rows")
+               "--turns", 8, "--sims", 2, "--repeats", 1, "--results", tmp_path / "rows")
     row = json.loads((tmp_path / "rows").read_text())
     assert row["equal"]
     assert row["ratio"] > 0
