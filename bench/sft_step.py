@@ -44,10 +44,11 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, ego, folder, args, steps):
         self.data, self.policy = VlnEgo(ego), load_policy(folder)       # its contract, its words
         self.processor = load_processor(folder)
-        order = sft.Order(self.data, 0, args.steps_per_walk, args.batch_size // args.steps_per_walk)
+        order = sft.BatchSampler([self.data], 0, args.steps_per_walk,
+                                 args.batch_size // args.steps_per_walk)
         self.units, self.batches = [], []       # a walk's last group may be smaller than the others
         for step in range(steps):
-            mine = [(i, t) for i, ts in order(step) for t in ts]
+            mine = [(i, t) for _, i, ts in order(step) for t in ts]
             self.batches.append(range(len(self.units), len(self.units) + len(mine)))
             self.units += mine
 

@@ -44,11 +44,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
+from gpt4scene.scores import box_iou
 from make_data import encode
 from world import houses
 from world.episodes import read_json
-from world.house_sim import HouseSim, cast
-from world.robots import ROBOTS, rotation_of
+from world.house_sim import HouseSim, camera_rays, cast
+from world.robots import ROBOTS, rotation_of, yaw_of
 
 BENCHMARKS = ("scanqa", "sqa3d", "scan2cap", "scanrefer", "multi3dref")
 MIN_IOU = 0.5            # a proposal stands for an object from here on (their run_prepare.sh)
@@ -122,19 +123,6 @@ class Boxes(NamedTuple):
     def mark(self, number: int) -> str | None:
         """The mark that stands for an object; None if no proposal fits it."""
         return f"<OBJ{self.best[number]:03d}>" if self.iou[number] >= MIN_IOU else None
-
-
-def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(n, 6), (m, 6) -> (n, m), of axis-aligned boxes; 0 with an empty box.
-
-    >>> box_iou(np.array([[0, 0, 0, 2, 2, 2.]]), np.array([[1, 0, 0, 2, 2, 2.], [0] * 6])).round(3)
-    array([[0.333, 0.   ]])
-    """
-    a, b = a[:, None], b[None]
-    lo = np.maximum(a[..., :3] - a[..., 3:] / 2, b[..., :3] - b[..., 3:] / 2)
-    hi = np.minimum(a[..., :3] + a[..., 3:] / 2, b[..., :3] + b[..., 3:] / 2)
-    both = np.prod(np.maximum(hi - lo, 0), axis=-1)
-    return both / np.maximum(a[..., 3:].prod(-1) + b[..., 3:].prod(-1) - both, 1e-9)
 
 
 def pair_boxes(labels, truth, proposal_labels, proposals) -> Boxes:
@@ -466,7 +454,10 @@ def visible_things(sim: HouseSim, house: houses.House, poses: np.ndarray) -> np.
     owner = np.array([number[name] if role == "object" else -1
                       for name, role in zip(sim.scene.names, sim.scene.roles)] + [-1])
     width, height = sim.robot["width"], sim.robot["height"]
-    code, _, _ = cast(sim.scene, *sim.cameras(poses), width, height, sim.robot["hfov_deg"])
+    origins = poses[:, :3] + [0, sim.robot["camera_height_m"], 0]
+    yaws = np.array([yaw_of(pose[3:]) for pose in poses])
+    code, _ = cast(sim.scene, origins,
+                   camera_rays(yaws, width, height, sim.robot["hfov_deg"]))
     return owner[code >> 2].reshape(len(poses), width, height).transpose(0, 2, 1)
 
 

@@ -40,8 +40,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from cli import DefaultsFormatter, UserError, run_cli, write_json, write_text
-from evaluate import MIN_SCENES, cluster_bootstrap, read_rows
+from cli import DefaultsFormatter, UserError, read_rows, run_cli, write_json, write_text
+from evaluate import MIN_SCENES, cluster_bootstrap
 from world.episodes import read_json
 
 NEEDS = {"scanqa": (), "sqa3d": (), "scan2cap": ("truth", "proposals", "corpus"),
@@ -461,7 +461,7 @@ def read_lines(paths: Iterable[str]) -> dict[str, dict]:
     """Our answers, {key: row}. A last line without its end, cut short by a kill, is left out."""
     found = {}
     for path in paths:
-        for row in read_rows(path)[0]:
+        for row in read_rows(path):
             if not isinstance(row, dict) or not isinstance(row.get("key"), str):
                 raise UserError(f"{path} has a line without a \"key\" ({row!r:.60}): delete it, "
                                 "and run gpt4scene.answer again")

@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
-FOLDERS = ("", "world", "activevln", "tools")
+FOLDERS = ("", "world", "activevln", "gpt4scene", "tools")
 
 
 def modules():
