@@ -28,7 +28,8 @@ README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 ROOT_MODULES = sorted(os.path.basename(path)[:-3]
                       for path in glob.glob(os.path.join(ROOT, "*.py")))
 MODULES = ROOT_MODULES + sorted(
-    f"{folder}.{os.path.basename(path)[:-3]}" for folder in ("world", "tools", "activevln")
+    f"{folder}.{os.path.basename(path)[:-3]}"
+    for folder in ("world", "tools", "activevln", "gpt4scene")
     for path in glob.glob(os.path.join(ROOT, folder, "*.py")) if "__" not in path)
 FENCES = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", ALL, re.DOTALL | re.MULTILINE)
 PROSE = re.sub(r"^ *```.*?^ *```$", "", ALL, flags=re.DOTALL | re.MULTILINE)
