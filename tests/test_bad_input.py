@@ -171,7 +171,7 @@ def test_episodes_of_one_world_on_scenes_of_another(houses, tmp_path):
     """An oracle would walk there and be wrong; every script refuses in a sentence."""
     exchange(houses, "u00000", "u00001")
     exchange(houses, "h00000", "h00001")
-    sentence = "00000.glb is another scene .*episodes of one world on scenes of another.*--scenes"
+    sentence = "00000.glb has the hash .*episodes of one world on scenes of another.*--scenes"
     with pytest.raises(UserError, match=sentence):
         walk_stop(houses, tmp_path / "y")
     with pytest.raises(UserError, match=sentence):
