@@ -191,3 +191,14 @@ def test_ruff_finds_nothing():
 @pytest.mark.parametrize("module", MODULES)
 def test_doctests(module):
     assert doctest.testmod(importlib.import_module(module)).failed == 0
+
+
+def test_the_evidence_is_what_the_episodes_give(tmp_path):
+    """The tables and docs/results/evidence.json, recomputed from the per-episode files."""
+    out = tmp_path / "results" / "evidence.json"
+    printed = subprocess.run([sys.executable, "bench/evidence_table.py", "--out", str(out)],
+                             cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    table = TEXTS["docs/evidence.md"].split("<!-- evidence-table -->")[1].split("<!--")[0]
+    assert table.strip().strip("`").strip() == printed.strip()
+    with open(os.path.join(ROOT, "docs", "results", "evidence.json")) as recorded:
+        assert json.load(recorded) == json.loads(out.read_text())
