@@ -11,7 +11,7 @@ A run directory (--out) holds
     log.jsonl                 one line per step; tb/ holds the same for TensorBoard
     state/step_000200/        weights, optimizer, step: everything that resuming needs
     curves.png                the main columns of the log (GRPO)
-    config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (model.save_policy)
+    config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (checkpoint.py)
 A state is complete when state/latest names it. That file is replaced in one move, after every rank
 has written its part. On resume the log is cut back to the step of the state, so the run continues
 as if it had never stopped: data order and sampling noise are functions of (seed, step), not of a
@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from checkpoint import is_sound, save_policy
 from cli import (
     UserError,
     lock_folder,
@@ -49,8 +50,6 @@ from cli import (
     write_text,
 )
 from make_data import VlnEgo
-from model import save_policy
-from qwen import is_sound
 
 # ---------------------------------------------------------------- pure functions
 

@@ -518,7 +518,7 @@ def load_agent(args, settings: dict, instructions: Iterable[str]) -> Callable:
         return scripted_agent(args.agent, settings["forward_steps"], args.max_actions, args.seed)
     import torch
 
-    from model import load_policy
+    from checkpoint import load_policy
     torch.set_num_threads(args.threads)
     device = args.device or settings["device"]
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device

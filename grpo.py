@@ -41,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from checkpoint import load_policy
 from cli import DefaultsFormatter, UserError, positive_int, run_cli, write_text
 from engine import (
     Log,
@@ -70,8 +71,7 @@ from engine import (
     update_metrics,
 )
 from make_data import add_data_args, open_sources, split_by_shares
-from model import Policy, load_policy, window_prompt
-from qwen import resize
+from model import Policy, window_prompt
 from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
 
 RESUMABLE = {"samples_every"}                # may change on resume, besides engine.RESUMABLE_FLAGS
@@ -256,14 +256,13 @@ def sampling_seeds(seed: int, step: int, n: int) -> list[int]:
     return [int(word >> np.uint64(1)) for word in words]       # torch's seeds have 63 bits
 
 
-def load_prompts(sources: Sequence, contract: dict, prompts: Iterable[PromptIndex]
-                 ) -> tuple[list, dict]:
+def load_prompts(sources: Sequence, policy, prompts: Iterable[PromptIndex]) -> tuple[list, dict]:
     """Prompts -> (decisions, {frame key: uint8 (H, W, 3)}). The trainer calls it in a
     loader thread, too."""
     decisions, frames = [], {}
     for k, episode, t in prompts:              # two sources may give their walks the same names
-        decision = sources[k].decision(episode, t, contract)
-        frames |= {(k, key): resize(sources[k].frame(key), contract) for key in decision.frames}
+        decision = sources[k].decision(episode, t, policy.contract)
+        frames |= {(k, key): policy.resize(sources[k].frame(key)) for key in decision.frames}
         decisions.append(decision._replace(frames=tuple((k, key) for key in decision.frames)))
     return decisions, frames
 
@@ -281,7 +280,7 @@ def load_batch(engine, sources: Sequence, prompts: Sequence[PromptIndex], step: 
     drawn = batch_of(prompts, step, args.batch_size, args.seed)
     seeds = sampling_seeds(args.seed, step, args.batch_size)
     mine = list(zip(drawn, seeds))[engine.global_rank::engine.world_size]
-    return [PromptBatch(*load_prompts(sources, engine.module.contract, [prompt]), [seed])
+    return [PromptBatch(*load_prompts(sources, engine.module, [prompt]), [seed])
             for prompt, seed in mine]
 
 
@@ -436,7 +435,7 @@ def validate(engine, data, prompts: Sequence[PromptIndex], args) -> dict[str, fl
     scores = []
     with gathered(engine):
         for at in range(8 * rank, len(prompts), 8 * world_size):
-            decisions, frames = load_prompts([data], policy.contract, prompts[at:at + 8])
+            decisions, frames = load_prompts([data], policy, prompts[at:at + 8])
             texts = policy.generate(policy.build_prompts(decisions, frames)).texts
             scores += compute_rewards(texts, decisions, policy, args)
     sums = score_sums(scores)

@@ -1,5 +1,5 @@
 """
-The policy: Qwen2-VL as a robot that reads an instruction, looks, and writes its next six actions.
+The policy: a Qwen-VL model as a robot that reads an instruction, looks, and writes six actions.
 
 The forward pass is qwen.py's. Here is what makes it a policy: the navigation contract, the prompt,
 its tokens, log-probabilities of given answers (training), sampled answers (acting), and the folder
@@ -27,31 +27,26 @@ prompt decides which class a checkpoint is (policy_class): ActiveVLN's dialogs a
 from __future__ import annotations
 
 import importlib
-import json
 import math
-import os
 import random
-import shutil
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from cli import UserError, write_json
+from cli import UserError
 from lsm import pick_frames
 from qwen import (
+    COMMON,
+    HIDDEN,
     Cache,
     Qwen,
     Segment,
     activation_bytes,
     fit_pixels,
-    image_processor,
-    load_model,
     mrope_positions,
-    read_file,
-    read_object,
-    resize,
 )
 from reward import (
     FORWARD,
@@ -63,8 +58,6 @@ from reward import (
     parse_plan,
     write_plan,
 )
-
-HUB_NAMES = {"Qwen2-VL-2B": "Qwen/Qwen2-VL-2B-Instruct", "Qwen2-VL-7B": "Qwen/Qwen2-VL-7B-Instruct"}
 
 # ---------------------------------------------------------------- the contract and the prompt
 
@@ -115,7 +108,7 @@ class Prompt(NamedTuple):
     """One decision as tokens: a qwen.Segment, and the length of the prefix that it may share."""
     ids: list[int]            # images expanded to one id per feature
     positions: Tensor         # (3, L) on the CPU
-    features: list[Tensor]    # one (rows, cols, H) tensor per image, in reading order
+    features: list[Tensor]    # one tensor per image (Qwen.encode), in reading order
     prefix_len: int           # ids before the first image: equal for all decisions of a walk
 
     @property
@@ -141,50 +134,51 @@ def forced_tokens(node: dict) -> tuple[list[int], dict]:
 
 
 def accept(drawn: list[list[int]], proposals: list[list[int]], answers: list[list[int]],
-           done: list[bool], end_token: int, limit: int) -> Tensor:
+           done: list[bool], end_token: int, limit: int) -> list[int]:
     """Extend the answers by what was drawn, up to the first token that differs from its proposal,
-    that one included -> kept (N, K + 1) bool: which of the tokens just run belong to an answer.
+    that one included -> how many of each answer's proposed tokens were drawn as well.
 
-    Column 0 is the last token of the answer so far, columns 1.. are the proposed ones.
+    drawn: one token more than proposed for each answer that is not done.
     """
-    kept = torch.ones(len(answers), len(drawn[0]), dtype=torch.bool)
+    accepted = [0] * len(answers)
     for i, answer in enumerate(answers):
         if done[i]:
-            kept[i] = False              # a finished row runs along with the others and is ignored
             continue
-        for j, token in enumerate(drawn[i][:len(proposals[i]) + 1]):
+        for j, token in enumerate(drawn[i]):
             answer.append(token)
             done[i] = token == end_token or len(answer) == limit
             if done[i] or j == len(proposals[i]) or token != proposals[i][j]:
                 break
-        kept[i, 1 + j:] = False
-    return kept
+        accepted[i] = j
+    return accepted
 
 
 class Policy(Qwen):
-    """A Qwen2-VL model, its tokenizer and its navigation contract.
+    """A Qwen-VL model, its tokenizer and its navigation contract.
 
-    files: {name: bytes} of the folder it was loaded from (KEPT_FILES), for save_policy().
+    processor: the settings of its image processor; files: {name: bytes} of the folder it was
+    loaded from. Both are for save_policy(), and the sizes and colours of pictures for Qwen.
     """
 
     default_contract, max_horizon = CONTRACT, 8     # _answer_texts() lists all plans there are
     whole_walks = False                         # is a training example a whole walk?
     val_metrics = ("loss", "first_action_acc", "exact_match")     # of validate()
 
-    def __init__(self, model, tokenizer, contract: dict, files: dict | None = None):
-        files = files or {}
-        processor = image_processor(files, model.config.vision_config)
-        super().__init__(model, processor["image_mean"], processor["image_std"])
-        self.tokenizer, self.files, self.processor = tokenizer, files, processor
+    def __init__(self, model, tokenizer, contract: dict, processor: dict,
+                 files: dict | None = None):
+        super().__init__(model, processor)
+        self.tokenizer, self.processor, self.files = tokenizer, processor, files or {}
         self.nan_logits = False          # was a sampled token's distribution not finite?
         self.set_contract(contract)
         token = tokenizer.convert_tokens_to_ids
         self.image_token, self.end_token = token("<|image_pad|>"), token("<|im_end|>")
         # The policy may not write image tokens: these ids have probability zero in sampling and in
         # the log-probabilities alike, so the two are one distribution.
-        self.banned = [token(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-                                          "<|vision_end|>", "<|vision_pad|>")
-                       if token(t) is not None and token(t) != tokenizer.unk_token_id]
+        banned = [token(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+                                     "<|vision_end|>", "<|vision_pad|>")
+                  if token(t) is not None and token(t) != tokenizer.unk_token_id]
+        self.register_buffer("banned", torch.tensor(banned, dtype=torch.long),
+                             persistent=False)
         self._token_cache = {}                                  # text piece -> ids
         self._chat_parts = None                                 # the chat template around a text
 
@@ -196,9 +190,21 @@ class Policy(Qwen):
 
     # ------------------------------------------------------------ text and frames -> tokens
 
+    def fit_pixels(self, height: int, width: int) -> tuple[int, int]:
+        """The size at which this model sees a frame, within the contract's budget."""
+        return fit_pixels(height, width, self.contract["min_pixels"], self.contract["max_pixels"],
+                          self.image_format.factor)
+
+    def resize(self, frame: np.ndarray) -> np.ndarray:
+        """uint8 (H, W, 3) -> uint8 (h, w, 3) as this model sees it."""
+        h, w = self.fit_pixels(*frame.shape[:2])
+        if frame.shape[:2] == (h, w):
+            return np.ascontiguousarray(frame)
+        return np.asarray(Image.fromarray(frame).resize((w, h), Image.Resampling.BICUBIC))
+
     def encode_frames(self, frames: list[np.ndarray]) -> list[Tensor]:
-        """uint8 (H, W, 3) arrays, of any sizes -> (rows, cols, H) tensors, differentiable."""
-        return self.encode([resize(np.asarray(f), self.contract) for f in frames])
+        """uint8 (H, W, 3) arrays, of any sizes -> features (Qwen.encode), differentiable."""
+        return self.encode([self.resize(np.asarray(f)) for f in frames])
 
     def _encode(self, text: str) -> list[int]:
         if text not in self._token_cache:
@@ -214,7 +220,7 @@ class Policy(Qwen):
     def prompt(self, text: str, features: list[Tensor], before: tuple = ()) -> Prompt:
         """One user turn and the opening of the answer, in the model's own chat template.
 
-        text: with one <image> per tensor in features [(rows, cols, H)]
+        text: with one <image> per tensor in features (Qwen.encode)
         before: earlier messages of the chat, ((role, text), ..); their <image> come first.
         """
         chat = self._chat(text, before).replace("<image>",
@@ -233,7 +239,7 @@ class Policy(Qwen):
             words = self._encode(piece)
             runs += [tuple(feature.shape[:2]), len(words)]
             ids += [self.image_token] * (feature.shape[0] * feature.shape[1]) + words
-        return Prompt(ids, mrope_positions(tuple(runs)), features, prefix_len)
+        return Prompt(ids, mrope_positions(tuple(runs)), features, min(prefix_len, len(ids) - 1))
 
     def _render(self, messages) -> str:
         return self.tokenizer.apply_chat_template(
@@ -295,36 +301,55 @@ class Policy(Qwen):
         texts = [tuple(p.ids[:p.prefix_len]) for p in prompts]
         unique = list(dict.fromkeys(texts))
         first = [prompts[texts.index(text)] for text in unique]
-        _, cache = self._forward_padded([Segment(p.ids[:p.prefix_len],
-                                                 p.positions[:, :p.prefix_len], [])
-                                         for p in first])
+        _, cache = self.decode([Segment(p.ids[:p.prefix_len], p.positions[:, :p.prefix_len], [])
+                                for p in first])
         return cache.rows(torch.tensor([unique.index(text) for text in texts], device=self.device))
 
     def _prefill(self, prompts: list[Prompt]) -> tuple[Tensor, Cache]:
         """Run whole prompts -> hidden state of each one's last token (B, H), Cache of B rows."""
         suffixes = [self._suffix(p, p.prefix_len) for p in prompts]
-        hidden, cache = self._forward_padded(suffixes, self._prefill_shared_prefix(prompts),
-                                             [p.prefix_len for p in prompts])
-        return hidden[range(len(suffixes)), [len(s.ids) - 1 for s in suffixes]], cache
+        hidden, cache = self.decode(suffixes, self._prefill_shared_prefix(prompts),
+                                    [p.prefix_len for p in prompts])
+        last = torch.tensor([len(s.ids) - 1 for s in suffixes], device=self.device)
+        return hidden[torch.arange(len(last), device=self.device), last], cache
 
-    def _suffix(self, prompt: Prompt, cut: int, answer: list[int] = ()) -> Segment:
-        """The part of a prompt after its first `cut` ids, followed by answer ids."""
-        after = prompt.next_position + torch.arange(len(answer))
-        where = torch.cat((prompt.positions[:, cut:], after.expand(3, -1)), dim=1)
-        return Segment(prompt.ids[cut:] + list(answer), where,
-                       prompt.features if cut < len(prompt.ids) else [])
+    def _suffix(self, prompt: Prompt, cut: int, answers: list[list[int]] = ()) -> Segment:
+        """The part of a prompt after its first `cut` ids; behind it answers to it, each a branch of
+        the row. An answer's last token predicts nothing and is left out."""
+        ids, positions, branch = prompt.ids[cut:], [prompt.positions[:, cut:]], None
+        branch = [COMMON] * len(ids)
+        for g, answer in enumerate(answers, start=1):
+            ids, branch = ids + answer[:-1], branch + [g] * (len(answer) - 1)
+            positions.append((prompt.next_position + torch.arange(len(answer) - 1)).expand(3, -1))
+        return Segment(ids, torch.cat(positions, dim=1),
+                       prompt.features if cut < len(prompt.ids) else [], branch)
 
     def _logits(self, hidden: Tensor, temperature: float) -> Tensor:
-        """hidden (..., H) -> fp32 logits (..., V), vision tokens at minus infinity."""
+        """hidden (X, H) -> fp32 logits (X, V), vision tokens at minus infinity."""
         logits = self.model.lm_head(hidden).float() / temperature
         self._count_flops(2 * logits.numel() * hidden.shape[-1])
-        logits[..., self.banned] = -math.inf
-        return logits
+        return logits.index_fill(-1, self.banned, -math.inf)
 
-    def _token_logps(self, hidden: Tensor, tokens: Tensor, temperature: float):
-        """hidden (X, H), tokens (X,) -> log p of each token (X,), logits (X, V)."""
-        logits = self._logits(hidden, temperature)
-        return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(dim=1), logits
+    def _logps_at(self, hidden: Tensor, spots: list[list[tuple]], temperature: float,
+                  columns: int | None = None) -> tuple[Tensor, Tensor]:
+        """log p of tokens -> logps (R, columns) fp32, 0 where a row has no more; and whether each
+        token is the likeliest, bool of that shape.
+
+        spots: per row of the result [(row, column of hidden (N, T, H), token that it predicts)].
+        """
+        row, column, token = torch.tensor([spot for some in spots for spot in some]
+                                          ).T.to(self.device)
+        picked = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + column)  # (X, H)
+        logits = self._logits(picked, temperature)                                     # (X, V)
+        logps = logits.gather(1, token[:, None]).squeeze(1) - logits.logsumexp(dim=1)
+        columns = columns or max(map(len, spots))
+        where = torch.tensor([i * columns + j for i, some in enumerate(spots)
+                              for j in range(len(some))], device=self.device)
+        flat = torch.zeros(len(spots) * columns, device=self.device)
+        likeliest = torch.zeros_like(flat, dtype=torch.bool)
+        likeliest = likeliest.index_copy(0, where, logits.argmax(dim=1) == token)
+        return (flat.index_copy(0, where, logps).view(len(spots), columns),
+                likeliest.view(len(spots), columns))
 
     # ------------------------------------------------------------ training: log-probabilities
 
@@ -358,42 +383,28 @@ class Policy(Qwen):
         prefill: _prefill(prompts), if the prompts have been run already.
         """
         lengths = completion_mask.sum(dim=1).tolist()
-        ids = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
-        # The hidden state BEFORE a token predicts it, so an answer's last token is never run, and
-        # start[i] is the column of hidden (N, columns, H) that predicts the first token of row i.
-        if group_size == 1 and prefill is None:      # prompt and answer in one row
-            hidden, start = self._hidden_of_rows(prompts, ids)
-        else:                                        # the prompt once, its G answers over its cache
-            hidden = self._hidden_of_groups(prompts, ids, group_size, prefill)
-            start = [0] * len(ids)
-        column = torch.arange(completion_ids.shape[1], device=self.device)
-        where = torch.tensor(start, device=self.device)[:, None] + column              # (N, C)
-        row = torch.arange(len(ids), device=self.device)[:, None].expand_as(where)
-        picked = completion_mask.nonzero(as_tuple=True)        # rows and columns of the X tokens
-        logps, _ = self._token_logps(hidden[row[picked], where[picked]], completion_ids[picked],
-                                     temperature)
-        out = torch.zeros(completion_ids.shape, device=self.device)
-        return out.index_put(picked, logps)
-
-    def _hidden_of_rows(self, prompts, ids) -> tuple[Tensor, list[int]]:
-        """Each prompt with its answer behind it, over the shared prefixes -> hidden, start."""
-        tails = [self._suffix(p, p.prefix_len, answer[:-1]) for p, answer in zip(prompts, ids)]
-        hidden, _ = self._forward_padded(tails, self._prefill_shared_prefix(prompts),
-                                         [p.prefix_len for p in prompts])
-        return hidden, [len(tail.ids) - max(len(answer) - 1, 0) - 1
-                        for tail, answer in zip(tails, ids)]
-
-    def _hidden_of_groups(self, prompts, ids, group_size, prefill) -> Tensor:
-        """Column 0 is the prompt's last hidden state, the same for its G rows; the answers' tokens
-        follow, run over the prompt's keys and values."""
-        last, cache = prefill or self._prefill(prompts)
-        siblings = torch.arange(len(prompts), device=self.device).repeat_interleave(group_size)
-        owners = [prompts[i // group_size] for i in range(len(ids))]
-        answers = [self._suffix(p, len(p.ids), a[:-1]) for p, a in zip(owners, ids)]
-        dummy = Segment([self.end_token], torch.zeros(3, 1), [])  # for an answer of one token
-        hidden, _ = self._forward_padded([a if a.ids else dummy for a in answers],
-                                         cache.siblings(group_size), [len(p.ids) for p in owners])
-        return torch.cat((last[siblings][:, None], hidden), dim=1)
+        answers = [row[:n] for row, n in zip(completion_ids.tolist(), lengths)]
+        groups = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
+        # 1. Run what has not been run: the prompts' tails, and behind each its G answers.
+        cuts = [len(p.ids) if prefill else p.prefix_len for p in prompts]
+        segments = [self._suffix(*one) for one in zip(prompts, cuts, groups)]
+        if not any(segment.ids for segment in segments):      # answers of one token: none to run
+            segments = [Segment([self.end_token], torch.zeros(3, 1, dtype=torch.long), [])
+                        for _ in prompts]
+        last, cache = prefill or (None, self._prefill_shared_prefix(prompts))
+        hidden, _ = self.decode(segments, cache, cuts)
+        if prefill:
+            hidden = torch.cat((last[:, None], hidden), dim=1)
+        # 2. The hidden state BEFORE a token predicts it: for an answer's first, the prompt's last.
+        spots = []
+        for row, (prompt, cut, group) in enumerate(zip(prompts, cuts, groups)):
+            first = 0 if prefill else len(prompt.ids) - cut - 1
+            column = first + 1
+            for answer in group:
+                columns = [first, *range(column, column + len(answer) - 1)]
+                column += len(answer) - 1
+                spots.append([(row, *pair) for pair in zip(columns, answer)])
+        return self._logps_at(hidden, spots, temperature, completion_ids.shape[1])[0]
 
     # ------------------------------------------------------------ sampling
 
@@ -411,9 +422,8 @@ class Policy(Qwen):
         sampling, token for token: the proposal only decides how many tokens a pass may yield.
         """
         hidden, cache = prefill or self._prefill(prompts)
-        cache = cache.detach()                       # a prefill may be differentiated later
         answers, _, passes = self._decode_loop(
-            hidden, cache.siblings(group_size), [p.next_position for p in prompts],
+            hidden, cache.detach(), [p.next_position for p in prompts],     # or it is learned from
             [len(p.ids) for p in prompts], group_size, temperature, seeds, draft, max_new_tokens)
         ids, mask = self._padded(answers)
         texts = [self.text(answer) for answer in answers]
@@ -425,38 +435,51 @@ class Policy(Qwen):
         """G answers after each of B prompts -> ids (B*G lists), Cache, number of decoder passes.
 
         hidden (B, H): the prompts' last states; start, before: their next positions and lengths;
-        cache: of B*G rows. The Cache returned has read all but the last id of each answer.
+        cache: of B rows. The Cache returned has read all but the last id of each answer: the G of
+        a prompt are branches 1 .. G of its row.
         """
-        siblings = torch.arange(len(start), device=self.device).repeat_interleave(group_size)
-        hidden = hidden[siblings][:, None]                                             # (N, 1, H)
         uniforms = self._uniforms(seeds, len(start), group_size, max_new_tokens, temperature)
-        start = torch.tensor(start).repeat_interleave(group_size)
-        answers, done, passes = [[] for _ in start], [False] * len(start), 0
-        proposals = [[] for _ in start]
+        n = len(start) * group_size
+        answers, done, passes = [[] for _ in range(n)], [False] * n, 0
+        proposals, hidden = [[] for _ in range(n)], hidden[:, None]
+        places = [[(i // group_size, 0)] for i in range(n)]   # rows, columns of hidden (B, T, H)
         while True:
-            # 1. Draw one token at every place that was run: (N, K + 1) for K proposed tokens. The
+            # 1. Draw one token at each place of an answer that was run: one more than proposed. The
             #    state at place j has seen the first j proposed tokens, so its draw is a sample of
             #    the policy as long as those were drawn as well; accept() stops where they differ.
-            logits = self._logits(hidden, temperature or 1.0)                          # (N, K+1, V)
-            drawn = self._sample(logits, uniforms, [len(a) for a in answers], proposals)
-            kept = accept(drawn, proposals, answers, done, self.end_token, max_new_tokens)
+            drawn = self._sample(hidden, places, temperature, uniforms, [len(a) for a in answers])
+            accepted = accept(drawn, proposals, answers, done, self.end_token, max_new_tokens)
             if passes:
                 # 2. Hide the keys of rejected tokens. They stay in the cache as padding, and the
                 #    next token's position comes from the answer's length, not from the cache.
-                old = torch.ones(len(answers), cache.valid.shape[1] - kept.shape[1],
-                                 dtype=torch.bool)
-                cache = cache.drop(torch.cat((old, kept), dim=1).to(self.device))
+                rejected = [place for some, k in zip(places, accepted) for place in some[k + 1:]]
+                row, column = torch.tensor(rejected, dtype=torch.long).view(-1, 2).T.to(self.device)
+                cache.branch[row, column - hidden.shape[1]] = HIDDEN       # counted from the end
             if all(done):
                 return answers, cache, passes
             # 3. Propose the tokens that the grammar forces, and run them with the last token.
             proposals = [self.draft(a)[:max(max_new_tokens - len(a) - 1, 0)] if draft and not d
                          else [] for a, d in zip(answers, done)]
-            segments = [Segment([a[-1]] + p, (start[i] + len(a) - 1 + torch.arange(1 + len(p)))
-                                .expand(3, -1), [])
-                        for i, (a, p) in enumerate(zip(answers, proposals))]
-            hidden, cache = self._forward_padded(segments, cache, [
-                before[i // group_size] + len(a) - 1 for i, a in enumerate(answers)])
+            segments, places = self._next_segments(answers, proposals, done, start)
+            own = sum(map(len, answers)) / n - 1
+            hidden, cache = self.decode(segments, cache, [length + own for length in before])
             passes += 1
+
+    def _next_segments(self, answers, proposals, done, start) -> tuple[list[Segment], list]:
+        """The last token of each answer that is not done, and its proposed ones -> a Segment for
+        each prompt, and per answer the (row, column) of these tokens."""
+        places, group_size = [[] for _ in answers], len(answers) // len(start)
+        segments = [Segment([], [], [], []) for _ in start]
+        for i in (i for i, d in enumerate(done) if not d):
+            (row, g), length = divmod(i, group_size), 1 + len(proposals[i])
+            ids, positions, _, branch = segments[row]
+            now = start[row] + len(answers[i]) - 1
+            places[i] = [(row, len(ids) + j) for j in range(length)]
+            ids += [answers[i][-1], *proposals[i]]
+            positions += range(now, now + length)
+            branch += [g + 1] * length
+        return [s._replace(positions=torch.tensor(s.positions, dtype=torch.long).expand(3, -1))
+                for s in segments], places
 
     def _uniforms(self, seeds, n_prompts, group_size, length, temperature) -> Tensor | None:
         """Uniform numbers (B*G, length) from each prompt's own stream; None if greedy."""
@@ -467,20 +490,28 @@ class Policy(Qwen):
                                      generator=torch.Generator().manual_seed(seed))
                           for seed in seeds])
 
-    def _sample(self, logits, uniforms, lengths, proposals) -> list[list[int]]:
-        """One token per row and place: argmax, or the inverse of the distribution function.
+    def _sample(self, hidden, places, temperature, uniforms, lengths) -> list[list[int]]:
+        """One token for each of an answer's places in hidden (B, T, H): argmax, or the inverse of
+        the distribution function. lengths: of the answers so far.
 
         Where the logits are not finite any token is returned and nan_logits is set: a rank that
         raised here would leave the others waiting. The caller reads the flag.
         """
+        row, column = torch.tensor([place for some in places for place in some]).T.to(self.device)
+        logits = self._logits(hidden[row, column], temperature or 1.0)                 # (X, V)
         self.nan_logits |= not bool(logits.amax(dim=-1).isfinite().all())
         if uniforms is None:
-            return logits.argmax(dim=-1).tolist()
-        cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)                           # (N, K+1, V)
-        place = torch.tensor(lengths)[:, None] + torch.arange(logits.shape[1])         # in answer
-        u = uniforms.gather(1, place.clamp(max=uniforms.shape[1] - 1)).to(self.device)
-        return torch.searchsorted(cdf, (u * cdf[..., -1])[..., None], right=True
-                                  ).squeeze(-1).clamp(max=logits.shape[-1] - 1).tolist()
+            tokens = logits.argmax(dim=-1)
+        else:
+            cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
+            last = uniforms.shape[1] - 1
+            u = uniforms[tuple(torch.tensor(
+                [(i, min(length + j, last)) for i, (some, length) in enumerate(zip(places, lengths))
+                 for j in range(len(some))]).T)].to(self.device)
+            tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True
+                                        ).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+        tokens = iter(tokens.tolist())
+        return [[next(tokens) for _ in some] for some in places]
 
     def draft(self, answer: list[int], guess: int = 8) -> list[int]:
         """The tokens that must follow `answer` if it is to become a plan; often none.
@@ -535,7 +566,7 @@ class Policy(Qwen):
         return decisions, self.load_frames(data, decisions)
 
     def load_frames(self, data, examples: list) -> dict:
-        return {key: resize(data.frame(key), self.contract) for e in examples for key in e.frames}
+        return {key: self.resize(data.frame(key)) for e in examples for key in e.frames}
 
     def tokenize_answers(self, decisions: list) -> list:
         """Examples as token_counts() and model_inputs() take them. (Dialogs need their ids.)"""
@@ -570,12 +601,13 @@ class Policy(Qwen):
 
     def _blank_features(self, frames: dict) -> dict:
         """Features of the right shape and no numbers: enough to count tokens."""
-        return {key: f if torch.is_tensor(f) else torch.empty(*(x // 28 for x in f.shape[:2]), 0)
+        return {key: f if torch.is_tensor(f) else self._blank_frame(*f.shape[:2])
                 for key, f in frames.items()}
 
     def activations(self, decisions: list, frames: dict, *rest, **named) -> float:
         """Bytes that a forward pass keeps for its backward pass, estimated. rest: token_counts's"""
-        patches = sum(f.shape[0] * f.shape[1] // 14 ** 2 for f in frames.values())
+        patches = sum(f.shape[0] * f.shape[1] for f in frames.values()
+                      ) // self.image_format.patch ** 2
         trains = next(self.vision.parameters()).requires_grad
         tokens = sum(self.token_counts(decisions, frames, *rest, **named))
         return activation_bytes(self.model.config, tokens, patches * trains, self.dtype.itemsize,
@@ -596,8 +628,8 @@ class Policy(Qwen):
                 for i, count in zip(indices, counts)]
 
     def _blank_frame(self, height: int, width: int) -> Tensor:
-        h, w = fit_pixels(height, width, self.contract["min_pixels"], self.contract["max_pixels"])
-        return torch.empty(h // 28, w // 28, 0)
+        h, w = (pixels // self.image_format.factor for pixels in self.fit_pixels(height, width))
+        return torch.empty(h, w, 0)
 
     def longest_prompt(self, height: int, width: int) -> Prompt:
         """The longest prompt of a one-word instruction: with all the frames that memory can hold.
@@ -646,259 +678,3 @@ class Policy(Qwen):
         phrases = action_phrases(contract["turn_deg"], contract["forward_m"])
         return ([window_prompt(text, 0, contract) for text in texts],
                 [write_plan([a, a], phrases) for a in sorted(phrases)])
-
-
-# ---------------------------------------------------------------- disk
-
-# What a checkpoint brings besides its weights and config.json, and takes along when it is saved.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt",
-                   "added_tokens.json", "special_tokens_map.json", "chat_template.json",
-                   "chat_template.jinja")
-KEPT_FILES = (*TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json",
-              "generation_config.json")
-VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
-
-
-def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
-                dtype: str = "float32", texts: list[str] | None = None, seed: int = 0,
-                replace_contract: bool = False, atomic_patterns: list[str] | None = None
-                ) -> Policy:
-    """A folder, a hub id, a short name of HUB_NAMES, or "tiny" (built from `texts`) -> Policy.
-
-    contract: for a model that has none; otherwise the checkpoint's own nav.json is used, unless
-    replace_contract. texts, atomic_patterns: of tiny's tokenizer.
-    UserError when the weights are not there, not whole, not finite, or need another forward pass.
-    """
-    if name == "tiny":
-        patterns = ATOMIC_PATTERNS if atomic_patterns is None else atomic_patterns
-        tiny = build_tiny(texts or [], contract or CONTRACT, seed, patterns)
-        return tiny.to(device, getattr(torch, dtype))
-    from transformers import AutoTokenizer
-    source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
-    try:
-        model = load_model(source, getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except UserError:
-        raise
-    except Exception as error:          # the library raises what it likes at a file it cannot read
-        reason = (str(error).splitlines() or [repr(error)])[0]
-        if os.path.isdir(name):
-            raise UserError(f"{name} does not load as a model ({reason}); copy it again, or give "
-                            "another folder") from error
-        raise UserError(
-            f"no model at {source!r}: it is neither a folder here nor in the Hugging Face cache, "
-            f"and the hub did not give it ({reason}). On a machine with network"
-            f" run `hf download {source} --local-dir models/{os.path.basename(source)}`, "
-            "copy the folder here and pass --model FOLDER; or use --model tiny") from error
-    check_tokenizer(tokenizer, model, source)
-    files = {file: read_file(source, file) for file in (*KEPT_FILES, "nav.json")}
-    stored = files.pop("nav.json")
-    own = read_contract(source, stored) if stored else None
-    contract = contract if replace_contract and contract else own or contract or CONTRACT
-    policy = policy_class(contract["prompt"])(
-        model.to(device), tokenizer, contract,
-        {file: content for file, content in files.items() if content is not None})
-    check_template(policy, source)
-    return policy
-
-
-def is_like(value, example) -> bool:
-    """Is a JSON value of the example's kind? A number must be finite, an object hold its keys.
-
-    >>> is_like(2, 0.25), is_like(True, 1), is_like({"a": "x"}, {"a": 1}), is_like({}, {"a": 1})
-    (True, False, False, False)
-    """
-    if isinstance(example, dict):
-        return isinstance(value, dict) and all(is_like(value.get(k), v) for k, v in example.items())
-    if isinstance(example, (bool, str)):
-        return type(value) is type(example)
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def read_contract(source: str, content: bytes) -> dict:
-    """The bytes of nav.json -> dict, complete and of a version that this code has."""
-    path = os.path.join(source, "nav.json")
-    contract = read_object(path, content)
-    for key, known in (("version", [CONTRACT["version"]]), ("prompt", list(POLICIES))):
-        if contract.get(key) not in known:
-            raise UserError(f"{path}: {key} is {contract.get(key)!r} and this code speaks "
-                            f"{known[0]!r}; run the code that trained it, or train again")
-    for key, like in policy_class(contract["prompt"]).default_contract.items():
-        value = contract.get(key)
-        if not (is_like(value, like) or value is None and key in contract and key in NULLABLE):
-            raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
-                            "nav.json again from the checkpoint")
-    return contract
-
-
-def check_tokenizer(tokenizer, model, source: str):
-    """UserError if the tokenizer lacks a mark of the prompt, or does not fit the model."""
-    token = tokenizer.convert_tokens_to_ids
-    lacking = [mark for mark in ("<|im_start|>", "<|im_end|>", *VISION_TOKENS)
-               if tokenizer(mark, add_special_tokens=False)["input_ids"] != [token(mark)]]
-    most, rows = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
-    ids = {"image_token_id": "<|image_pad|>", "vision_start_token_id": "<|vision_start|>"}
-    remedy = "copy the tokenizer's files from the model that it was trained from"
-    for wrong, problem in (
-            (lacking, f"its tokenizer has no token {', '.join(lacking)}"),
-            (most >= rows, f"its tokenizer has ids up to {most} and the weights embed {rows}"),
-            *((getattr(model.config, key) != token(mark), f"config.json says {key} "
-               f"{getattr(model.config, key)} and the tokenizer's {mark} is {token(mark)}")
-              for key, mark in ids.items())):
-        if wrong:
-            raise UserError(f"{source}: {problem}; {remedy}")
-
-
-def check_template(policy: Policy, source: str):
-    """UserError if the chat template does not put a user's text, unchanged, between its marks."""
-    try:
-        policy._chat("")
-    except Exception as error:             # jinja's own, and transformers' where there is none
-        raise UserError(f"{source}: its chat template cannot be used ({error}); copy the "
-                        "tokenizer's files, chat_template included, again") from error
-
-
-def save_policy(policy: Policy, folder: str, state_dict: dict | None = None):
-    """Write a folder that from_pretrained (transformers 4 and 5) reads and vLLM serves, plus
-    nav.json.
-
-    Everything goes to a temporary folder first and is moved into place file by file, so a crash
-    leaves each file whole. state_dict: consolidated weights of policy (ZeRO), else its own.
-    """
-    temporary = os.path.join(folder, ".saving")
-    shutil.rmtree(temporary, ignore_errors=True)             # of a save that was killed
-    os.makedirs(temporary)
-    if state_dict is not None:
-        state_dict = {k[len("model."):]: v for k, v in state_dict.items() if k.startswith("model.")}
-    policy.model.save_pretrained(temporary, state_dict=state_dict)
-    if "tokenizer_config.json" not in policy.files:
-        policy.tokenizer.save_pretrained(temporary)
-    for file, content in policy.files.items():
-        if file != "processor_config.json":       # its picture settings would outrank those below
-            with open(os.path.join(temporary, file), "wb") as f:
-                f.write(content)
-    pixels = {key: policy.contract[key] for key in ("min_pixels", "max_pixels")}
-    processor = {**policy.processor, **pixels, "size": {
-        "shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
-    for file, content in (("preprocessor_config.json", processor), ("nav.json", policy.contract)):
-        write_json(os.path.join(temporary, file), content)
-    for file, change in (("config.json", for_version_4), ("tokenizer_config.json", plain_classes)):
-        path = os.path.join(temporary, file)
-        with open(path, encoding="utf-8") as f:
-            content = change(json.load(f))
-        write_json(path, content)
-    # safetensors makes its file readable for its owner alone; the other files follow the umask.
-    mode = os.stat(os.path.join(temporary, "nav.json")).st_mode
-    for file in sorted(os.listdir(temporary)):
-        os.chmod(os.path.join(temporary, file), mode)
-        os.replace(os.path.join(temporary, file), os.path.join(folder, file))
-    os.rmdir(temporary)
-
-
-
-def for_version_4(config: dict) -> dict:
-    """config.json of transformers 5, with the keys of version 4 beside its own: version
-    4 does not read rope_parameters, and silently takes 1e6 for rope_theta."""
-    text = config["text_config"]
-    rope = text["rope_parameters"]
-    text["rope_theta"] = rope["rope_theta"]
-    text["rope_scaling"] = {"type": "mrope", "rope_type": "default",
-                            "mrope_section": rope["mrope_section"]}
-    return config
-
-
-def plain_classes(config: dict) -> dict:
-    """tokenizer_config.json of transformers 5 in words that version 4 knows as well."""
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config
-
-
-# ---------------------------------------------------------------- tiny: the same model, small
-
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>",
-                  "<|object_ref_end|>", "<|box_start|>", "<|box_end|>", "<|quad_start|>",
-                  "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-                  "<|image_pad|>", "<|video_pad|>"]
-# Qwen2-VL's template. A content is a text (ours: the images are marks in it already) or a list of
-# parts, {"type": "text", "text": ..} or an image, as servers are sent it. Videos are left out.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for content in message['content'] %}"
-    "{% if content['type'] in ('image', 'image_url') or 'image' in content"
-    " or 'image_url' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-# Words are split as Qwen2 splits them, but these patterns (an option, a line of the prompt)
-# stay whole, so that a BPE learned on them makes each one token.
-ATOMIC_PATTERNS = [
-    r"[A-D]\. [^,.\n<]+(?:, )?", r"You are a helpful assistant\.",
-    r"(?:move forward|turn left|turn right) [\d.]+ (?:cm|degrees)(?:, )?",
-    r"You are a robot [^:\n]+: ", r"(?:system|user|assistant)\n", r"\.\nInstruction: ",
-    r"\nSeen before: ", r"\nNow: "]
-QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-              r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-
-def tiny_tokenizer(texts: list[str], contract: dict, atomic_patterns: list[str],
-                   vocab_size: int = 1536):
-    """A byte-level BPE learned on the data set's own words -> PreTrainedTokenizerFast."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex("|".join([*atomic_patterns, QWEN_SPLIT])), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    bpe.decoder = decoders.ByteLevel()
-    prompts, answers = policy_class(contract["prompt"]).tiny_corpus(sorted(set(texts)), contract)
-    corpus = [prompt.replace("<image>", "") for prompt in prompts]
-    corpus += ["system\n", "You are a helpful assistant.", "user\n", "assistant\n", *answers
-               ] * max(len(corpus), 8)
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS), show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    bpe.add_special_tokens(SPECIAL_TOKENS)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        padding_side="left", chat_template=CHAT_TEMPLATE,
-        model_input_names=["input_ids", "attention_mask"])       # no token_type_ids: Qwen2 has none
-
-
-def build_tiny(texts: list[str], contract: dict, seed: int, atomic_patterns: list[str]) -> Policy:
-    """Qwen2-VL's classes at 1/2000 of the size, random weights, deterministic from the seed."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    tokenizer = tiny_tokenizer(texts, contract, atomic_patterns)
-    token = tokenizer.convert_tokens_to_ids
-    hidden = 128
-    config = Qwen2VLConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
-            num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=32768, tie_word_embeddings=True,
-            bos_token_id=token("<|endoftext|>"), eos_token_id=token("<|im_end|>"),
-            pad_token_id=token("<|endoftext|>"),
-            initializer_range=hidden ** -0.5,
-            # A few dozen positions, not thousands: the slow bands encode columns and must turn.
-            rope_parameters={"rope_type": "default", "rope_theta": 100.0,
-                             "mrope_section": [8, 12, 12]}),
-        vision_config=dict(depth=2, embed_dim=64, num_heads=2, mlp_ratio=4, hidden_size=hidden,
-                           patch_size=14, spatial_merge_size=2, temporal_patch_size=2,
-                           initializer_range=64 ** -0.5),
-        image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"),
-        vision_start_token_id=token("<|vision_start|>"),
-        vision_end_token_id=token("<|vision_end|>"),
-        tie_word_embeddings=True)
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    model = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    torch.random.set_rng_state(state)
-    model.generation_config.eos_token_id = token("<|im_end|>")
-    model.generation_config.pad_token_id = token("<|endoftext|>")
-    return policy_class(contract["prompt"])(model, tokenizer, contract)

@@ -19,7 +19,7 @@ Run it
     deepspeed --num_gpus 2 sft.py --model tiny --device cpu                  # two CPU processes
     python sft.py --model Qwen2-VL-2B --data released.json --image-root DIR  # ShareGPT, as released
 
-Reads    --model  a folder, a hub id, Qwen2-VL-2B / -7B, or tiny;  --data  from make_data.py, or a
+Reads    --model  a folder, a hub id, or a name: Qwen3-VL-4B, tiny;  --data  from make_data.py, or a
          ShareGPT JSON, several mixed by --shares;  --val-data  a split that is not trained on
 Writes   --out    the run directory that engine.py describes; its root loads with from_pretrained
 Expect   loss near ln(4) per action at once, then a plateau: what the instruction says of the first
@@ -39,6 +39,7 @@ import numpy as np
 import torch
 
 import lsm
+from checkpoint import load_policy
 from cli import DefaultsFormatter, UserError, positive_int, run_cli
 from engine import (
     Log,
@@ -68,7 +69,7 @@ from engine import (
     update_metrics,
 )
 from make_data import add_data_args, open_sources, split_by_shares
-from model import POLICIES, Policy, load_policy, policy_class
+from model import POLICIES, Policy, policy_class
 from world.robots import ROBOTS
 
 
@@ -76,7 +77,8 @@ def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[1],
                                 formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
-    add("--model", default="Qwen2-VL-2B", help="folder, hub id, Qwen2-VL-2B, Qwen2-VL-7B or tiny")
+    add("--model", default="Qwen2-VL-2B", help="folder, hub id, tiny, tiny-qwen2.5, "
+        "tiny-qwen3, or a name of docs/training.md: Qwen2-VL-2B, Qwen2.5-VL-3B, Qwen3-VL-4B ..")
     add_data_args(add, "every decision of all of them once an epoch")
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument

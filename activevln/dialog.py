@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from model import CONTRACT, Policy, Prompt, clean_instruction
-from qwen import Cache, Segment, resize
+from qwen import COMMON, HIDDEN, Cache, Segment
 from reward import FORWARD, LEFT, RIGHT, STOP
 
 # The contract: each turn is answered with up to `horizon` moves of 1 to `merge` equal actions.
@@ -260,16 +260,10 @@ class DialogPolicy(Policy):
         hidden, where = self._forward_packed(segments)
 
         # spots: per output row, [(segment, place in it, token), ..]; where: a segment's row, column
-        flat = [(where[i][0], where[i][1] + place, token)
-                for row in spots for i, place, token in row]
-        row, column, token = (torch.tensor(x, device=self.device) for x in zip(*flat))
-        token_logps, logits = self._token_logps(hidden[row, column], token, temperature)   # (X,)
-        lengths = torch.tensor([len(row) for row in spots], device=self.device)
-        there = torch.arange(int(lengths.max()), device=self.device) < lengths[:, None]
-        logps = torch.zeros(there.shape, device=self.device).masked_scatter(there, token_logps)
-        if with_greedy:
-            return logps, torch.zeros_like(there).masked_scatter(there, logits.argmax(1) == token)
-        return logps
+        spots = [[(where[i][0], where[i][1] + place, token) for i, place, token in row]
+                 for row in spots]
+        logps, likeliest = self._logps_at(hidden, spots, temperature)
+        return (logps, likeliest) if with_greedy else logps
 
     def _forward_packed(self, segments: list[PackedSegment]) -> tuple[Tensor, dict]:
         """Run segments several to a row, for walks differ much in length -> hidden (rows, T, H),
@@ -299,9 +293,8 @@ class DialogPolicy(Policy):
         column = torch.arange(width, device=self.device)
         attn_mask = ((column >= since) & (column <= column[:, None])) | ((column >= start)
                                                                          & (column < upto))
-        hidden, _ = self._forward_padded([Segment(ids, torch.cat(positions, dim=1), features)
-                                          for ids, positions, features in joined],
-                                         attn_mask=attn_mask)
+        hidden, _ = self.decode([Segment(ids, torch.cat(positions, dim=1), features)
+                                 for ids, positions, features in joined], attn_mask=attn_mask)
         return hidden, where
 
     # ------------------------------------------------------------ acting: cached turns
@@ -326,16 +319,14 @@ class DialogPolicy(Policy):
                                    now + len(pending) + prompt.positions), dim=1)
             segments.append(Segment(pending + prompt.ids, positions, [feature]))
         before = [cache.kv.shape[2] if cache else 0 for cache in caches]
-        hidden, past = self._forward_padded(segments, self._batch_caches(caches), before)
+        hidden, past = self.decode(segments, self._batch_caches(caches), before)
         hidden = hidden[range(len(segments)), [len(segment.ids) - 1 for segment in segments]]
-        siblings = torch.arange(len(segments), device=self.device).repeat_interleave(group_size)
         start = [int(segment.positions.max()) + 1 for segment in segments]
         answers, past, _ = self._decode_loop(
-            hidden, past.rows(siblings), start,
-            [n + len(segment.ids) for n, segment in zip(before, segments)], group_size,
-            temperature, seeds, draft, max_new_tokens)
+            hidden, past, start, [n + len(segment.ids) for n, segment in zip(before, segments)],
+            group_size, temperature, seeds, draft, max_new_tokens)
         groups = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
-        return groups, self._split_caches(past, [group[0] for group in groups], start, group_size)
+        return groups, self._split_caches(past, [group[0] for group in groups], start)
 
     def _batch_caches(self, caches: list[DialogCache | None]) -> Cache | None:
         """Caches of different lengths -> one Cache, padded on the right; None if all are new."""
@@ -345,19 +336,18 @@ class DialogPolicy(Policy):
         layers, heads, _, size = old[0][1].shape
         width = max(kv.shape[2] for _, kv in old)
         kv = old[0][1].new_zeros(layers, len(caches), heads, width, size)
-        valid = torch.zeros(len(caches), width, dtype=torch.bool, device=kv.device)
+        branch = torch.full((len(caches), width), HIDDEN, device=kv.device)
         for i, known in old:
-            kv[:, i, :, :known.shape[2]], valid[i, :known.shape[2]] = known, True
+            kv[:, i, :, :known.shape[2]], branch[i, :known.shape[2]] = known, COMMON
         keys, values = kv.chunk(2)
-        return Cache(list(keys), list(values), valid)
+        return Cache(list(keys), list(values), branch)
 
-    def _split_caches(self, cache: Cache, answers: list, start: list[int], group_size: int
-                      ) -> list[DialogCache]:
-        """The first row of each group, without padding and rejected drafts -> its DialogCache.
-        answers, start: of those rows, and the answers' first positions."""
-        kv = torch.stack(cache.keys + cache.values)             # (2 layers, N G, heads, P, D)
-        keep = [cache.valid[i * group_size].nonzero().squeeze(1) for i in range(len(answers))]
-        return [DialogCache(kv[:, i * group_size].index_select(2, keep[i]), answer[-1:],
+    def _split_caches(self, cache: Cache, answers: list, start: list[int]) -> list[DialogCache]:
+        """Each row with its first answer, without padding, rejected drafts and other answers -> its
+        DialogCache. answers: the first of each row; start: their first positions."""
+        kv = torch.stack(cache.keys + cache.values)             # (2 layers, N, heads, P, D)
+        keep = [((row == COMMON) | (row == 1)).nonzero().squeeze(1) for row in cache.branch]
+        return [DialogCache(kv[:, i].index_select(2, keep[i]), answer[-1:],
                             start[i] + len(answer) - 1) for i, answer in enumerate(answers)]
 
     # ------------------------------------------------------------ what the scripts ask of a policy
@@ -419,7 +409,7 @@ class DialogPolicy(Policy):
         """
         @torch.no_grad()
         def decide(walks):
-            frames = [resize(walk.frames[-1], self.contract) for walk in walks]
+            frames = [self.resize(walk.frames[-1]) for walk in walks]
             features = self.encode_frames([np.zeros_like(f) if blank else f for f in frames])
             seeds = [random.Random(f"{seed} {walk.name} {len(walk.decisions)}").getrandbits(62)
                      for walk in walks] if temperature > 0 else None

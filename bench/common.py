@@ -43,6 +43,7 @@ if util.find_spec("torchvision") and not torch.version.cuda:
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+import checkpoint  # noqa: E402
 import model  # noqa: E402
 from cli import DefaultsFormatter, write_json  # noqa: E402
 from engine import learning_rate  # noqa: E402
@@ -137,7 +138,7 @@ def shaped(policy, shape):
     big = Qwen2VLForConditionalGeneration._from_config(
         Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=torch.bfloat16)
     big.generation_config = policy.model.generation_config
-    return model.Policy(big, policy.tokenizer, policy.contract)
+    return model.Policy(big, policy.tokenizer, policy.contract, policy.processor)
 
 
 def phrase_policy(args, late, steps=500):
@@ -147,12 +148,13 @@ def phrase_policy(args, late, steps=500):
         return folder
     data = VlnEgo(late)
     contract = dict(model.CONTRACT, dataset="houses", turn_deg=data.meta["robot"]["turn_deg"])
-    policy = model.load_policy("tiny", contract, texts=[e["instruction"] for e in data.episodes],
-                               atomic_patterns=[])    # no phrase is a token of its own
+    words = [e["instruction"] for e in data.episodes]
+    policy = checkpoint.load_policy("tiny", contract, texts=words,
+                                    atomic_patterns=[])    # no phrase is a token of its own
     if args.shape != "tiny":
         policy = shaped(policy, args.shape)
     policy.to(args.device)
-    policy.banned = []                                # peers ban nothing: it must not matter
+    policy.banned = policy.banned[:0]                 # peers ban nothing: it must not matter
     rng = np.random.default_rng(0)
     rate = 3e-3 * 128 / policy.model.config.text_config.hidden_size
     optimizer = torch.optim.AdamW(policy.parameters(), rate, weight_decay=0.0)
@@ -170,7 +172,7 @@ def phrase_policy(args, late, steps=500):
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
     os.makedirs(folder)
-    model.save_policy(policy, folder)
+    checkpoint.save_policy(policy, folder)
     return folder
 
 

@@ -14,8 +14,8 @@ import torch
 from common import add_row, make_world, parser, phrase_policy
 
 import grpo
+from checkpoint import load_policy
 from make_data import VlnEgo
-from model import load_policy
 
 
 def parse_args(argv=None):
@@ -44,7 +44,7 @@ def main(args):
     policy = load_policy(args.ckpt or phrase_policy(args, late), device=args.device).eval()
     data = VlnEgo(late)
     units = grpo.draw_prompts([data], args.prompts, 1)
-    prompts = policy.build_prompts(*grpo.load_prompts([data], policy.contract, units))
+    prompts = policy.build_prompts(*grpo.load_prompts([data], policy, units))
     drafted, plain, same = count(policy, prompts)
     what = args.ckpt or "phrases split as by Qwen2"
     add_row(args, f"decoding, {what}", drafted, plain, "token by token", "passes", same,

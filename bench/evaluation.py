@@ -20,9 +20,10 @@ import torch
 from common import ROOT, add_row, in_turn, parser
 
 import evaluate
+from checkpoint import load_policy
 from lsm import pick_frames
-from model import load_policy, window_prompt
-from qwen import patchify, resize
+from model import window_prompt
+from qwen import patchify
 from reward import STOP, parse_control
 from world.pool import SimPool
 
@@ -41,11 +42,11 @@ def parse_args(argv=None):
 
 def hf_inputs(policy, words, frames):
     """What transformers' processor would make of a prompt and its frames."""
-    small = [resize(frame, policy.contract) for frame in frames]
-    sizes = [(f.shape[0] // 28, f.shape[1] // 28) for f in small]
+    small, patch = [policy.resize(frame) for frame in frames], policy.image_format.patch
+    sizes = [(f.shape[0] // patch // 2, f.shape[1] // patch // 2) for f in small]
     ids = policy.prompt(words, [torch.empty(*size, 0) for size in sizes]).ids
-    pixels = [patchify(torch.from_numpy(f.copy())[None])[0] for f in small]
-    pixels = [p.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176) for p in pixels]
+    pixels = [patchify(torch.from_numpy(f.copy())[None], policy.image_format)[0] for f in small]
+    pixels = [p.view(len(p), 3, 1, -1).expand(-1, 3, 2, -1).flatten(1) for p in pixels]
     ids = torch.tensor([ids], device=policy.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
             "pixel_values": torch.cat(pixels).to(policy.device, policy.dtype),
@@ -67,7 +68,8 @@ def hf_agent(policy, model, execute=3):
             inputs = hf_inputs(policy, window_prompt(walk.instruction, len(past), policy.contract),
                                [walk.features[i] for i in (*past, t)])
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=96,
-                                 suppress_tokens=policy.banned)[0, inputs["input_ids"].shape[1]:]
+                                 suppress_tokens=policy.banned.tolist())
+            ids = ids[0, inputs["input_ids"].shape[1]:]
             text = policy.tokenizer.decode([i for i in ids.tolist() if i != policy.end_token])
             walk.add_decision(text, parse_control(text, policy.phrases))
             plans.append(walk.decisions[-1].plan[:execute] or [STOP])
@@ -101,10 +103,10 @@ def comparable(row):
 
 
 def load_sides(args):
-    from transformers import Qwen2VLForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
     dtype = "bfloat16" if args.device == "cuda" else "float32"
     policy = load_policy(args.ckpt, device=args.device, dtype=dtype).eval()
-    theirs = Qwen2VLForConditionalGeneration.from_pretrained(
+    theirs = AutoModelForImageTextToText.from_pretrained(
         args.ckpt, dtype=policy.dtype, attn_implementation="sdpa").to(args.device).eval()
     return policy, theirs
 

@@ -23,8 +23,9 @@ from peers import conversation, load_model, load_processor, quiet
 from PIL import Image
 
 import grpo
+from checkpoint import load_policy
 from make_data import VlnEgo
-from model import load_policy, window_prompt
+from model import window_prompt
 from reward import score
 
 
@@ -63,12 +64,12 @@ def trl_trainer(folder, late, args, steps, callbacks=()):
         learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0, lr_scheduler_type="constant",
         gradient_checkpointing=False, bf16=args.device == "cuda", use_cpu=args.device == "cpu",
         report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True, seed=0,
-        generation_kwargs={"suppress_tokens": policy.banned})
+        generation_kwargs={"suppress_tokens": policy.banned.tolist()})
     trainer = GRPOTrainer(
         model=load_model(folder, args.device, torch.float32),   # TRL's bf16 is autocast over fp32
         reward_funcs=reward, args=config, processing_class=load_processor(folder),
         train_dataset=datasets.Dataset.from_list(rows), callbacks=list(callbacks))
-    trainer.model.generation_config.suppress_tokens = policy.banned
+    trainer.model.generation_config.suppress_tokens = policy.banned.tolist()
     return trainer, decisions, policy
 
 
@@ -141,7 +142,7 @@ def check(folder, late, args):
                    enumerate(zip(held["prompt_ids"], held["prompt_mask"])))
     advantages = grpo.group_advantages(torch.tensor(rewards, device=args.device), 8)
     mask = held["completion_mask"].bool()
-    policy.banned = []                                    # TRL's log-probs know of no banned ids
+    policy.banned = policy.banned[:0]                 # TRL's log-probs know of no banned ids
     ours = policy.logps(prompts, held["completion_ids"], mask, 8)
     theirs = held["logps"]
     loss, _ = grpo.grpo_loss(ours, ours.detach(), held["ref_per_token_logps"], advantages, mask,

@@ -74,7 +74,7 @@ class Plain:
             starts.append(begins[-1].position)
             known.append(((*seen, feature), answered))
         lengths = [len(segment.ids) for segment in segments]
-        hidden, cache = policy._forward_padded(segments)
+        hidden, cache = policy.decode(segments)
         hidden = hidden[range(len(segments)), [n - 1 for n in lengths]]
         answers, _, _ = policy._decode_loop(hidden, cache, starts, lengths, 1, temperature, seeds,
                                             True, 48)

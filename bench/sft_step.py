@@ -24,8 +24,9 @@ from peers import conversation, load_model, load_processor, quiet
 from PIL import Image
 
 import sft
+from checkpoint import load_policy
 from make_data import VlnEgo
-from model import load_policy, window_prompt
+from model import window_prompt
 from reward import write_plan
 
 

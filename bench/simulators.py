@@ -28,8 +28,8 @@ from collections import Counter
 import numpy as np
 from common import FRAME_PX, ROOT, add_row, make_world, parser, phrase_policy
 
+from checkpoint import load_policy
 from evaluate import EpisodeState, run_episodes
-from model import load_policy
 from world.episodes import read_episodes, read_ground_truth
 from world.pool import SimPool
 from world.robots import ROBOTS

@@ -81,7 +81,8 @@ def wordy():
     """A policy whose tokenizer splits phrases, as Qwen2's does: there is something to draft."""
     from policies import texts
 
-    from model import CONTRACT, load_policy
+    from checkpoint import load_policy
+    from model import CONTRACT
     return load_policy("tiny", contract=dict(CONTRACT, turn_deg=30), texts=texts(), seed=1,
                        atomic_patterns=[])
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import engine
 import grpo
 from model import window_prompt
-from qwen import patchify, resize
+from qwen import patchify
 from reward import write_plan
 
 WORDS = "turn around left right go to the red green blue sofa chair and stop in front of it".split()
@@ -29,19 +29,19 @@ def pictures(n, h=56, w=56, seed=0):
     return list(np.random.default_rng(seed).integers(0, 256, (n, h, w, 3), dtype=np.uint8))
 
 
-def pixel_values(frames, contract):
+def pixel_values(frames, policy):
     """What transformers' processor would hand its model: (patches, 1176), both time halves."""
-    rows, grids = [], []
+    rows, grids, patch = [], [], policy.image_format.patch
     for frame in frames:
-        small = resize(frame, contract)
-        patches = patchify(torch.from_numpy(small.copy())[None])[0]
-        rows.append(patches.view(-1, 3, 1, 196).expand(-1, 3, 2, 196).reshape(-1, 1176))
-        grids.append([1, small.shape[0] // 14, small.shape[1] // 14])
+        small = policy.resize(frame)
+        patches = patchify(torch.from_numpy(small.copy())[None], policy.image_format)[0]
+        rows.append(patches.view(len(patches), 3, 1, -1).expand(-1, 3, 2, -1).flatten(1))
+        grids.append([1, small.shape[0] // patch, small.shape[1] // patch])
     return torch.cat(rows), torch.tensor(grids)
 
 
 def hf_inputs(policy, ids, frames):
-    pixels, grids = pixel_values(frames, policy.contract)
+    pixels, grids = pixel_values(frames, policy)
     return dict(input_ids=ids, pixel_values=pixels, image_grid_thw=grids,
                 mm_token_type_ids=(ids == policy.image_token).int())
 
@@ -78,7 +78,7 @@ def learn_plans(policy, steps=80):
 def learn_to_write(policy, data, steps=40):
     """Plans of random actions: after this it knows how to answer, and not yet what."""
     rng = np.random.default_rng(1)
-    decisions, frames = grpo.load_prompts([data], policy.contract, grpo.draw_prompts([data], 2, 0))
+    decisions, frames = grpo.load_prompts([data], policy, grpo.draw_prompts([data], 2, 0))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     for _ in range(steps):
         plans = rng.integers(0, 4, (8, 6)).tolist()

@@ -22,8 +22,9 @@ import make_data
 import sft
 from activevln import grpo_online
 from activevln.dialog import DIALOG
+from checkpoint import load_policy, save_policy
 from cli import UserError, read_rows
-from model import CONTRACT, load_policy, save_policy
+from model import CONTRACT
 from tools import report
 from world import SimError
 from world import houses as houses_script

@@ -17,13 +17,14 @@ import torch
 from conftest import ROOT
 from policies import Decision, learn_plans, make_prompt, pictures, texts
 
+import checkpoint
 import engine
 import evaluate
 import grpo
-import model
+from checkpoint import load_policy
 from lsm import pick_frames
 from make_data import VlnEgo
-from model import CONTRACT, Policy, load_policy
+from model import CONTRACT, Policy
 from qwen import decoder_flops, vision_flops
 from reward import write_plan
 
@@ -91,7 +92,7 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     contract = dict(CONTRACT, turn_deg=30, memory=dict(CONTRACT["memory"], budget=3))
     policy = load_policy("tiny", contract, texts=[e["instruction"] for e in data.episodes])
     os.makedirs(tmp_path / "ckpt")
-    model.save_policy(policy, str(tmp_path / "ckpt"))
+    checkpoint.save_policy(policy, str(tmp_path / "ckpt"))
     ours, theirs = evaluation.load_sides(SimpleNamespace(ckpt=str(tmp_path / "ckpt"), device="cpu"))
     agents = (ours.agent(), evaluation.hf_agent(ours, theirs))
     episode = data.episodes[0]
@@ -175,22 +176,33 @@ def test_a_policy_counts_what_it_computes(wordy):
         assert wordy.flops == pytest.approx(times * once) and wordy.tokens == tokens
 
 
+# 2B and 3B models, narrower: 3 E + 12 E^2 weights .. of the text model and of the tower.
+NARROW = {
+    "tiny": (dict(num_attention_heads=4, num_key_value_heads=1, intermediate_size=1494),
+             dict(embed_dim=160, hidden_size=256)),
+    "tiny-qwen2.5": (dict(num_attention_heads=4, num_key_value_heads=1, intermediate_size=1376),
+                     dict(hidden_size=160, intermediate_size=428, out_hidden_size=256,
+                          window_size=112, fullatt_block_indexes=[5])),
+    "tiny-qwen3": (dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=768,
+                        head_dim=64),
+                   dict(hidden_size=160, intermediate_size=640, out_hidden_size=256,
+                        deepstack_visual_indexes=[1, 2, 3]))}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_activations_are_what_autograd_keeps(dtype):
-    """A model of Qwen2-VL-2B's proportions, narrower, on 280x196 pixels; with and without layers
-    that are recomputed."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    tiny = load_policy("tiny", contract=dict(CONTRACT, turn_deg=30), texts=texts())
-    config = tiny.model.config.to_dict()
+@pytest.mark.parametrize("name", list(NARROW))
+def test_activations_are_what_autograd_keeps(name, dtype):
+    """On 280x196 pixels, with and without layers that are recomputed."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    tiny = load_policy(name, contract=dict(CONTRACT, turn_deg=30), texts=texts())
+    config, (text, vision) = tiny.model.config.to_dict(), NARROW[name]
     config["text_config"].pop("layer_types", None)
-    config["text_config"].update(
-        hidden_size=256, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=1,
-        intermediate_size=1494, rope_parameters={"rope_type": "default", "rope_theta": 1e6,
-                                                 "mrope_section": [8, 12, 12]})
-    config["vision_config"].update(depth=6, embed_dim=160, num_heads=2, hidden_size=256)
-    policy = Policy(Qwen2VLForConditionalGeneration._from_config(
-        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype),
-        tiny.tokenizer, tiny.contract)
+    config["text_config"]["rope_parameters"]["mrope_section"] = [8, 12, 12]
+    config["text_config"].update(hidden_size=256, num_hidden_layers=6, **text)
+    config["vision_config"].update(depth=6, num_heads=2, **vision)
+    policy = Policy(AutoModelForImageTextToText.from_config(
+        AutoConfig.for_model(**config), attn_implementation="sdpa", dtype=dtype),
+        tiny.tokenizer, tiny.contract, tiny.processor)
     decision = Decision(texts()[0], tuple(range(6)), None)
     frames = dict(enumerate(pictures(6, 196, 280)))
     ids, mask = policy.answers([write_plan([1] * 6, policy.phrases)])

@@ -223,7 +223,8 @@ def test_batched_is_one_by_one():
 
 
 def test_batched_is_one_by_one_with_the_real_policy():
-    from model import CONTRACT, load_policy
+    from checkpoint import load_policy
+    from model import CONTRACT
     contract = {**CONTRACT, "turn_deg": 30, "memory": {"name": "even", "budget": 3}}
     policy = load_policy("tiny", contract, texts=["Walk to place number 1."]).eval()
     policy.generate = functools.partial(policy.generate, max_new_tokens=12)

@@ -25,10 +25,11 @@ from policies import (
 
 import engine
 import grpo
+from checkpoint import load_policy, save_policy
 from cli import UserError
 from grpo import group_advantages, grpo_loss
 from make_data import VlnEgo
-from model import CONTRACT, load_policy, save_policy
+from model import CONTRACT
 from reward import time_decayed_reward, write_plan
 
 torch.set_num_threads(1)
@@ -251,7 +252,7 @@ def group_of_four(policy, world, n=2, seed=5):
     """n decisions, their frames, and four sampled plans for each."""
     data = VlnEgo(world / "vln_ego" / "train")
     units = grpo.draw_prompts([data], n, seed)
-    decisions, frames = grpo.load_prompts([data], policy.contract, units)
+    decisions, frames = grpo.load_prompts([data], policy, units)
     with torch.no_grad():
         prompts = policy.build_prompts(decisions, frames)
         roll = policy.generate(prompts, 4, 1.0, seeds=list(range(n)))

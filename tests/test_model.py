@@ -23,8 +23,9 @@ from policies import (
     texts,
 )
 
+from checkpoint import TINY, load_policy, save_policy
 from cli import UserError
-from model import CONTRACT, Policy, load_policy, save_policy, window_prompt
+from model import CONTRACT, Policy, window_prompt
 from qwen import PatchProjection, fit_pixels
 from reward import write_plan
 
@@ -41,28 +42,28 @@ def policy():
 
 
 @pytest.mark.parametrize("h,w", [(480, 640), (56, 56), (100, 30), (720, 1280), (224, 224)])
-def test_pixels_equal_the_pil_image_processor(h, w):
+def test_pixels_equal_the_pil_image_processor(policy, h, w):
     backend = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
     from PIL import Image
     frames = pictures(2, h, w)
-    contract = CONTRACT30
+    contract = policy.contract
     want = backend.Qwen2VLImageProcessorPil(
         size={"shortest_edge": contract["min_pixels"], "longest_edge": contract["max_pixels"]})(
         [Image.fromarray(f) for f in frames], return_tensors="pt")
-    pixels, grids = pixel_values(frames, contract)
+    pixels, grids = pixel_values(frames, policy)
     assert torch.equal(grids, want["image_grid_thw"])
     torch.testing.assert_close(pixels, want["pixel_values"].float(), atol=1e-5, rtol=0)
 
 
 def test_a_real_frame_costs_seventy_tokens():
-    h, w = fit_pixels(480, 640, CONTRACT["min_pixels"], CONTRACT["max_pixels"])
+    h, w = fit_pixels(480, 640, CONTRACT["min_pixels"], CONTRACT["max_pixels"], 28)
     assert h // 28 * (w // 28) == 70
 
 
 def test_features_equal_transformers_and_ignore_company(policy):
     frames = pictures(3) + pictures(2, 84, 112)
     ours = policy.encode_frames(frames)
-    pixels, grids = pixel_values(frames, policy.contract)
+    pixels, grids = pixel_values(frames, policy)
     theirs = policy.model.model.get_image_features(pixels, grids, return_dict=True).pooler_output
     for a, b, grid in zip(ours, theirs, grids):
         assert a.shape[:2] == (grid[1] // 2, grid[2] // 2)
@@ -174,7 +175,7 @@ def test_greedy_equals_transformers_generate(wordy):
     for i, (prompt, frames) in enumerate(zip(prompts, sets)):
         ids = torch.tensor([prompt.ids])
         want = wordy.model.generate(**hf_inputs(wordy, ids, frames), do_sample=False,
-                                    max_new_tokens=20, suppress_tokens=wordy.banned)
+                                    max_new_tokens=20, suppress_tokens=wordy.banned.tolist())
         got = ours.completion_ids[i][ours.completion_mask[i]]
         assert torch.equal(got, want[0, ids.shape[1]:][:len(got)])
 
@@ -209,7 +210,7 @@ def test_samples_follow_the_log_probabilities(policy):
     chi2 = ((observed - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
     freedom = int(big.sum())
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5
-    assert not set(rollout.completion_ids.flatten().tolist()) & set(policy.banned)
+    assert not set(rollout.completion_ids.flatten().tolist()) & set(policy.banned.tolist())
 
 
 def test_a_sample_does_not_depend_on_its_batch(policy):
@@ -349,10 +350,10 @@ def both(change):
     (lambda c: c.update(quantization_config={"quant_method": "awq"}), ["quantization_config"]),
     (lambda c: c.update(model_type="qwen3_5"), ["is a qwen3_5"]),
     (lambda c: c.update(image_token_id=7), ["image_token_id 7"]),
-    (lambda c: c["vision_config"].update(patch_size=16), ["vision_config: patch_size is 16"]),
-    (lambda c: c["vision_config"].update(spatial_merge_size=4), ["spatial_merge_size is 4"]),
-    (lambda c: c["vision_config"].update(hidden_size=64), ["hidden_size is 64"]),
-    (lambda c: c["vision_config"]["rope_parameters"].update(rope_theta=100.0), ["rope_theta"]),
+    (lambda c: c["vision_config"].update(patch_size=16), ["patch_embed", "(64, 3, 2, 16, 16)"]),
+    (lambda c: c["vision_config"].update(spatial_merge_size=4), ["merger.mlp.0", "(1024,)"]),
+    (lambda c: c["vision_config"].update(hidden_size=64), ["merger.mlp.2", "(64,)"]),
+    (lambda c: c["vision_config"].update(temporal_patch_size=4), ["temporal_patch_size is 4"]),
 ])
 def test_a_configuration_that_needs_another_forward_pass_is_refused(saved, tmp_path, change, words):
     refused(copy_of(saved, tmp_path / "x", config=change), *words)
@@ -391,10 +392,12 @@ def test_the_published_form_of_a_config_loads(policy, saved, tmp_path, tied):
 
 
 def test_settings_that_transformers_modules_carry_out_are_obeyed(policy, saved, tmp_path):
-    """Activations and norms are the library's own modules: any value, and the same answer."""
+    """Activations, norms and the tower's rotation are the library's own modules: any value, and the
+    same answer."""
     def other(config):
         config["text_config"].update(hidden_act="gelu", rms_norm_eps=0.1)
         config["vision_config"].update(hidden_act="silu")
+        config["vision_config"]["rope_parameters"].update(rope_theta=100.0)
     changed = load_policy(copy_of(saved, tmp_path / "x", config=other))
     frames = pictures(2)
     prompt = make_prompt(changed, frames)
@@ -524,9 +527,9 @@ def test_the_chat_template_takes_lists_of_parts(policy):
 
 OTHERS = """
 import json, sys, torch, transformers
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 folder, inputs, out = sys.argv[1:]
-model = Qwen2VLForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
+model = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
 asked = torch.load(inputs)
 if transformers.__version__ < "5":
     asked.pop("mm_token_type_ids")
@@ -562,11 +565,15 @@ def other_transformers(version, cache):
     return str(folder)
 
 
+@pytest.mark.parametrize("name", list(TINY))
 @pytest.mark.parametrize("version", ["4.57.3", "5.17.0"])
-def test_other_versions_of_transformers_compute_the_same(saved, tmp_path, version, pytestconfig):
+def test_other_versions_of_transformers_compute_the_same(tmp_path, name, version, pytestconfig):
     path = other_transformers(version, pytestconfig.cache)
+    tiny = load_policy(name, contract=CONTRACT30, texts=texts())
+    save_policy(tiny, str(tmp_path / "from"))
     loaded = load_policy(copy_of(
-        saved, tmp_path / "x", generation_config=lambda g: g.update(repetition_penalty=1.05),
+        tmp_path / "from", tmp_path / "x",
+        generation_config=lambda g: g.update(repetition_penalty=1.05),
         tokenizer_config=lambda t: t.update(tokenizer_class="TokenizersBackend",
                                             extra_special_tokens=["<|im_start|>"])))
     save_policy(loaded, str(tmp_path / "saved"))

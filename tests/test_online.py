@@ -37,10 +37,10 @@ from activevln.dialog import (
     merged_phrases,
     parse_answer,
 )
+from checkpoint import load_policy, save_policy
 from cli import UserError
 from evaluate import EpisodeState
 from make_data import VlnEgo
-from model import load_policy, save_policy
 from reward import FORWARD, LEFT, STOP
 
 torch.set_num_threads(1)
@@ -285,7 +285,7 @@ def test_dialog_tokens_decode_to_the_executed_actions(policy, walks):
         moves = sum(a != STOP for a in walk.actions)
         assert len(walk.states) == 1 + moves
         for (ids,) in sampled_ids(walk):
-            assert not set(ids) & set(policy.banned)           # no picture was drawn
+            assert not set(ids) & set(policy.banned.tolist())           # no picture was drawn
 
 
 def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
@@ -297,7 +297,7 @@ def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
     assert torch.equal(mask, logps != 0)
     for dialog, walk in zip(dialogs, walks):
         features = policy.encode_frames([frames[key] for key in dialog.frames])
-        (ids, positions, _), starts = policy.dialog_tokens(dialog, features)
+        (ids, positions, *_), starts = policy.dialog_tokens(dialog, features)
         assert positions.shape == (3, len(ids))
         for (at, _), (answer,) in zip(starts, sampled_ids(walk)):
             assert ids[at:at + len(answer)] == answer

@@ -18,10 +18,11 @@ import evaluate
 import grpo
 import make_data
 import sft
+from checkpoint import load_policy, save_policy
 from cli import UserError
 from evaluate import EpisodeState
 from make_data import VlnEgo, action_chunk
-from model import CONTRACT, load_policy, save_policy
+from model import CONTRACT
 from tools.own_walks import LabelledLoop, mixed_agent, walk_row
 from world.episodes import read_episodes
 from world.house_sim import HouseSim

@@ -10,8 +10,9 @@ import pytest
 from conftest import ROOT, in_process
 from policies import log_of
 
+from checkpoint import load_policy
 from make_data import VlnEgo
-from model import CONTRACT, load_policy
+from model import CONTRACT
 from tools.sharegpt import ShareGpt
 
 SAMPLE = os.path.join(ROOT, "..", "shared", "data", "vln_ego_sample")

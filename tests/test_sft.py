@@ -26,9 +26,10 @@ from policies import (
 
 import engine
 import sft
+from checkpoint import load_policy
 from cli import UserError
 from make_data import VlnEgo
-from model import CONTRACT, load_policy
+from model import CONTRACT
 
 torch.set_num_threads(1)
 TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",

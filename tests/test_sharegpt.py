@@ -51,8 +51,8 @@ def written(folder, records, name="x.json"):
 @pytest.fixture(scope="module")
 def policy():
     pytest.importorskip("torch")
+    from checkpoint import load_policy
     from model import CONTRACT as CONTRACT
-    from model import load_policy
     return load_policy("tiny", dict(CONTRACT, turn_deg=30, horizon=2), texts=["go to the door"])
 
 
@@ -556,7 +556,7 @@ def test_sharegpt_there_and_back(ego, tmp_path, policy):
 
 def test_the_contract_of_what_another_tool_trained_on_the_export(ego, tmp_path, policy):
     import evaluate
-    from model import load_policy, save_policy
+    from checkpoint import load_policy, save_policy
     share, ckpt = tmp_path / "share", tmp_path / "ckpt"
     export(ego, share, "--horizon", "4")
     save_policy(policy, str(ckpt))

@@ -409,8 +409,8 @@ class ShareGpt:
         special = "|".join(re.escape(token.content) for token in
                            policy.tokenizer.added_tokens_decoder.values() if token.special)
         context = policy.model.config.text_config.max_position_embeddings
-        budget = policy.contract["max_pixels"]
-        most = max(budget / 28 ** 2, math.sqrt(MOST_ASPECT * budget) / 28 + 1)    # a thin picture
+        budget, side = policy.contract["max_pixels"], policy.image_format.factor
+        most = max(budget / side ** 2, math.sqrt(MOST_ASPECT * budget) / side + 1)  # a thin picture
         found = []
         for i, record in enumerate(self.records):
             text = " ".join([record.system, *(part for both in record.rounds for part in both)])
@@ -426,7 +426,6 @@ class ShareGpt:
 
     def exact_length(self, i: int, policy, least_answer: int) -> int:
         """Tokens of the whole of record i, from its pictures' headers."""
-        from qwen import fit_pixels
         decision = self.decision(i, len(self.records[i].rounds) - 1, policy.contract)
         frames = {}
         for key in decision.frames:
@@ -436,9 +435,7 @@ class ShareGpt:
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
                 self.read(key)                      # raises a UserError that describes the problem
                 raise
-            size = fit_pixels(height, width, policy.contract["min_pixels"],
-                              policy.contract["max_pixels"])
-            frames[key] = np.broadcast_to(np.uint8(0), (*size, 3))
+            frames[key] = np.broadcast_to(np.uint8(0), (*policy.fit_pixels(height, width), 3))
         prompt, = policy.token_counts([decision], frames, group_size=0)
         answer = policy.tokenizer(decision.answer, add_special_tokens=False)["input_ids"]
         return prompt + max(len(answer) + 1, least_answer)
@@ -486,7 +483,8 @@ def export(args) -> None:
     contract = {**CONTRACT, **data.meta["robot"], "horizon": args.horizon,
                 "dataset": data.meta["dataset"], "memory": lsm.memory_from_args(args)}
     n = write_sharegpt(data, args.out, contract)
-    pixels = fit_pixels(*(contract[k] for k in ("height", "width", "min_pixels", "max_pixels")))
+    pixels = fit_pixels(*(contract[k] for k in ("height", "width", "min_pixels", "max_pixels")),
+                        factor=28)                                  # of the template named below
     print(f"{args.out}/vln_ego.json: {n:,} records of {len(data):,} episodes; for LLaMA-Factory: "
           f"template qwen2_vl, image_max_pixels {math.prod(pixels)}; then python -m tools.sharegpt "
           f"contract {args.out} --ckpt FOLDER gives the trained model its nav.json")
