@@ -2,10 +2,10 @@
 The policy: a Qwen-VL model as a robot that reads an instruction, looks, and writes six actions.
 
 The forward pass is qwen.py's. Here is what makes it a policy: the navigation contract, the prompt,
-its tokens, log-probabilities of given answers (training), sampled answers (acting), and the folder
-on disk. What prompts have in common is run once, a prompt is run once for its G answers, and the
-vocabulary is multiplied only where an answer stands. tests/test_model.py compares all of it with
-transformers' tokenizer, image processor, positions, logits and generate().
+its tokens, log-probabilities of given answers (training) and sampled answers (acting). What prompts
+have in common is run once, a prompt is run once for its G answers, and the vocabulary is multiplied
+only where an answer stands. tests/test_model.py compares all of it with transformers' tokenizer,
+image processor, positions, logits and generate(). Folders are checkpoint.py's.
 
 Read it in this order
     prompt     instruction and frames -> text with <image> placeholders    window_prompt
@@ -13,14 +13,12 @@ Read it in this order
     training   log-probability of given answers                            Policy.logps
     sampling   answers, drafted by the plan grammar and verified           Policy.generate
     acting     the agent that evaluate.py runs                             Policy.agent
-    disk       load_policy, save_policy
 
 Shapes     B prompts, G answers each, N = B*G rows (siblings adjacent), T new tokens, P cached
            tokens, C answer tokens, H hidden size, V vocabulary
 
-A checkpoint folder is what from_pretrained reads, plus nav.json: the navigation contract (degrees
-and metres, horizon, memory, image budget, prompt version), which evaluate.py obeys. The contract's
-prompt decides which class a checkpoint is (policy_class): ActiveVLN's dialogs are a subclass.
+The contract's prompt decides which class a policy is (policy_class): ActiveVLN's dialogs are a
+subclass.
 
 [1] Qwen2-VL, https://arxiv.org/abs/2409.12191      [2] VLN-R1, https://arxiv.org/abs/2506.17221
 """

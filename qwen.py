@@ -516,18 +516,9 @@ class Qwen(nn.Module):
         embeds = self.lm.embed_tokens(ids.to(self.device))
         if not features:
             return embeds, {}
-        # Each distinct tensor once, then one gather: a frame shared by eight decisions is stored
-        # once, and its gradient is summed once.
-        unique, start, offset = [], {}, 0
-        for f in features:
-            if id(f) not in start:
-                start[id(f)] = offset
-                unique.append(f.flatten(0, 1))
-                offset += len(unique[-1])
-        index = np.concatenate([np.arange(start[id(f)], start[id(f)] + f.shape[0] * f.shape[1])
-                                for f in features])
-        bank = torch.cat(unique).index_select(0, torch.from_numpy(index).to(self.device))
-        first, *levels = bank.to(embeds.dtype).split(embeds.shape[-1], dim=-1)
+        # A frame that eight decisions look at was encoded once: its gradients add up there.
+        shown = torch.cat([f.flatten(0, 1) for f in features]).to(embeds.dtype)
+        first, *levels = shown.split(embeds.shape[-1], dim=-1)
         is_image = ids == self.model.config.image_token_id
         where = is_image.nonzero().squeeze(1).to(self.device)
         deepstack = {"visual_pos_masks": is_image[None].to(self.device),

@@ -61,8 +61,8 @@ class Plain:
 
     def __init__(self, policy):
         self.policy, self.contract = policy, policy.contract
-        self.encode_frames, self.text, self.actions = (
-            policy.encode_frames, policy.text, policy.actions)
+        self.encode_frames, self.resize, self.text, self.actions = (
+            policy.encode_frames, policy.resize, policy.text, policy.actions)
 
     def generate_turn(self, caches, instructions, features, group_size, temperature, seeds):
         policy, segments, starts, known = self.policy, [], [], []

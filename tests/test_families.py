@@ -27,6 +27,9 @@ from checkpoint import TINY, load_policy, save_policy
 from cli import UserError
 from reward import write_plan
 
+sys.path.insert(0, os.path.join(ROOT, "bench"))
+import common  # noqa: E402, F401  (declares what a torchvision for CUDA lacks here)
+
 torch.set_num_threads(1)
 close = partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
 
@@ -150,8 +153,6 @@ def test_positions_are_the_rope_index(policy, plain):
 
 def test_frame_sizes_are_those_of_qwen_vl_utils(policy):
     """Its messages say min_pixels and max_pixels as nav.json does, and an `image` as we do."""
-    sys.path.insert(0, os.path.join(ROOT, "bench"))
-    import common  # noqa: F401  (declares two operators that torchvision's wheels lack here)
     try:
         import qwen_vl_utils as utils
     except Exception as error:          # without torchvision, or with one for another torch
@@ -380,11 +381,11 @@ def test_a_folder_without_its_pictures_settings_is_refused(policy, tmp_path):
 
 def test_two_ranks_at_zero_3_equal_one(ego, tmp_path):
     """Deepstack and the learned position grid are modules that ZeRO-3 must gather, too."""
-    common = ["sft.py", "--data", ego, "--model", "tiny-qwen3", "--device", "cpu", "--dtype",
-              "float32", "--batch-size", 16, "--steps-per-walk", 4, "--memory-budget", 3, "--lr",
-              1e-4, "--max-steps", 3]
-    in_process(*common, "--out", tmp_path / "one")
-    done = launch(["torch.distributed.run", "--standalone", "--nproc_per_node=2"], *common, "--out",
+    flags = ["sft.py", "--data", ego, "--model", "tiny-qwen3", "--device", "cpu", "--dtype",
+             "float32", "--batch-size", 16, "--steps-per-walk", 4, "--memory-budget", 3, "--lr",
+             1e-4, "--max-steps", 3]
+    in_process(*flags, "--out", tmp_path / "one")
+    done = launch(["torch.distributed.run", "--standalone", "--nproc_per_node=2"], *flags, "--out",
                   tmp_path / "two", "--zero-stage", 3, "--gradient-checkpointing")
     assert done.returncode == 0, done.stderr[-3000:]
     for a, b in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two")):

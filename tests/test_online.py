@@ -639,6 +639,7 @@ def test_the_agent_of_evaluate_obeys_malformed(policy):
     class Unreadable:
         contract, merged, end_token = policy.contract, policy.merged, policy.end_token
         text, actions, encode_frames = policy.text, policy.actions, policy.encode_frames
+        resize = policy.resize
         agent = DialogPolicy.agent
         def generate_turn(self, caches, *_):
             return [[[5, 6]]] * len(caches), [DialogCache(torch.zeros(1, 1, 1, 1), [6], 0)]
