@@ -569,17 +569,17 @@ class Qwen(nn.Module):
         mask = attn_mask & sees(branch)
         if past is not None:
             mask = torch.cat((sees(past.branch), mask), dim=-1)
-        config = self.lm.config
         added = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
-        added = added.masked_fill(~mask, -math.inf)
-        return added.repeat(1, config.num_attention_heads // config.num_key_value_heads, 1)[:, None]
+        added = added.masked_fill_(~mask, -math.inf)
+        repeats = self.lm.config.num_attention_heads // self.lm.config.num_key_value_heads
+        return (added.repeat(1, repeats, 1) if repeats > 1 else added)[:, None]
 
     def _count_decoder_flops(self, segments: list[Segment], before: list[float]):
-        flops = 0
+        new = sum(len(segment.ids) for segment in segments)
+        pairs = 0                                   # of a token and a key that it sees
         for segment, cached in zip(segments, before):
             sizes = Counter(segment.branch or [COMMON] * len(segment.ids))
             common = sizes.pop(COMMON, 0)
-            flops += decoder_flops(self.lm.config, common, cached)
-            flops += sum(decoder_flops(self.lm.config, own, cached + common)
-                         for own in sizes.values())
-        self._count_flops(flops, sum(len(segment.ids) for segment in segments))
+            pairs += common * (cached + common / 2) + sum(
+                own * (cached + common + own / 2) for own in sizes.values())
+        self._count_flops(decoder_flops(self.lm.config, new, pairs / new - new / 2), new)
