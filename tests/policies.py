@@ -132,8 +132,9 @@ def launch(launcher, *command):
     inside the tests' own process leave in the environment, are not handed on."""
     env = {k: v for k, v in os.environ.items()
            if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    path = os.pathsep.join(filter(None, (ROOT, env.get("PYTHONPATH"))))
     return subprocess.run([sys.executable, "-m", *launcher, *map(str, command)], timeout=600,
-                          env=dict(env, PYTHONPATH=ROOT, OMP_NUM_THREADS="1"), cwd=ROOT,
+                          env=dict(env, PYTHONPATH=path, OMP_NUM_THREADS="1"), cwd=ROOT,
                           capture_output=True, text=True)
 
 

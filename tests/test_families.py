@@ -483,6 +483,6 @@ def test_plans_and_moves_cost_what_the_docs_say(real_tokenizer, monkeypatch):
 def test_all_this_holds_on_the_oldest_transformers(pytestconfig):
     path = other_transformers("5.17.0", pytestconfig.cache)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__], cwd=ROOT,
-        capture_output=True, text=True, env=dict(os.environ, PYTHONPATH=path, NESTED="1"))
+        [sys.executable, "-m", "pytest", "-q", __file__], cwd=ROOT, capture_output=True, text=True,
+        env=dict(os.environ, PYTHONPATH=path, NESTED="1"))
     assert done.returncode == 0, done.stdout[-3000:]
