@@ -43,6 +43,8 @@ ROWS = {
     "own_long": f"grpo.py --data {{own}} --lr 1e-4 --prompts 19200 {GRPO}",
     "sft": f"sft.py --data {EXPERT} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger": f"sft.py --data {EXPERT} {{own}} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
+    "dagger_half": f"sft.py --data {EXPERT} {{own}} --shares 1 1 --lr 3e-4 --max-steps 400 "
+                   f"{MEMORY} {LEARN}",
     "dagger_low": f"sft.py --data {EXPERT} {{own}} --lr 1e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
     "expert_low": f"grpo.py --data {EXPERT} --lr 3e-5 --prompts 6400 {GRPO}",

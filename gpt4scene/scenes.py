@@ -752,7 +752,7 @@ def picture_tokens(path: str, longest_side: int) -> int:
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} is no picture that can be read ({error}); copy it again") from None
     height, width = (size * min(1.0, longest_side / size.max())).astype(int).tolist()
-    return np.prod(fit_pixels(height, width, 56 * 56, 12845056)) // 28 ** 2
+    return np.prod(fit_pixels(height, width, 56 * 56, 12845056, 28)) // 28 ** 2
 
 
 def check_file(path: str, args) -> str:
