@@ -62,7 +62,7 @@ def commands():
 
 @functools.lru_cache(None)
 def flags_of(module):
-    """Every flag of a script, spelled out: argparse itself would let an abbreviation pass."""
+    """Every flag of a script in full: argparse itself would let an abbreviation pass."""
     seen, original = [], argparse.ArgumentParser.parse_args
 
     def spy(parser, *args, **kwargs):

@@ -426,10 +426,10 @@ def real_tokenizer(pytestconfig):
     ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
     letters = bytes_to_unicode()
 
-    def spell(token):
+    def as_text(token):
         return "".join(letters[b] for b in token)
-    merges = [tuple(map(spell, last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    tokenizer = Qwen2Tokenizer(vocab={spell(token): rank for token, rank in ranks.items()},
+    merges = [tuple(map(as_text, last_merge(token, ranks))) for token in ranks if len(token) > 1]
+    tokenizer = Qwen2Tokenizer(vocab={as_text(token): rank for token, rank in ranks.items()},
                                merges=merges)
     tokenizer.add_special_tokens({"additional_special_tokens": checkpoint.SPECIAL_TOKENS})
     tokenizer.eos_token = "<|im_end|>"

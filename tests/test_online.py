@@ -153,7 +153,7 @@ def test_a_perturbation_is_in_the_dialog_and_not_in_the_loss(policy, ego):
 
 def hf_walk_logps(policy, dialog, frames):
     """Per turn, the answer's log-probs (C,) by transformers' forward over the whole dialog, its
-    text spelled by the chat template and its positions found by transformers."""
+    text written by the chat template and its positions found by transformers."""
     turns = []
     for answer in dialog.answers:
         turns += [{"role": "user", "content": "\x00"},

@@ -177,7 +177,7 @@ def test_the_experts_share_is_a_probability_of_a_decision():
         plans = agent(walks)
         assert abs(plans.count([]) / 2000 - share) < 0.04
         assert plans.count([]) + plans.count([2]) == 2000
-        assert agent(walks[7:9]) == plans[7:9], "whoever else is asked"
+        assert agent(walks[7:9]) == plans[7:9], "also when others are asked"
 
 
 # ---------------------------------------------------------------- walks

@@ -1,4 +1,4 @@
-"""The same numbers as recorded: whoever moves code sees at once whether a result has changed.
+"""The same numbers as recorded: moving code must not change a result.
 
 From one seed, in the two tiny houses of `ego`, the scripts train, reinforce and evaluate a tiny
 policy; losses, rewards, gradient norms and the walks are compared with RECORDED. Floats may differ
