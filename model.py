@@ -314,7 +314,7 @@ class Policy(Qwen):
     def _suffix(self, prompt: Prompt, cut: int, answers: list[list[int]] = ()) -> Segment:
         """The part of a prompt after its first `cut` ids; behind it answers to it, each a branch of
         the row. An answer's last token predicts nothing and is left out."""
-        ids, positions, branch = prompt.ids[cut:], [prompt.positions[:, cut:]], None
+        ids, positions = prompt.ids[cut:], [prompt.positions[:, cut:]]
         branch = [COMMON] * len(ids)
         for g, answer in enumerate(answers, start=1):
             ids, branch = ids + answer[:-1], branch + [g] * (len(answer) - 1)

@@ -4,7 +4,7 @@ alone: nothing of the evaluator is imported, so that it checks what the evaluato
 
 Each run is compared with the SFT policy that it started from, on the same episodes. Intervals (95%)
 are of a bootstrap: `diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws
-runs as well, so that it also holds the spread between training seeds.
+runs as well, so that it also holds the spread between training seeds (not of one run).
 
 Run it   python bench/evidence_table.py            print the table
          python bench/evidence_table.py --out docs/results/evidence.json
@@ -89,7 +89,8 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
     return {"name": row, "runs": len(pairs), "episodes": len(a), "houses": len(houses),
             "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
             "diff": round(mean(each), 4), "diff_ci": bootstrap(by_house, draw_runs=False),
-            "both_ci": bootstrap(by_house, draw_runs=True), "diff_of_runs": each,
+            "both_ci": bootstrap(by_house, draw_runs=True) if len(pairs) > 1 else None,
+            "diff_of_runs": each,
             "spl_after": round(mean(spl), 4), "steps_after": round(mean(steps), 2),
             "minutes": round(mean(minutes.get(run, 0) for run, _ in pairs), 2)}
 
@@ -102,9 +103,10 @@ def main(args):
     print(f"{'row':12s} runs  SR before  after   difference, over houses     over houses and runs"
           "   SPL  steps  minutes")
     for r in sorted(rows, key=lambda r: -r["diff"]):
-        (low, high), (least, most) = r["diff_ci"], r["both_ci"]
+        low, high = r["diff_ci"]
+        both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
         print(f"{r['name']:12s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
-              f"{r['diff']:+10.3f} [{low:+.3f}, {high:+.3f}]     [{least:+.3f}, {most:+.3f}]  "
+              f"{r['diff']:+10.3f} [{low:+.3f}, {high:+.3f}]     {both:>16s}  "
               f"{r['spl_after']:.3f}  {r['steps_after']:5.1f}  {r['minutes']:7.1f}")
     if args.out:
         os.makedirs(os.path.dirname(args.out), exist_ok=True)

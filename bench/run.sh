@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every row of the table in README's "Speed", about ten minutes on two cores:
+# Every row of the table in docs/speed.md, about ten minutes on two cores:
 #
 #     bash bench/run.sh                                  -> bench/results_cpu.json
 #     bash bench/run.sh --device cuda --shape 2B         -> bench/results_cuda.json
 #
 # It evaluates ckpt/sft in data/houses, if demo.sh has made them, and else trains a small policy for
-# two minutes. The row of rollouts needs ckpt/sft_dialog (README, "Learning by walking"). The peers
+# two minutes. The row of rollouts needs ckpt/sft_dialog (docs/activevln.md). The peers
 # (bench/requirements.txt) go into bench/.venv, on top of the project's .venv and never into it.
 # BENCH_PYTHON and PEER_PYTHON name other interpreters for the two.
 set -euo pipefail
