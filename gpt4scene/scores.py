@@ -41,7 +41,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from cli import DefaultsFormatter, UserError, read_rows, run_cli, write_json, write_text
-from evaluate import MIN_SCENES, cluster_bootstrap
+from intervals import MIN_SCENES, cluster_bootstrap
 from world.episodes import read_json
 
 NEEDS = {"scanqa": (), "sqa3d": (), "scan2cap": ("truth", "proposals", "corpus"),

@@ -14,6 +14,7 @@ from helpers import evaluate_plane, scored_row, write_plane
 import cli
 import evaluate
 from cli import UserError, read_rows
+from intervals import wilson
 from reward import FORWARD, LEFT, STOP
 from tools import bounds, report
 from world import houses
@@ -198,7 +199,7 @@ def test_one_table_of_real_results(monkeypatch, tmp_path, capsys):
     written = json.loads((tmp_path / "demo.json").read_text())
     assert written["minutes"] == {"walk": 1.5}
     assert [(r["agent"], r["split"], r["sr"], r["sr_ci"]) for r in written["rows"]] == [
-        ("stop", "val", 0.0, evaluate.wilson(0, 9)), ("oracle", "val", 1.0, evaluate.wilson(9, 9))]
+        ("stop", "val", 0.0, wilson(0, 9)), ("oracle", "val", 1.0, wilson(9, 9))]
     assert set(written["rows"][0]) == {
         "agent", "split", "episodes", "partial", "radius_m", "max_actions", "sr", "sr_ci", "spl",
         "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps", "errors", "unscored", "interval"}

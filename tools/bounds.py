@@ -32,13 +32,8 @@ from collections import defaultdict
 import numpy as np
 
 from cli import DefaultsFormatter, UserError, positive_int, run_cli
-from evaluate import (
-    cluster_bootstrap,
-    describe_intervals,
-    evenly_spaced,
-    rate_interval,
-    sampling_units,
-)
+from evaluate import evenly_spaced
+from intervals import cluster_bootstrap, describe_intervals, rate_interval, sampling_units
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import houses
 from world.episodes import VLNCE_RADIUS_M, dataset_of, read_episodes, read_ground_truth, scenes_of

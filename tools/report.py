@@ -6,7 +6,7 @@ others are refused. Other differences, such as the checkpoint or the decoding, a
 that has not ended is refused, since its first episodes are not a fair sample; --partial accepts
 and labels it.
 
-Intervals (95%) are computed from the rows by evaluate.py's functions: Wilson's for rates, a
+Intervals (95%) are computed from the rows by intervals.py: Wilson's for rates, a
 bootstrap over scenes for means, paired differences and the pooled gain of several runs. Runs on one
 episode are not independent, nor are episodes in one scene: a scene is drawn with all its episodes,
 and an episode with all its runs.
@@ -28,14 +28,8 @@ from typing import NamedTuple
 import numpy as np
 
 from cli import DefaultsFormatter, UserError, read_json, read_rows, run_cli, write_json
-from evaluate import (
-    TITLES,
-    cluster_bootstrap,
-    describe_intervals,
-    known_rows,
-    sampling_units,
-    summarise,
-)
+from evaluate import TITLES, known_rows, summarise
+from intervals import cluster_bootstrap, describe_intervals, sampling_units
 
 # What must agree, as must every key that begins with "scene": each decides which episodes are
 # walked or what counts as success.
