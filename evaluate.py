@@ -32,10 +32,13 @@ from __future__ import annotations
 import argparse
 import glob
 import hashlib
+import importlib.util
 import json
 import math
+import operator
 import os
 import random
+import re
 import sys
 import time
 from collections import Counter, deque
@@ -109,7 +112,8 @@ def parse_args(argv=None):
     add_simulator_args(add, sims=8)
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
     add = p.add_argument_group("agent").add_argument
-    add("--agent", choices=("policy", "oracle", "random", "forward", "stop"), default="policy")
+    add("--agent", type=agent_name, default="policy", help=f"{', '.join(AGENTS)}, or FILE.py:"
+        "function, a Python function (instruction, frames so far) -> actions: docs/robot.md")
     add("--execute", type=positive_int, default=3, help="actions of a plan that are carried out "
         "(VLN-R1 does not say how many): half of them, between fresh frames and speed. Answers of "
         "a dialog are always carried out whole")
@@ -128,6 +132,22 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     return p.parse_args(argv)
+
+
+AGENTS = ("policy", "oracle", "random", "forward", "stop")
+
+
+def agent_name(text: str) -> str:
+    """The type of --agent."""
+    if text not in AGENTS and not re.fullmatch(r".+\.py:\w+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(AGENTS)}, and not "
+                                         "FILE.py:function")
+    return text
+
+
+def sees(agent: str) -> bool:
+    """Does an agent look at frames? The scripted baselines do not."""
+    return agent == "policy" or ":" in agent
 
 
 def count_or_all(text: str) -> int:
@@ -409,6 +429,43 @@ def scripted_agent(name: str, forward_steps: int | None, max_actions: int, seed:
     return lambda walks: [plans[name](walk) for walk in walks]
 
 
+def python_agent(name: str, blank: bool = False) -> Callable:
+    """The agent of --agent FILE.py:function. UserError if there is no such function, or if what it
+    returns is not a list of actions.
+
+    function(instruction, frames): frames are all of the walk so far, uint8 (H, W, 3), the current
+    one last. It returns the actions to carry out before it is asked again, at least one; STOP ends
+    the walk. It is called for one walk after the other, so it must not keep a walk's state.
+    """
+    path, _, function_name = name.rpartition(":")
+    spec = importlib.util.spec_from_file_location("evaluated_agent", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))          # for what it imports
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"--agent {name}: {path} does not load ({type(error).__name__}: {error}); "
+                        "correct that file") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(f"--agent {name}: {path} defines no function {function_name}; give "
+                        "FILE.py:function")
+
+    def plan_of(walk: EpisodeState) -> list[int]:
+        frames = [np.zeros_like(frame) if blank else frame for frame in walk.frames]
+        plan = function(walk.instruction, frames)
+        try:
+            actions = [operator.index(action) for action in plan]
+        except TypeError:
+            actions = []
+        if not actions or not set(actions) <= {STOP, FORWARD, LEFT, RIGHT}:
+            raise UserError(f"--agent {name} returned {plan!r:.80} in episode {walk.name}, step "
+                            f"{len(walk.actions)}: it must return a list of one or more actions, "
+                            f"{STOP} stop, {FORWARD} forward, {LEFT} left, {RIGHT} right")
+        return actions
+    return lambda walks: [plan_of(walk) for walk in walks]
+
+
 def check_context(policy, instructions: Iterable[str], robot: dict) -> None:
     """UserError if the longest prompt (all remembered frames, or a dialog's first turn) with the
     longest instruction does not fit the model's context."""
@@ -437,6 +494,8 @@ def device_and_dtype(args) -> tuple[str | None, str | None]:
 def load_agent(args, settings: dict, instructions: Iterable[str]) -> Callable:
     """The agent of the flags. UserError if an instruction is too long for the policy; later if a
     log-probability is not finite, since then samples mean nothing."""
+    if ":" in args.agent:
+        return python_agent(args.agent, args.blank_frames)
     if args.agent != "policy":
         return scripted_agent(args.agent, settings["forward_steps"], args.max_actions, args.seed)
     import torch
@@ -651,6 +710,19 @@ def fingerprint(folder: str) -> str:
     return digest.hexdigest()[:16]
 
 
+def agent_file_hash(agent: str) -> str | None:
+    """A hash of the FILE.py of --agent FILE.py:function: another file is another measurement."""
+    if ":" not in agent:
+        return None
+    path = agent.rpartition(":")[0]
+    try:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"--agent {agent}: cannot read {path} ({error.strerror}); give "
+                        "FILE.py:function") from None
+
+
 class Evaluation(NamedTuple):
     settings: dict                  # run.json
     episodes: list[dict]            # those that are walked
@@ -687,7 +759,8 @@ def prepare(args) -> Evaluation:
              "max_actions", "limit", "blank_frames", "shuffled_instruction", "seed")
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
                 "device": device, "dtype": dtype, "weights": ckpt and fingerprint(ckpt),
-                "contract": contract, "robot": robot, "source": source,
+                "agent_file": agent_file_hash(args.agent), "contract": contract, "robot": robot,
+                "source": source,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0, "scenes": used,
                 "forward_steps": round(np.mean(forward_steps)) if walked else None,
@@ -723,7 +796,7 @@ def open_out(out: str, settings: dict):
 
 def default_out(args, ckpt: str | None) -> str:
     """results/<checkpoint or agent>[_<control run>]_<split>[_limit<n>]"""
-    parts = [os.path.basename(ckpt) if ckpt else args.agent]
+    parts = [os.path.basename(ckpt or args.agent).replace(".py:", "_")]
     parts += [name for name in ("blank_frames", "shuffled_instruction") if vars(args)[name]]
     parts += [args.split] + [f"limit{args.limit}"] * bool(args.limit)
     return "results/" + "_".join(parts)
@@ -739,7 +812,7 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
     walks = (EpisodeState(e, instructions[name], keep_video=name in filmed)
              for e in todo for name in [str(e["episode_id"])])
     agent = load_agent(args, settings, instructions.values())
-    render = args.agent == "policy" and ("last" if speaks_dialog(settings["contract"]) else True)
+    render = "last" if speaks_dialog(settings["contract"]) else sees(args.agent)
     counters, start = Counter(), time.perf_counter()
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -110,6 +111,20 @@ def test_every_flag_that_is_named_is_a_flag():
 def test_python_snippets_are_python():
     snippet, = (code for _, text in FENCES for code in SNIPPET.findall(text))
     compile(snippet, "README.md", "exec")
+
+
+def test_the_example_of_an_agent_walks(tmp_path):
+    code, = (text for language, text in FENCES if language == "python" and "straight_on" in text)
+    (tmp_path / "corridor.py").write_text(code)
+    from evaluate import EpisodeState, python_agent
+    agent = python_agent(f"{tmp_path}/corridor.py:straight_on")
+    walk = EpisodeState({}, "Go.", name="1")
+    views, found = np.random.default_rng(0).integers(0, 256, (41, 4, 4, 3), dtype=np.uint8), []
+    views[3] = views[2]
+    for frame in views:
+        walk.frames.append(frame)
+        found += agent([walk])[0]
+    assert found == [1, 1, 1, 2] + [1] * 36 + [0]
 
 
 # ---------------------------------------------------------------- files and names

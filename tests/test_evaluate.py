@@ -519,6 +519,63 @@ def test_kill_minus_9_and_resume_is_bit_for_bit(monkeypatch, tmp_path):
     assert contents(tmp_path / "undisturbed") == contents(out)
 
 
+# ---------------------------------------------------------------- somebody else's function
+
+
+def test_a_python_function_sees_all_frames_and_walks(monkeypatch, tmp_path):
+    """Its plans have one and two actions in turn, so that frames of a plan are counted as well."""
+    data, code = write_plane(tmp_path / "data"), tmp_path / "mine.py"
+    (tmp_path / "beside.py").write_text("LAST = 6\n")
+    code.write_text(
+        "import numpy as np, beside\n"
+        "def walk(instruction, frames):\n"
+        "    assert instruction.startswith('Walk to place number')\n"
+        "    assert all(f.shape == (4, 4, 3) and f.dtype == np.uint8 for f in frames)\n"
+        "    blank = not any(f.any() for f in frames)\n"
+        "    if len(frames) > beside.LAST: return [np.int64(3 if blank else 2), 0, 1]\n"
+        "    return [1] if len(frames) % 3 else (1, 2)\n")
+    agent = f"{code}:walk"
+    evaluate_plane(monkeypatch, data, tmp_path / "one", "--sims", "1", "--agent", agent)
+    for row in read_rows(tmp_path / "one" / "episodes.jsonl"):
+        assert (row["actions"], row["end"], row["decisions"]) == ("1112112" + "20", "stop", 0)
+    evaluate_plane(monkeypatch, data, tmp_path / "many", "--sims", "5", "--agent", agent)
+    assert contents(tmp_path / "one") == contents(tmp_path / "many")
+    evaluate_plane(monkeypatch, data, tmp_path / "blank", "--blank-frames", "--agent", agent)
+    assert read_rows(tmp_path / "blank" / "episodes.jsonl")[0]["actions"] == "1112112" + "30"
+    code.write_text("def walk(instruction, frames): return [0]\n")
+    with pytest.raises(UserError, match="holds another measurement \\(of other agent_file\\)"):
+        evaluate_plane(monkeypatch, data, tmp_path / "one", "--agent", agent)
+    args = evaluate.parse_args(["--agent", "dir/mine.py:walk"])
+    assert evaluate.default_out(args, None) == "results/mine_walk_val_unseen"
+
+
+@pytest.mark.parametrize("code, sentence", [
+    (None, "cannot read .*mine.py .No such file"),
+    ("def other(instruction, frames): return [0]", "defines no function walk"),
+    ("walk = 3", "defines no function walk"),
+    ("def walk(instruction, frames) return", "does not load .SyntaxError"),
+    ("import nothing_of_that_name", "does not load .ModuleNotFoundError"),
+    ("def walk(instruction, frames): return []", r"returned \[\] in episode \d, step 0: "),
+    ("def walk(instruction, frames): return [1, 4]", "returned .1, 4."),
+    ("def walk(instruction, frames): return [0.5]", "returned .0.5."),
+    ("def walk(instruction, frames): return 1", "returned 1 in"),
+    ("def walk(instruction, frames): return 'stop'", "returned 'stop' in"),
+    ("def walk(instruction, frames): pass", "returned None in")])
+def test_a_function_that_is_none_or_answers_something_else(monkeypatch, tmp_path, code, sentence):
+    if code is not None:
+        (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(UserError, match=sentence):
+        evaluate_plane(monkeypatch, write_plane(tmp_path / "data", n=2), tmp_path / "out",
+                       "--agent", f"{tmp_path}/mine.py:walk")
+
+
+def test_an_agent_that_is_no_name_and_no_function_is_refused(capsys):
+    for text in ("orakel", "mine.py", "mine.py:", "mine:walk"):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args(["--agent", text])
+        assert "is none of policy, oracle" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- in real houses
 
 
