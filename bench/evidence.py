@@ -36,7 +36,7 @@ GRPO = f"{CPU} --batch-size 64 --gamma 0.5 --scale-rewards none --val-every 50 -
 EXPERT = "evidence/vln_ego/train"
 KEPT = ("episode_id", "scene_id", "end", "steps", "success", "spl", "distance_to_goal")
 
-# Stage two of each row: script and flags. {sft}: the policy it starts from; {own}: its own walks.
+# Stage two of each row: script and flags. {own}: own walks of the policy that it starts from.
 ROWS = {
     "expert": f"grpo.py --data {EXPERT} --lr 1e-4 --prompts 6400 {GRPO}",
     "own": f"grpo.py --data {{own}} --lr 1e-4 --prompts 6400 {GRPO}",
@@ -49,7 +49,11 @@ ROWS = {
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
     "expert_low": f"grpo.py --data {EXPERT} --lr 3e-5 --prompts 6400 {GRPO}",
     "own_low": f"grpo.py --data {{own}} --lr 3e-5 --prompts 6400 {GRPO}",
+    "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 1e-4 --prompts 6400 {GRPO}",
 }
+# Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
+FURTHER = {"own2": ("own", ROWS["own"]), "own3": ("own2", ROWS["own"]),
+           "dagger_own": ("dagger", ROWS["own"])}
 
 
 class Job(NamedTuple):
@@ -58,10 +62,10 @@ class Job(NamedTuple):
     command: str
 
 
-def own_walks(name: str, policy: str, needs: str, seed: int) -> Job:
-    """Record 1,500 greedy walks of a policy, labelled by the expert at every pose."""
+def own_walks(name: str, policy: str, needs: str, seed: int, walks: int = 1500) -> Job:
+    """Record greedy walks of a policy, labelled by the expert at every pose."""
     return Job(name, [needs], f"make_data.py --policy {policy} --episodes evidence/houses --split "
-               f"train --limit 1500 --max-actions 60 --seed {seed} --out evidence/{name} "
+               f"train --limit {walks} --max-actions 60 --seed {seed} --out evidence/{name} "
                "--device cpu")
 
 
@@ -90,17 +94,24 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
         for row in rows:
             for s in sft_seeds:
                 jobs += stage_two(row, s, seed)
-    return jobs
+    return list({job.name: job for job in jobs}.values())
 
 
 def stage_two(row: str, s: int, seed: int) -> list[Job]:
-    """Train one run of a row, from SFT policy s, and evaluate it."""
-    run, start = f"{row}_{s}_{seed}", f"evidence/ckpt/sft{s}"
-    command = ROWS[row].format(own=f"evidence/own{s}/train")
+    """Train one run of a row, from SFT policy s, and evaluate it; first the rows it goes on from.
+    A job that is listed twice is run once."""
+    run, ckpt, jobs = f"{row}_{s}_{seed}", f"evidence/ckpt/{row}_{s}_{seed}", []
+    start, own = f"sft{s}", f"own{s}"
+    if row in FURTHER:
+        earlier, command = FURTHER[row]
+        jobs, start, own = stage_two(earlier, s, seed), f"{earlier}_{s}_{seed}", f"walks_{run}"
+        jobs.append(own_walks(own, f"evidence/ckpt/{start}", start, 100 + seed, walks=750))
+    else:
+        command = ROWS[row]
     flag = "--model" if command.startswith("sft.py") else "--init"
-    ckpt = f"evidence/ckpt/{run}"
-    return [Job(run, [f"own{s}"], f"{command} {flag} {start} --out {ckpt} --seed {seed}"),
-            evaluation(run, ckpt, run)]
+    command = command.format(own=f"evidence/{own}/train")
+    return [*jobs, Job(run, [own], f"{command} {flag} evidence/ckpt/{start} --out {ckpt} "
+                       f"--seed {seed}"), evaluation(run, ckpt, run)]
 
 
 def keep_rows(run: str):
@@ -190,7 +201,8 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Run the study of stage two.")
-    p.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
+    p.add_argument("--rows", nargs="+", choices=[*ROWS, *FURTHER],
+                   default=[*ROWS, *FURTHER])
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")
     p.add_argument("--lanes", type=int, default=2)
