@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on a machine without a GPU: build houses, record an expert's walks, train a
-# tiny Qwen2-VL on them (SFT), improve it with GRPO and the time-decayed reward, and evaluate both. It
-# takes less than half an hour on two cores.   bash demo.sh
+# tiny Qwen2-VL on them (SFT), record its own walks, improve it on these with GRPO and the
+# time-decayed reward, and evaluate both. It takes about half an hour on two cores.   bash demo.sh
 #
 # These are the same scripts as for a full run; only the flags below make it small. After an
 # interruption the same command continues; `rm -r data ckpt results` starts again.
@@ -27,22 +27,25 @@ stage() {      # name, command...: run it and record its minutes, unless it is d
   "$@"
   minutes "$name" "$from" >> results/minutes.jsonl
 }
-# name, flags...: evaluate.py on $SPLITS. No expert takes more than 60 actions, so a limit of 150
-# ends only walks that wander, and every row of the table has the same limit.
+# name, flags...: evaluate.py. No expert takes more than 60 actions, so a limit of 150 ends only
+# walks that wander, and every row of the table has the same limit.
 walk() {
-  local name=$1 split; shift
-  for split in $SPLITS; do
-    python evaluate.py --split "$split" --device cpu --sims 8 --max-actions 150 \
-      --out "results/${name}_$split" "$@"
-  done
+  local name=$1; shift
+  python evaluate.py --device cpu --sims 8 --max-actions 150 --out "results/$name" "$@"
 }
-SPLITS="val_seen val_unseen"
 [ -e results/minutes.jsonl ] || minutes setup "$started" > results/minutes.jsonl
 
-# 1. Data: 500 houses to train in, 50 others, and walks in them with instructions.
-stage houses python -m world.houses --train-houses 500 --val-episodes 200
+# 1. Data: 500 houses to train in, 200 others, and walks in them with instructions.
+stage houses python -m world.houses --train-houses 500 --unseen-houses 200 --val-episodes 1200
 stage record python make_data.py --split train --noise 0.1
-stage record_val python make_data.py --split val_seen
+stage record_val python make_data.py --split val_seen --limit 200
+
+# The first pictures: what the expert does, and what a policy does that has learned nothing.
+stage untrained python sft.py --model tiny --out ckpt/untrained --max-steps 1 $LEARN
+FIRST="--split val_unseen --limit 8 --pictures 4"
+stage first_oracle walk first_oracle $FIRST --agent oracle
+stage first_untrained walk first_untrained $FIRST --ckpt ckpt/untrained
+echo "the first pictures: results/first_oracle/pictures, results/first_untrained/pictures"
 
 # 2. SFT, in two stages: first without memory (short prompts, so several times as many decisions
 #    per minute), then with the frames that Long-Short Memory keeps.
@@ -50,36 +53,38 @@ stage look $TRAIN sft.py --model tiny --out ckpt/look --memory-budget 0 --lr 2e-
 stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --memory-recent 4 \
   --lr 1e-3 --max-steps 2000 $LEARN
 
-# 3. GRPO: the policy's own plans, compared in groups of eight. Four epochs of the same 1,600
-#    prompts, so that the sampled reward can be compared from epoch to epoch.
-stage grpo $TRAIN grpo.py --init ckpt/sft --out ckpt/grpo --lr 3e-5 --gamma 0.5 \
-  --scale-rewards none --prompts 1600 --epochs 4 --batch-size 64 --val-every 25 --save-every 25 $CPU
+# 3. GRPO where the policy itself walks: its own walks in training houses, with what the expert
+#    would do at every pose; then its plans there, compared in groups of eight.
+stage own_walks python make_data.py --policy ckpt/sft --limit 1000 --max-actions 60 --sims 8 \
+  --device cpu --out data/own
+stage grpo $TRAIN grpo.py --init ckpt/sft --data data/own/train --val-data data/vln_ego/val_seen \
+  --out ckpt/grpo --lr 1e-4 --gamma 0.5 --scale-rewards none --prompts 6400 --batch-size 64 \
+  --val-every 50 --save-every 50 $CPU
 
-# 4. Evaluate every agent: 200 episodes in training houses, 200 in houses never seen.
-#    Two control runs: with black pictures, and with the instruction of another walk.
+# 4. Evaluate. SFT and GRPO walk 1,200 episodes in houses never seen, since 200 cannot show a
+#    difference of .03; the other agents walk 200 of them. Two control runs: with black pictures,
+#    and with the instruction of another walk.
 for agent in stop random forward oracle; do
-  stage "walk_$agent" walk "$agent" --agent "$agent"
+  stage "walk_$agent" walk "$agent" --split val_unseen --limit 200 --agent "$agent"
 done
-stage walk_sft walk sft --ckpt ckpt/sft
-stage walk_grpo walk grpo --ckpt ckpt/grpo --pictures 6
-SPLITS="val_unseen"
-stage walk_blank_frames walk blank_frames --ckpt ckpt/sft --blank-frames
-stage walk_shuffled_instruction walk shuffled_instruction --ckpt ckpt/sft --shuffled-instruction
+for policy in sft grpo; do
+  stage "walk_${policy}_seen" walk "${policy}_seen" --split val_seen --limit 200 --ckpt "ckpt/$policy"
+  stage "walk_$policy" walk "$policy" --split val_unseen --ckpt "ckpt/$policy" --pictures 6
+done
+stage walk_blank_frames walk blank_frames --split val_unseen --limit 100 --ckpt ckpt/sft --blank-frames
+stage walk_shuffled_instruction walk shuffled_instruction --split val_unseen --limit 200 \
+  --ckpt ckpt/sft --shuffled-instruction
 
 # 5. One table, with upper bounds for policies that use half of the input; as JSON in
 #    results/demo.json.
 echo
-rows=()
-for agent in stop random forward sft grpo oracle; do
-  rows+=("results/${agent}_val_seen" "results/${agent}_val_unseen")
-done
-python -m tools.report --summary "${rows[@]}" results/blank_frames_val_unseen \
-  results/shuffled_instruction_val_unseen --bounds --out results/demo.json
+python -m tools.report --summary results/{stop,random,forward,sft_seen,sft,grpo_seen,grpo,oracle} \
+  results/{blank_frames,shuffled_instruction} --bounds --out results/demo.json
 echo
 echo "GRPO against SFT, walk by walk, in houses never trained in:"
-python -m tools.report results/sft_val_unseen results/grpo_val_unseen
+python -m tools.report results/sft results/grpo
 echo
-echo "pictures     results/grpo_val_unseen/pictures    (its frames and its paths)"
+echo "pictures     results/grpo/pictures    (its frames and its paths)"
 echo "curves       ckpt/grpo/curves.png; tensorboard --logdir ckpt"
 echo "rollouts     ckpt/grpo/samples.txt               (a prompt, its eight plans, their rewards)"
 echo "checkpoints  ckpt/look ckpt/sft ckpt/grpo"
