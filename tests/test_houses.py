@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import trimesh
 
+import make_data
 from cli import UserError
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim as simulator
@@ -232,6 +233,53 @@ def test_the_words_are_true(made, hard, level):
             else:
                 assert opening is None
     assert doors == {0, 1} if level == 1 else max(doors) >= 2
+
+
+def place_of(scene, name):
+    """(2,) the middle of a thing's footprint."""
+    boxes = [i for i, its in enumerate(scene.names) if its == name]
+    return (scene.lo[boxes].min(axis=0) + scene.hi[boxes].max(axis=0))[[0, 2]] / 2
+
+
+def room_of(scene, point):
+    (name,) = {name for role, name, low, high in zip(scene.roles, scene.names, scene.lo, scene.hi)
+               if role == "floor" and low[0] <= point[0] < high[0] and low[2] <= point[1] < high[2]}
+    return name
+
+
+def test_level_4_goes_to_another_room_and_back(tmp_path):
+    """Held against the scene, for the ground truth and for a noisy expert's recording."""
+    folder = str(tmp_path / "houses")
+    houses.main(houses.parse_args([
+        "--out", folder, "--jobs", "1", "--level", "4", "--train-houses", "2", "--walks-per-house",
+        "3", "--unseen-houses", "1", "--val-episodes", "2"]))
+    make_data.main(make_data.parse_args([
+        "--episodes", folder, "--split", "train", "--noise", "0.3", "--waypoints", "reference",
+        "--out", str(tmp_path / "recorded")]))
+    recorded = [json.loads(line) for line in open(tmp_path / "recorded/train/walks.jsonl")]
+    assert len(recorded) == 12                                       # 6, and with noise
+    episodes, truths, _ = read(folder, "train")
+    for episode in episodes:
+        info, text = episode["info"], episode["instruction"]["instruction_text"]
+        visited, goal = info["via"], info["goal"]
+        left, _, poses, sim = walked(folder, episode, truths[str(episode["episode_id"])]["actions"])
+        walks = [np.array(poses)] + [np.array(row["poses"]) for row in recorded
+                                     if row["trajectory_id"] == episode["trajectory_id"]]
+        assert left < 0.25 and len(walks) == 3
+        start = room_of(sim.scene, np.array(episode["start_position"])[[0, 2]])
+        for walk in walks:
+            spots = walk[:, [0, 2]]
+            near = np.linalg.norm(spots - place_of(sim.scene, visited), axis=1)
+            turn = int(near.argmin())
+            assert near[turn] < 1.8 and room_of(sim.scene, spots[turn]) != start
+            assert room_of(sim.scene, spots[-1]) == start
+            assert np.linalg.norm(spots[-1] - place_of(sim.scene, goal)) < 1.8
+        kind = goal.split()[1]
+        assert re.search(rf"the {visited}\. .* the {kind}\.$", text) and start not in text
+        same = {n for n, role in zip(sim.scene.names, sim.scene.roles)
+                if n.endswith(f" {kind}") and room_of(sim.scene, place_of(sim.scene, n)) == start}
+        assert same == {goal}
+        assert info["geodesic_distance"] >= 1.5
 
 
 def test_things_are_unique_and_at_level_1_so_are_their_colours():

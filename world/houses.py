@@ -69,16 +69,25 @@ FINE = {
     135: ["turn around to the {}", "turn back to the {}"],
 }
 
-# 1 is the demo's: short instructions, in which colours alone distinguish things. From 2 on rooms
+# 1 is the demo's: short instructions, in which colours alone distinguish things. At 2 and 3 rooms
 # are named by colour and kind, turns have three sizes, and passed things are mentioned.
 # rooms: in a house; side: of a room, metres; things: in a room (in the single room of a house at
 # level 1); cross: share of walks that start in another room than the goal's, if there is one;
 # metres: shortest and longest walk (geodesic).
+# Level 4 has the words of level 1, and each of its walks goes to a thing in the other room and then
+# back to the room where it started: a policy needs a memory of having been at the thing.
 LEVELS = {
     1: dict(rooms=(1, 2), side=(4.5, 6.0), things=(4, 5), cross=0.5, metres=(2.5, 7), turns=PLAIN),
     2: dict(rooms=(2, 3), side=(3.5, 5.5), things=(3, 4), cross=0.75, metres=(3, 10), turns=FINE),
     3: dict(rooms=(3, 6), side=(3.5, 5.5), things=(3, 4), cross=1.0, metres=(5, 20), turns=FINE),
+    4: dict(rooms=(2, 2), side=(3.5, 5.0), things=(3, 3), cross=0.0, metres=(2.5, 6), turns=PLAIN),
 }
+
+
+def plain(level: int) -> bool:
+    """Has the level few words, so that colours alone distinguish things?"""
+    return LEVELS[level]["turns"] is PLAIN
+
 
 # Walls have pale colours and things strong ones, with different names: with the light every shade
 # of a thing is far from every shade of a wall (tests/test_houses.py measures how far).
@@ -152,7 +161,8 @@ def parse_args(argv=None):
     add("--out", default="data/houses", help="folder for scenes and episodes")
     add = p.add_argument_group("houses and walks").add_argument
     add("--seed", type=int, default=0)
-    add("--level", type=int, choices=sorted(LEVELS), default=1, help="1 easy .. 3 hard")
+    add("--level", type=int, choices=sorted(LEVELS), default=1, help="1 easy .. 3 hard; 4: there "
+        "and back")
     add("--train-houses", type=positive_int, default=500)
     add("--walks-per-house", type=positive_int, default=8,
         help="training walks in each training house")
@@ -196,6 +206,10 @@ class Thing(NamedTuple):
     lo: np.ndarray  # (2,) x and z of the footprint
     hi: np.ndarray
 
+    @property
+    def kind(self) -> str:
+        return self.name.split(maxsplit=1)[1]                # its name without the colour
+
 
 class House(NamedTuple):
     rooms: list
@@ -212,7 +226,7 @@ def build_house(rng, level: int) -> House:
         walls = rng.choice(list(WALLS), len(outlines), replace=False).tolist()
         kinds = rng.choice(list(ROOM_KINDS), len(outlines)).tolist()
         rooms = [
-            Room(f"{wall} {'room' if level == 1 else kind}", wall, *outline)
+            Room(f"{wall} {'room' if plain(level) else kind}", wall, *outline)
             for wall, kind, outline in zip(walls, kinds, outlines)
         ]
         things, boxes = furnish(rng, level, rooms, doors)
@@ -251,7 +265,7 @@ def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
     things, boxes, used = [], [], set()
     for number, room in enumerate(rooms):
         few, many = LEVELS[level]["things"]
-        wanted = 3 if level == 1 and len(rooms) > 1 else int(rng.integers(few, many + 1))
+        wanted = 3 if plain(level) and len(rooms) > 1 else int(rng.integers(few, many + 1))
         full = [doorstep(door) for door in doors if number in door.rooms]
         kinds = rng.permutation(list(FURNITURE)).tolist()
         kinds.sort(key=lambda kind: kind != ROOM_KINDS.get(room.name.partition(" ")[2]))
@@ -269,7 +283,7 @@ def furnish(rng, level: int, rooms: list[Room], doors: list[Door]):
             things.append(Thing(f"{paint} {kind}", number, lo, hi))
             full.append((lo, hi))
             here.add(paint)
-            used |= {f"{paint} {k}" for k in (FURNITURE if level == 1 else [kind])}
+            used |= {f"{paint} {k}" for k in (FURNITURE if plain(level) else [kind])}
     return things, boxes
 
 
@@ -527,14 +541,60 @@ def draw_walk(rng, sim: HouseSim, house: House, scene_id: str, level: int,
     if legs[0]["turn_deg"] == 0 and rng.random() < 0.5:  # else "straight on" succeeds too often
         return None
 
-    # 3. the records
-    stands = [0] + [t + 1 for t, action in enumerate(actions) if action == FORWARD]
     info = {"geodesic_distance": metres, "level": level, "goal": thing.name,
             "rooms": [house.rooms[n].name for n in rooms], "first_turn_deg": legs[0]["turn_deg"]}
     text = write_instruction(rng, house, legs, thing.name, level)
+    return walk_records({"scene_id": scene_id, **start}, info, goal, text, path, actions, poses)
+
+
+def draw_return_walk(rng, sim: HouseSim, house: House, scene_id: str, level: int) -> dict | None:
+    """draw_walk of level 4: to a thing in another room, and back to one where the walk started.
+    Its goal is 1.5 m or more from the start. The reference path leads past both things, so a noisy
+    expert needs `make_data.py --waypoints reference`; SPL is of the direct way, so read SDTW."""
+    # 1. the start, the thing that is visited, and the goal
+    thing, visited = (house.things[n] for n in rng.choice(len(house.things), 2, replace=False))
+    start = draw_start(rng, sim, house, thing, crosses=False)
+    same_kind = [t for t in house.things if (t.room, t.kind) == (thing.room, thing.kind)]
+    if start is None or visited.room == thing.room or len(same_kind) > 1:
+        return None
+    sim.reset({"scene_id": scene_id, **start})
+    via = find_goal(sim, house, visited, start["start_position"], level)
+    goal = via and find_goal(sim, house, thing, via, level)
+    if goal is None or sim.geodesic([goal]) < 1.5:
+        return None
+
+    # 2. the expert's walk, there and back
+    direct, path = sim.geodesic([goal]), sim.path(via)
+    metres = sim.geodesic([via])
+    there, poses = walk(sim, via)
+    path += sim.path(goal)[1:]
+    metres += sim.geodesic([goal])
+    back, poses_back = walk(sim, goal)
+    poses_back[:, 2] += poses[-1, 2]
+    legs = read_legs(house, visited, there, poses)
+    rooms = [leg["room"] for leg in legs]
+    poses, actions = np.concatenate([poses[:-1], poses_back]), there[:-1] + back
+    steps = np.hypot(*np.diff(poses[:, :2], axis=0).T).sum()
+    if {there[-1], back[-1]} != {STOP} or metres / max(steps, metres) < MIN_SPL or (
+            len(set(rooms)) < len(rooms)):
+        return None
+
+    # 3. the records
+    info = {"geodesic_distance": direct, "level": level, "goal": thing.name, "via": visited.name,
+            "rooms": [house.rooms[n].name for n in rooms], "first_turn_deg": legs[0]["turn_deg"]}
+    text = write_instruction(rng, house, legs, visited.name, level, ("go up to", "walk up to"))
+    text += str(rng.choice([" go back to the room where you started and stop by the {}.",
+                            " then return to the room that you came from and wait by the {}."
+                            ])).format(thing.kind)
+    return walk_records({"scene_id": scene_id, **start}, info, goal, text, path, actions, poses)
+
+
+def walk_records(start: dict, info: dict, goal: list[float], text: str, path: list, actions, poses
+                 ) -> dict:
+    """What draw_walk returns. poses: as walk() gives them."""
+    stands = [0] + [t + 1 for t, action in enumerate(actions) if action == FORWARD]
     return {
-        "episode": {"scene_id": scene_id, **start, "info": info,
-                    "goals": [{"position": goal, "radius": 1.0}],
+        "episode": {**start, "info": info, "goals": [{"position": goal, "radius": 1.0}],
                     "instruction": {"instruction_text": text}, "reference_path": path},
         "truth": {"locations": [[float(poses[t, 0]), 0.0, float(poses[t, 1])] for t in stands],
                   "actions": actions, "forward_steps": len(stands) - 1}}
@@ -577,9 +637,13 @@ def passed(house: House, goal_thing: Thing, room: int, poses) -> tuple[str, str]
     return min(near)[1:] if near else None
 
 
-def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int) -> str:
+STOPS = ("stop at", "stop by", "stop in front of", "wait at", "wait by", "wait in front of")
+
+
+def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int,
+                      ends: tuple[str, ...] = STOPS) -> str:
     """The instruction for a walk. It never gives degrees; levels above 1 have more wordings, and
-    mention what was passed."""
+    mention what was passed. ends: what is done at the goal."""
 
     def pick(*phrases):
         return str(rng.choice(phrases))
@@ -591,20 +655,19 @@ def write_instruction(rng, house: House, legs: list[dict], goal: str, level: int
         if number > 0:
             ways = [f"enter the {room}", f"go into the {room}", f"walk into the {room}"]
             ways += [f"take the door to the {room}", f"go through the door to the {room}"]
-            parts.append(pick(*ways[: 4 if level == 1 else 5]))
+            parts.append(pick(*ways[: 4 if plain(level) else 5]))
         sizes = [least for least in LEVELS[level]["turns"] if size >= least]
         if sizes and (number == 0 or size >= 45):  # a slight turn at a door is not mentioned
             parts.append(pick(*LEVELS[level]["turns"][max(sizes)]).format(side))
-        if level > 1 and leg["passed"]:
+        if not plain(level) and leg["passed"]:
             ways = "pass the {} on your {}", "walk past the {} on the {}"
             parts.append(pick(*ways).format(*leg["passed"]))
     if not parts:
         return pick("go", "walk") + f" straight to the {goal} and stop."
-    stops = ["stop at", "stop by", "stop in front of", "wait at", "wait by", "wait in front of"]
     text = parts[0]
     for part in parts[1:]:
-        text += (", " if level == 1 else pick(", ", ", then ", " and ")) + part
-    return text + pick(" and ", ", then ") + pick(*stops) + f" the {goal}."
+        text += (", " if plain(level) else pick(", ", ", then ", " and ")) + part
+    return text + pick(" and ", ", then ") + pick(*ends) + f" the {goal}."
 
 
 def words_of(text: str) -> list[str]:
@@ -654,7 +717,9 @@ def make_house(task: dict) -> dict[str, list]:
             walks[split] = []
             for _ in range(wanted):
                 crosses = len(house.rooms) > 1 and rng.random() < LEVELS[level]["cross"]
-                draws = (draw_walk(rng, sim, house, scene_id, level, crosses) for _ in range(100))
+                which = (sim, house, scene_id, level)
+                draws = (draw_return_walk(rng, *which) if level == 4 else
+                         draw_walk(rng, *which, crosses) for _ in range(400 if level == 4 else 100))
                 walks[split] += itertools.islice(filter(None, draws), 1)
         if all(len(walks[split]) == wanted for split, wanted in task["walks"].items()):
             write_file(cache, json.dumps({"order": order, "walks": walks}).encode())
