@@ -19,7 +19,8 @@ refuses start or goal) and "error" (the simulator failed; the same command tries
 Run it   python evaluate.py --split val_unseen                # ckpt/grpo if there, else ckpt/sft
          torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
 Writes   --out: run.json (settings), episodes.jsonl (a line per episode), results.json (means and
-         95% intervals), timing.json, pictures/ (tools/page.py)
+         95% intervals), protocol.json (what was measured: world/protocol.py), timing.json,
+         pictures/ (tools/page.py)
 Expect   --agent oracle near 1, stop and forward near 0. The same command continues a killed run.
          With a scripted --agent the files are equal to the byte; with --ckpt the batches depend on
          timing, so nearly equal logits may round to another plan.
@@ -83,6 +84,7 @@ from world.episodes import (
     success_radius,
 )
 from world.pool import SimPool, scenes_used
+from world.protocol import format_card, protocol_flags, protocol_names, write_card
 from world.robots import (
     add_robot_args,
     add_simulator_args,
@@ -109,6 +111,8 @@ def parse_args(argv=None):
     add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
         "spaced: none, all, or a number")
     add = p.add_argument_group("simulator").add_argument
+    add("--protocol", choices=protocol_names(), metavar="NAME", help="set what a published "
+        "protocol (docs/protocols) states, such as robot and --max-actions; a flag beside it wins")
     add_simulator_args(add, sims=8)
     add_robot_args(add, "the checkpoint's, and the data set's for a baseline")
     add = p.add_argument_group("agent").add_argument
@@ -131,7 +135,11 @@ def parse_args(argv=None):
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.protocol:                                       # as defaults, so that flags win
+        p.set_defaults(**protocol_flags(args.protocol))
+        args = p.parse_args(argv)
+    return args
 
 
 AGENTS = ("policy", "oracle", "random", "forward", "stop")
@@ -549,6 +557,7 @@ def episode_record(walk: EpisodeState, reference: list | None, radius: float,
     path = [state["position"] for state in walk.states]
     length, similarity = path_length(path), ndtw(path, reference) if reference else None
     row |= {"start_distance": distances[0], "path_length": length,
+            "oracle_navigation_error": min(filter(is_finite, distances)),
             "distance_to_goal": distances[-1] if is_finite(distances[-1]) else None}
     row |= {"ndtw": similarity} if reference else {}
     for suffix, r in (("", radius), (f"_{second_radius:g}m", second_radius)):
@@ -723,6 +732,20 @@ def agent_file_hash(agent: str) -> str | None:
                         "FILE.py:function") from None
 
 
+def prompt_hash(contract: dict | None) -> str | None:
+    """A hash of the prompt's text, with a fixed instruction: a prompt that was edited is another
+    one. None without a contract."""
+    if not contract:
+        return None
+    if speaks_dialog(contract):
+        from activevln.dialog import dialog_prompt
+        text = dialog_prompt("x", contract)
+    else:
+        from model import window_prompt
+        text = window_prompt("x", 2, contract)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 class Evaluation(NamedTuple):
     settings: dict                  # run.json
     episodes: list[dict]            # those that are walked
@@ -759,8 +782,9 @@ def prepare(args) -> Evaluation:
              "max_actions", "limit", "blank_frames", "shuffled_instruction", "seed")
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
                 "device": device, "dtype": dtype, "weights": ckpt and fingerprint(ckpt),
-                "agent_file": agent_file_hash(args.agent), "contract": contract, "robot": robot,
-                "source": source,
+                "agent_file": agent_file_hash(args.agent), "contract": contract,
+                "prompt_sha256": prompt_hash(contract), "robot": robot, "source": source,
+                "dataset": dataset,
                 "data": hashlib.sha256(data.encode()).hexdigest()[:16], "radius_m": radius,
                 "second_radius_m": 1.0 if radius == 3 else 3.0, "scenes": used,
                 "forward_steps": round(np.mean(forward_steps)) if walked else None,
@@ -840,7 +864,7 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
           f"second in {sims} simulators", flush=True)
 
 
-def write_results(out: str, settings: dict, rows: list[dict]) -> dict:
+def write_results(out: str, settings: dict, rows: list[dict], protocol: str | None) -> dict:
     """Write and print the results of all episodes. SystemExit if one ended in an error."""
     results = {**settings, **summarise(rows, settings["radius_m"], settings["second_radius_m"],
                                        settings["seed"]),
@@ -849,6 +873,7 @@ def write_results(out: str, settings: dict, rows: list[dict]) -> dict:
                "simulator": read_json(os.path.join(out, "simulator.json"))}
     write_lines(os.path.join(out, "episodes.jsonl"), rows)
     write_json(os.path.join(out, "results.json"), results)
+    print(format_card(write_card(out, settings, rows, protocol, results["interval"])))
     print(format_results(results))
     first = {row["end"]: row for row in reversed(rows)}             # of each kind of end
     if results["invalid"]:
@@ -873,7 +898,10 @@ def main(args):
     path = os.path.join(out, f"episodes{suffix}.jsonl")
     if os.path.exists(path):
         write_lines(path, read_rows(path))                  # without a line that a kill cut short
-    done = {name for name, row in known_rows(out).items() if row["end"] != "error"}
+    known = known_rows(out)
+    if rank == 0:
+        write_card(out, settings, list(known.values()), args.protocol)
+    done = {name for name, row in known.items() if row["end"] != "error"}
     mine = episodes[rank::world_size]
     todo = [e for e in mine if str(e["episode_id"]) not in done]
     print(f"{out}: {settings['ckpt'] or args.agent} walks {len(todo)} episodes of "
@@ -894,7 +922,7 @@ def main(args):
     if missing:
         sys.exit(f"evaluate.py: error: {len(missing)} of {len(names)} episodes have no row in "
                  f"{out}, the first is {missing[0]}: run the same command again")
-    return write_results(out, settings, [rows[name] for name in names])
+    return write_results(out, settings, [rows[name] for name in names], args.protocol)
 
 
 if __name__ == "__main__":
