@@ -8,10 +8,10 @@ and make the plans that are better than average more likely:
     A_i  = (r_i - mean(r)) / (std(r) + eps)                    over the G plans of a group
     loss = - mean_i mean_t [ min(rho A_i, clip(rho, 1-c, 1+c') A_i) - beta KL(pi || pi_sft) ]
 
-where rho = pi(w_t) / pi_old(w_t) is the drift since the plans were sampled. There is no critic, and
-no simulator in this loop: the policy walks in evaluate.py. The plans of a group share their prompt,
-so its frames and words are run once. Sampling and learning use one distribution (model.py: the same
-temperature, the same banned tokens).
+where rho = pi(w_t) / pi_old(w_t) is the drift since the plans were sampled (--loss: other means).
+There is no critic, and no simulator in this loop: the policy walks in evaluate.py. The plans of a
+group share their prompt, so its frames and words are run once. Sampling and learning use one
+distribution (model.py: the same temperature, the same banned tokens).
 
 Run it   python grpo.py --init ckpt/sft --data data/vln_ego/train --out ckpt/grpo   # one process
          deepspeed grpo.py --init ckpt/sft                                          # every GPU
@@ -28,6 +28,7 @@ Ours, since the paper does not say: gamma 0.8, c = c' = 0.2, temperature 1, warm
 one epoch, one update per batch (so rho is 1 and the clip is idle). [1]: G 8, lr 1e-6, weight decay
 0.01, beta 0.04, the values of Video-R1 (https://github.com/tulerfeng/Video-R1; eps 1e-4, k3).
 [1] https://arxiv.org/abs/2506.17221     [2] DeepSeekMath, https://arxiv.org/abs/2402.03300, eq. 3-4
+[3] DAPO, https://arxiv.org/abs/2503.14476    [4] Dr. GRPO, https://arxiv.org/abs/2503.20783
 """
 from __future__ import annotations
 
@@ -35,10 +36,12 @@ import argparse
 import os
 import re
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load_policy
@@ -71,7 +74,7 @@ from engine import (
     update_metrics,
 )
 from make_data import add_data_args, open_sources, split_by_shares
-from model import Policy, window_prompt
+from model import Policy, Rollout, TokenStats, window_prompt
 from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
 
 RESUMABLE = {"samples_every"}                # may change on resume, besides engine.RESUMABLE_FLAGS
@@ -93,9 +96,11 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", choices=tuple(REWARDS), default="tdr")
     add("--gamma", type=float, default=0.8, help="of tdr: weight of an action over the one before")
-    add_objective_args(add, clip_high=0.2, kl_coef=0.04)
+    add_objective_args(add, loss="grpo", clip_high=0.2, kl_coef=0.04)
     add("--drop-zero-std-groups", action="store_true",
         help="leave groups out of the loss whose rewards are all equal")
+    add("--refill", type=int, default=0, metavar="N", help="sample from other prompts in place of "
+        "such groups, up to N times a step (DAPO's dynamic sampling); 0: never")
     add("--batch-size", type=positive_int, default=8, help="prompts per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
@@ -110,33 +115,48 @@ def parse_args(argv=None):
     add("--samples-every", type=positive_int, default=25,
         help="steps between the groups in samples.txt")
     add_machine_args(p)
-    return p.parse_args(argv)
+    return objective_defaults(p.parse_args(argv))
 
 
-def add_objective_args(add, clip_high: float, kl_coef: float) -> None:
+LOSSES = ("grpo", "dapo", "dr_grpo")
+
+
+def add_objective_args(add, loss: str, clip_high: float, kl_coef: float) -> None:
     """The flags of policy_update and group_advantages, for `add = parser.add_argument`."""
+    add("--loss", choices=LOSSES, default=loss, help="grpo: mean over a plan's tokens, then over "
+        "plans; dapo: over all tokens; dr_grpo: their sum, over plans times the most tokens of one")
     add("--clip-low", type=float, default=0.2, help="c: the ratio's lower bound is 1 - c")
     add("--clip-high", type=float, default=clip_high, help="c': its upper bound is 1 + c'")
     add("--kl-coef", type=float, default=kl_coef, help="beta; 0 never loads the reference")
-    add("--scale-rewards", choices=("group", "none"), default="group",
-        help="divide advantages by the standard deviation of their group, or not")
+    add("--scale-rewards", choices=("group", "batch", "none"), help="divide advantages by the "
+        "standard deviation of their group's rewards, of the batch's, or not; default: group, with "
+        "--loss dr_grpo none")
     add("--updates-per-batch", type=positive_int, default=1, help="1 is strictly on-policy")
+
+
+def objective_defaults(args: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with the --scale-rewards that belongs to their --loss where none is given."""
+    args.scale_rewards = args.scale_rewards or ("none" if args.loss == "dr_grpo" else "group")
+    return args
 
 
 # ---------------------------------------------------------------- the algorithm
 
 
 def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4,
-                     scale_rewards: str = "group") -> Tensor:
+                     scale_rewards: str = "group", batch_std: float = 0.0) -> Tensor:
     """How much better each plan is than its group's mean [2]. rewards (N,) -> (N,).
 
-    scale_rewards "group" divides by the group's standard deviation. With "none" a group whose plans
-    differ only in the sixth action weighs less than one whose plans differ in the first.
+    scale_rewards "group" divides by the group's standard deviation. With "none", and with "batch",
+    which divides by batch_std, a group whose plans differ only in the sixth action weighs less than
+    one whose plans differ in the first.
 
     >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, eps=0.01)      # std of 1, 3: 1.414
     tensor([-0.7021,  0.7021,  0.0000,  0.0000])
     >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, scale_rewards="none")
     tensor([-1.,  1.,  0.,  0.])
+    >>> group_advantages(torch.tensor([1.0, 3.0, 0.7, 0.7]), 2, 0, "batch", batch_std=2.0)
+    tensor([-0.5000,  0.5000,  0.0000,  0.0000])
     """
     assert group_size > 1, "a group of one has no siblings to compare with"
     groups = rewards.view(-1, group_size)                                          # (B, G)
@@ -144,8 +164,39 @@ def group_advantages(rewards: Tensor, group_size: int, eps: float = 1e-4,
     # would matter: AdamW divides by the gradient's own size and would make a full step of it.
     groups = groups - groups[:, :1]
     centred = groups - groups.mean(dim=1, keepdim=True)
-    scale = groups.std(dim=1, keepdim=True) + eps if scale_rewards == "group" else 1.0
+    scale = {"group": groups.std(dim=1, keepdim=True) + eps, "batch": batch_std + eps,
+             "none": 1.0}[scale_rewards]
     return (centred / scale).flatten()
+
+
+def reward_std(rewards: Tensor) -> float:
+    """Standard deviation (n - 1) of the rewards of all ranks; each gives its own (N,)."""
+    n, total = all_reduce_sum([len(rewards), rewards.double().sum().item()], rewards.device)
+    squares, = all_reduce_sum([(rewards.double() - total / max(n, 1)).square().sum().item()],
+                              rewards.device)
+    return (squares / max(n - 1, 1)) ** 0.5
+
+
+def loss_weights(lengths: Tensor, loss: str, plans: float, tokens: float, most: int
+                 ) -> tuple[Tensor, float]:
+    """What grpo_loss() of each plan, a mean over its tokens, weighs in the loss of the batch ->
+    weights (N,), with sum 1 over all plans, and the factor of their sum.
+
+    lengths (N,): tokens of each plan, 0 for one that is left out; plans, tokens: how many are in
+    the loss on all ranks; most: the tokens that a plan may have. GRPO [2] gives plans the same
+    weight, DAPO [3] tokens. Dr. GRPO [4] gives tokens a weight that does not depend on how many
+    there are, so that a longer batch counts for more; TRL's max_completion_length is `most`.
+
+    Plans of 2 and 6 tokens, of at most 8: 1/2 and 1/2; 2/8 and 6/8; and these times 8 / (2 * 8).
+    >>> two = torch.tensor([2.0, 6.0])
+    >>> [loss_weights(two, loss, plans=2, tokens=8, most=8) for loss in LOSSES[:2]]
+    [(tensor([0.5000, 0.5000]), 1.0), (tensor([0.2500, 0.7500]), 1.0)]
+    >>> loss_weights(two, "dr_grpo", plans=2, tokens=8, most=8)
+    (tensor([0.2500, 0.7500]), 0.5)
+    """
+    if loss == "grpo":
+        return (lengths > 0).float() / max(plans, 1), 1.0
+    return lengths / max(tokens, 1), tokens / max(plans * most, 1) if loss == "dr_grpo" else 1.0
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
@@ -182,7 +233,8 @@ class PlanBatch(NamedTuple):
     mask: Tensor                         # (N, C), the sampled tokens
     advantages: Tensor                   # (N,)
     loss_weights: Tensor                 # (N,), with sum 1 over all micro-batches and ranks
-    sampled_logps: Tensor | None = None  # (N, C) with gradient, if sampling has computed it
+    loss_scale: float = 1.0              # and a factor of the whole loss
+    sampled: TokenStats | None = None    # with gradient, if sampling has computed it
 
 
 class UpdateStats(NamedTuple):
@@ -205,15 +257,14 @@ def policy_update(engine, batches: Sequence[PlanBatch], ref_logps: Sequence[Tens
     old_logps, sums = [], np.zeros(len(UpdateStats._fields))
     for update in range(args.updates_per_batch):
         for i, batch in enumerate(accumulate(engine, batches)):
-            logps = batch.sampled_logps if batch.sampled_logps is not None else engine(
-                *batch.inputs)
+            logps, _, entropy = batch.sampled or engine(*batch.inputs, with_stats=True)
             if update == 0:                      # the weights are still those of the sampling
                 old_logps.append(logps.detach())
             loss, stats = grpo_loss(logps, old_logps[i], ref_logps[i], batch.advantages, batch.mask,
                                     args.clip_low, args.clip_high, args.kl_coef)
-            loss = (loss * batch.loss_weights).sum()
+            loss = batch.loss_scale * (loss * batch.loss_weights).sum()
             backward_step(engine, loss)
-            entropy = -masked_mean(logps, batch.mask).detach()
+            entropy = masked_mean(entropy, batch.mask)
             sums += [loss.item(), *((x * batch.loss_weights).sum().item() for x in (
                 stats["kl"], stats["clip_frac"], entropy))]
     return UpdateStats(*(sums / args.updates_per_batch).tolist())
@@ -250,6 +301,16 @@ def batch_of(prompts: Sequence, step: int, per_batch: int, seed: int) -> list:
     return [prompts[j] for j in order[at * per_batch:(at + 1) * per_batch]]
 
 
+def refill_of(prompts: Sequence, batch: Sequence, step: int, attempt: int, seed: int) -> list:
+    """Prompts that may stand in for those of a step's batch, one for each, from (seed, step,
+    attempt) alone; in one step each only once, if there are that many."""
+    own = set(batch)
+    others = [prompt for prompt in prompts if prompt not in own]
+    order = np.random.default_rng((seed, step, 1)).permutation(len(others))
+    start = (attempt - 1) * len(batch)
+    return [others[order[(start + j) % len(others)]] for j in range(len(batch))]
+
+
 def sampling_seeds(seed: int, step: int, n: int) -> list[int]:
     """One seed per prompt of a global batch, so that its plans are the same on any rank."""
     words = np.random.SeedSequence((seed, step)).generate_state(n, np.uint64)
@@ -274,11 +335,13 @@ class PromptBatch(NamedTuple):
     seeds: list                          # one per decision
 
 
-def load_batch(engine, sources: Sequence, prompts: Sequence[PromptIndex], step: int, args
-               ) -> list[PromptBatch]:
-    """This rank's prompts of a step."""
+def load_batch(engine, sources: Sequence, prompts: Sequence[PromptIndex], step: int, args,
+               attempt: int = 0) -> list[PromptBatch]:
+    """This rank's prompts of a step. attempt: of --refill, 0 for the batch itself."""
     drawn = batch_of(prompts, step, args.batch_size, args.seed)
-    seeds = sampling_seeds(args.seed, step, args.batch_size)
+    if attempt:
+        drawn = refill_of(prompts, drawn, step, attempt, args.seed)
+    seeds = sampling_seeds(args.seed, step, (attempt + 1) * args.batch_size)[-args.batch_size:]
     mine = list(zip(drawn, seeds))[engine.global_rank::engine.world_size]
     return [PromptBatch(*load_prompts(sources, engine.module, [prompt]), [seed])
             for prompt, seed in mine]
@@ -299,8 +362,8 @@ class RolloutBatch(NamedTuple):
     """G plans for each prompt of a micro-batch, those of a group adjacent."""
     decisions: list
     frames: dict
-    plans: NamedTuple                    # model.Rollout: texts, completion_ids, completion_mask
-    sampled_logps: Tensor | None
+    plans: Rollout
+    sampled: TokenStats | None = None
 
 
 def rollout(engine, batches: Sequence[PromptBatch], args) -> list[RolloutBatch]:
@@ -312,7 +375,7 @@ def rollout(engine, batches: Sequence[PromptBatch], args) -> list[RolloutBatch]:
                 list(b.frames.values()))))) for b in batches]
     # With one micro-batch and one update, sampling and learning share one pass over the prompts.
     # Not under ZeRO-3: there, ranks that sample plans of unequal length would block each other.
-    single_pass = (len(batches) == 1 == args.updates_per_batch
+    single_pass = (len(batches) == 1 == args.updates_per_batch and not args.refill
                    and engine.zero_optimization_stage() < 3)
     if single_pass:
         decisions, frames, seeds = batches[0]
@@ -320,8 +383,65 @@ def rollout(engine, batches: Sequence[PromptBatch], args) -> list[RolloutBatch]:
             decisions, frames, args.group_size, args.temperature, seeds))]
     with gathered(engine), torch.no_grad():
         return [RolloutBatch(decisions, frames, policy.generate(
-            policy.build_prompts(decisions, frames), args.group_size, args.temperature, seeds),
-            None) for decisions, frames, seeds in batches]
+            policy.build_prompts(decisions, frames), args.group_size, args.temperature, seeds))
+            for decisions, frames, seeds in batches]
+
+
+def split_groups(batch: RolloutBatch, group_size: int) -> list[RolloutBatch]:
+    """The same plans, one RolloutBatch per prompt."""
+    ids, mask, texts, passes = batch.plans
+    rows = [slice(at, at + group_size) for at in range(0, len(texts), group_size)]
+    return [RolloutBatch([decision], {key: batch.frames[key] for key in decision.frames},
+                         Rollout(ids[its], mask[its], texts[its], passes))
+            for decision, its in zip(batch.decisions, rows)]
+
+
+def merge_groups(groups: Sequence[RolloutBatch]) -> RolloutBatch:
+    """The inverse of split_groups()."""
+    columns = max(group.plans.completion_ids.shape[1] for group in groups)
+
+    def padded(field):
+        rows = [getattr(group.plans, field) for group in groups]
+        return torch.cat([F.pad(some, (0, columns - some.shape[1])) for some in rows])
+    return RolloutBatch(*merge_batches([group[:2] for group in groups]), Rollout(
+        padded("completion_ids"), padded("completion_mask"),
+        [text for group in groups for text in group.plans.texts], groups[0].plans.passes))
+
+
+def rollout_groups(engine, prompts: Sequence[PromptBatch], args) -> list[RolloutBatch]:
+    """rollout() of any number of prompts -> a RolloutBatch for each."""
+    parts = [part for part in split_batch(prompts, engine.module, args) if part.decisions]
+    groups = [group for batch in rollout(engine, parts, args)
+              for group in split_groups(batch, args.group_size)]
+    by_seed = dict(zip((seed for part in parts for seed in part.seeds), groups))
+    return [by_seed[prompt.seeds[0]] for prompt in prompts]
+
+
+def rollout_with_refill(engine, prompts: Sequence[PromptBatch], load_again, args
+                        ) -> tuple[list[RolloutBatch], int]:
+    """rollout(), and --refill times again from other prompts for those whose plans all earn the
+    same (DAPO's dynamic sampling [3]) -> micro-batches, and how many groups this rank drew again.
+
+    load_again(attempt): a stand-in for each of this rank's prompts. All ranks try equally often,
+    for rollout() and split_batch() are collective; what is left after the last attempt stays.
+    """
+    policy, refilled = engine.module, 0
+    groups = rollout_groups(engine, prompts, args)
+    for attempt in range(1, args.refill + 1):
+        rewards = [[s.reward for s in compute_rewards(g.plans.texts, g.decisions, policy, args)]
+                   for g in groups]
+        equal = [i for i, some in enumerate(rewards) if min(some) == max(some)]
+        if all_reduce_sum([len(equal)], policy.device) == [0]:
+            break
+        refilled += len(equal)
+        others = load_again(attempt) if equal else []
+        for i, group in zip(equal, rollout_groups(engine, [others[i] for i in equal], args)):
+            groups[i] = group
+
+    def tokens(group):
+        return sum(policy.token_counts(group.decisions, group.frames, args.group_size))
+    parts = micro_batches(groups, tokens, args.micro_tokens, policy.device)
+    return [merge_groups(part) for part in parts], refilled
 
 
 def compute_rewards(texts: Sequence[str], decisions: Sequence, policy, args) -> list[Score]:
@@ -342,23 +462,20 @@ def zero_std_groups(rewards: Tensor, group_size: int) -> Tensor:
     return groups.amax(dim=1) == groups.amin(dim=1)
 
 
-def loss_weights(rewards: Tensor, args) -> Tensor:
-    """(N,) -> (N,): every plan weighs the same, and the sum over all ranks is 1."""
-    weights = torch.ones_like(rewards)
-    if args.drop_zero_std_groups:              # weight 0, since ranks must do equal work
-        weights = (~zero_std_groups(rewards, args.group_size)).float().repeat_interleave(
-            args.group_size)
-    total, = all_reduce_sum([weights.sum().item()], rewards.device)
-    return weights / max(total, 1)
-
-
-def plan_batches(rollouts: Sequence[RolloutBatch], advantages: Tensor, weights: Tensor, args
+def plan_batches(rollouts: Sequence[RolloutBatch], rewards: Tensor, advantages: Tensor, args
                  ) -> list[PlanBatch]:
-    """Rollouts, advantages (N,) and loss weights (N,) -> what policy_update needs."""
+    """Rollouts, rewards (N,) and advantages (N,) -> what policy_update needs."""
+    lengths = torch.cat([r.plans.completion_mask.sum(dim=1) for r in rollouts]).float()
+    if args.drop_zero_std_groups:              # weight 0, since ranks must do equal work
+        lengths = lengths * ~zero_std_groups(rewards, args.group_size).repeat_interleave(
+            args.group_size)
+    plans, tokens = all_reduce_sum([(lengths > 0).sum().item(), lengths.sum().item()],
+                                   rewards.device)
+    weights, scale = loss_weights(lengths, args.loss, plans, tokens, MAX_ANSWER_TOKENS)
     sizes = [len(r.plans.texts) for r in rollouts]
     return [PlanBatch((r.decisions, r.frames, r.plans.completion_ids, r.plans.completion_mask,
                        args.group_size, args.temperature),
-                      r.plans.completion_mask, its_advantages, its_weights, r.sampled_logps)
+                      r.plans.completion_mask, its_advantages, its_weights, scale, r.sampled)
             for r, its_advantages, its_weights in zip(
                 rollouts, advantages.split(sizes), weights.split(sizes))]
 
@@ -375,16 +492,17 @@ def score_sums(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def step_metrics(scores: Sequence[Score], rollouts: Sequence[RolloutBatch], rewards: Tensor,
-                 update: UpdateStats, args) -> dict[str, float]:
-    """The log's line of a step: means over the plans of all ranks."""
+                 update: UpdateStats, refilled: int, args) -> dict[str, float]:
+    """The log's line of a step: means over the plans of all ranks, and how many groups --refill
+    drew again."""
     sums = score_sums(scores) | {
         "plan_tokens": sum(r.plans.completion_mask.sum().item() for r in rollouts),
         "frac_reward_zero_std": zero_std_groups(rewards, args.group_size).sum().item()
         * args.group_size}
-    totals = all_reduce_sum([*sums.values(), *update], rewards.device)
+    totals = all_reduce_sum([*sums.values(), *update, refilled], rewards.device)
     n = args.batch_size * args.group_size
     return ({key: total / n for key, total in zip(sums, totals)}
-            | dict(zip(update._fields, totals[len(sums):])))
+            | dict(zip((*update._fields, "refilled"), totals[len(sums):])))
 
 
 # ---------------------------------------------------------------- samples.txt
@@ -516,6 +634,9 @@ def main(args):
     prompts = draw_prompts(sources, args.prompts, args.seed, args.shares)
     steps = count_steps(args, len(prompts), f"--data and --prompts give {len(prompts)} prompts",
                         world_size)
+    if args.refill and len(prompts) == args.batch_size:
+        raise UserError("--refill draws from prompts outside the batch, and there are none: lower "
+                        "--batch-size or raise --prompts")
 
     engine = make_engine(policy, args)
     reference = load_reference(args, engine, device)
@@ -526,8 +647,8 @@ def main(args):
     print_start(engine, f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x "
                 f"{args.group_size} plans", first, [n for data in sources for n in data.notes])
 
-    def load(step):
-        return load_batch(engine, sources, prompts, step, args)
+    def load(step, attempt=0):
+        return load_batch(engine, sources, prompts, step, args, attempt)
     print_memory_estimate(engine, reference, max(policy.activations(
         *part[:2], args.group_size) for part in split_batch(load(first), policy, args)))
     log = Log(engine, args.out, first, steps, ("reward", "kl", "frac_reward_zero_std"))
@@ -540,23 +661,27 @@ def main(args):
         lr = set_learning_rate(engine, step, steps, args)
 
         # 1. sample G plans per prompt, from the current policy
-        rollouts = rollout(engine, split_batch(batch, policy, args), args)
+        if args.refill:
+            rollouts, refilled = rollout_with_refill(engine, batch, partial(load, step), args)
+        else:
+            rollouts, refilled = rollout(engine, split_batch(batch, policy, args), args), 0
         decisions = [d for r in rollouts for d in r.decisions]
         texts = [text for r in rollouts for text in r.plans.texts]
 
         # 2. score them against the expert, and compare them within their groups
         scores = compute_rewards(texts, decisions, policy, args)
         rewards = torch.tensor([s.reward for s in scores], device=device)              # (N,)
-        advantages = group_advantages(rewards, args.group_size, scale_rewards=args.scale_rewards)
+        advantages = group_advantages(rewards, args.group_size, scale_rewards=args.scale_rewards,
+                                      batch_std=reward_std(rewards))
 
         # 3. make the better ones more likely, near the SFT policy
-        batches = plan_batches(rollouts, advantages, loss_weights(rewards, args), args)
+        batches = plan_batches(rollouts, rewards, advantages, args)
         ref_logps = reference_logps(reference, batches)
         update = policy_update(engine, batches, ref_logps, args)
 
         # 4. log, validate, checkpoint
         done = step + 1
-        metrics = step_metrics(scores, rollouts, rewards, update, args)
+        metrics = step_metrics(scores, rollouts, rewards, update, refilled, args)
         metrics |= {"lr": lr, "wait_s": wait_s} | update_metrics(engine)
         if val_prompts and is_due(done, args.val_every, steps):
             metrics |= validate(engine, val, val_prompts, args)

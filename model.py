@@ -114,6 +114,13 @@ class Prompt(NamedTuple):
         return int(self.positions.max()) + 1
 
 
+class TokenStats(NamedTuple):
+    """Of the tokens of N answers, each (N, C), 0 where an answer has no more."""
+    logps: Tensor             # fp32, differentiable
+    likeliest: Tensor         # bool: is the token the likeliest at its place?
+    entropy: Tensor           # of the whole distribution at its place, in nats, no gradient
+
+
 class Rollout(NamedTuple):
     """N = B*G answers. The ids end in <|im_end|> unless they were cut off; the texts lack it."""
     completion_ids: Tensor    # (N, C)
@@ -329,9 +336,8 @@ class Policy(Qwen):
         return logits.index_fill(-1, self.banned, -math.inf)
 
     def _logps_at(self, hidden: Tensor, spots: list[list[tuple]], temperature: float,
-                  columns: int | None = None) -> tuple[Tensor, Tensor]:
-        """log p of tokens -> logps (R, columns) fp32, 0 where a row has no more; and whether each
-        token is the likeliest, bool of that shape.
+                  columns: int | None = None, with_stats: bool = False) -> Tensor | TokenStats:
+        """log p of tokens -> logps (R, columns) fp32, 0 where a row has no more; or TokenStats.
 
         spots: per row of the result [(row, column of hidden (N, T, H), token that it predicts)].
         """
@@ -343,24 +349,30 @@ class Policy(Qwen):
         columns = columns or max(map(len, spots))
         where = torch.tensor([i * columns + j for i, some in enumerate(spots)
                               for j in range(len(some))], device=self.device)
-        flat = torch.zeros(len(spots) * columns, device=self.device)
-        likeliest = torch.zeros_like(flat, dtype=torch.bool)
-        likeliest = likeliest.index_copy(0, where, logits.argmax(dim=1) == token)
-        return (flat.index_copy(0, where, logps).view(len(spots), columns),
-                likeliest.view(len(spots), columns))
+
+        def rows(x):
+            flat = torch.zeros(len(spots) * columns, dtype=x.dtype, device=self.device)
+            return flat.index_copy(0, where, x).view(len(spots), columns)
+        if not with_stats:
+            return rows(logps)
+        # In pieces, for the probabilities of all places are as large as their logits.
+        entropy = [torch.special.entr(some.softmax(dim=1)).sum(dim=1)
+                   for some in logits.detach().split(64)]
+        return TokenStats(rows(logps), rows(logits.argmax(dim=1) == token),
+                          rows(torch.cat(entropy)))
 
     # ------------------------------------------------------------ training: log-probabilities
 
-    def forward(self, decisions: list, frames: dict, *rest, **named) -> Tensor:
+    def forward(self, decisions: list, frames: dict, *rest, **named) -> Tensor | TokenStats:
         """build_prompts() and logps() in one call: under ZeRO-3 the weights are only there in it.
 
-        decisions, frames, completion_ids, completion_mask, group_size, temperature
+        decisions, frames, completion_ids, completion_mask, group_size, temperature, with_stats
         """
         return self.logps(self.build_prompts(decisions, frames), *rest, **named)
 
     def sample_with_logps(self, decisions: list, frames: dict, group_size: int,
-                          temperature: float, seeds: list[int]) -> tuple[Rollout, Tensor]:
-        """build_prompts(), generate(), and logps() of what was sampled -> Rollout, logps (B*G, C).
+                          temperature: float, seeds: list[int]) -> tuple[Rollout, TokenStats]:
+        """build_prompts(), generate(), and logps() of what was sampled -> Rollout, TokenStats.
 
         The prompts are run once for both: what is sampled from is what is differentiated.
         """
@@ -368,15 +380,15 @@ class Policy(Qwen):
         prefill = self._prefill(prompts)
         rollout = self.generate(prompts, group_size, temperature, seeds, prefill=prefill)
         return rollout, self.logps(prompts, rollout.completion_ids, rollout.completion_mask,
-                                   group_size, temperature, prefill)
+                                   group_size, temperature, prefill, with_stats=True)
 
     def logps(self, prompts: list[Prompt], completion_ids: Tensor, completion_mask: Tensor,
-              group_size: int = 1, temperature: float = 1.0, prefill: tuple | None = None
-              ) -> Tensor:
+              group_size: int = 1, temperature: float = 1.0, prefill: tuple | None = None,
+              with_stats: bool = False) -> Tensor | TokenStats:
         """log p(answer token | everything before it), at answer positions only.
 
         prompts: B Prompts; completion_ids, completion_mask (B*G, C), siblings adjacent, padded on
-        the right -> logps (B*G, C) fp32, differentiable, 0 where masked.
+        the right -> logps (B*G, C) fp32, differentiable, 0 where masked; with_stats: TokenStats.
         The distribution is the one generate() samples from: same temperature, same banned ids.
         prefill: _prefill(prompts), if the prompts have been run already.
         """
@@ -402,7 +414,7 @@ class Policy(Qwen):
                 columns = [first, *range(column, column + len(answer) - 1)]
                 column += len(answer) - 1
                 spots.append([(row, *pair) for pair in zip(columns, answer)])
-        return self._logps_at(hidden, spots, temperature, completion_ids.shape[1])[0]
+        return self._logps_at(hidden, spots, temperature, completion_ids.shape[1], with_stats)
 
     # ------------------------------------------------------------ sampling
 

@@ -35,6 +35,7 @@ from reward import FORWARD, LEFT, RIGHT, STOP
 # The contract: each turn is answered with up to `horizon` moves of 1 to `merge` equal actions.
 DIALOG = {**{key: CONTRACT[key] for key in CONTRACT if key != "memory"},
           "prompt": "dialog-1", "horizon": 3, "merge": 3}
+MAX_TURN_TOKENS = 48        # of an answer; three moves are 21 of Qwen's
 
 
 # ---------------------------------------------------------------- language
@@ -235,7 +236,7 @@ class DialogPolicy(Policy):
         return self.dialog_logps(dialogs, frames, *rest, **named)
 
     def dialog_logps(self, dialogs: list[Dialog], frames: dict, branches: list | None = None,
-                     temperature: float = 1.0, with_greedy: bool = False):
+                     temperature: float = 1.0, with_stats: bool = False):
         """log p(answer token | the conversation before it): one pass for whole walks.
 
         dialogs: N, with ids; frames {key: uint8 (H, W, 3)}, every one encoded once -> logps (N, C)
@@ -243,7 +244,7 @@ class DialogPolicy(Policy):
         branches: per dialog [(turn, ids), ..], answers that could have been given at that turn
         -> (branches of all dialogs, C) instead. They stand behind the walk in its row and see what
         came before their turn, and themselves: a tree, run in the same pass.
-        with_greedy: -> (logps, is it the likeliest token? bool of that shape).
+        with_stats: -> TokenStats.
         """
         features = dict(zip(frames, self.encode_frames(list(frames.values()))))
         segments, spots = [], []
@@ -262,8 +263,7 @@ class DialogPolicy(Policy):
         # spots: per output row, [(segment, place in it, token), ..]; where: a segment's row, column
         spots = [[(where[i][0], where[i][1] + place, token) for i, place, token in row]
                  for row in spots]
-        logps, likeliest = self._logps_at(hidden, spots, temperature)
-        return (logps, likeliest) if with_greedy else logps
+        return self._logps_at(hidden, spots, temperature, with_stats=with_stats)
 
     def _forward_packed(self, segments: list[PackedSegment]) -> tuple[Tensor, dict]:
         """Run segments several to a row, for walks differ much in length -> hidden (rows, T, H),
@@ -303,7 +303,7 @@ class DialogPolicy(Policy):
     def generate_turn(self, caches: list[DialogCache | None], instructions: list[str],
                       features: list[Tensor], group_size: int = 1, temperature: float = 0.0,
                       seeds: list[int] | None = None, draft: bool = True,
-                      max_new_tokens: int = 48) -> tuple[list, list[DialogCache]]:
+                      max_new_tokens: int = MAX_TURN_TOKENS) -> tuple[list, list[DialogCache]]:
         """The next turn of N dialogs, whatever turn each is at -> G answers (ids) for each, and
         the caches with which the dialogs go on, in which the first of the G was given.
 
@@ -379,7 +379,7 @@ class DialogPolicy(Policy):
 
     def validate(self, dialogs: list[Dialog], frames: dict) -> list[tuple[float, float]]:
         inputs, mask = self.model_inputs(self.tokenize_answers(dialogs), frames)
-        logps, likeliest = self(*inputs, with_greedy=True)
+        logps, likeliest, _ = self(*inputs, with_stats=True)
         tokens = mask.sum().item()
         return [(-(logps * mask).sum().item(), tokens), ((likeliest & mask).sum().item(), tokens)]
 

@@ -39,12 +39,14 @@ import re
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from activevln.dialog import Dialog, DialogPolicy
+from activevln.dialog import MAX_TURN_TOKENS, Dialog, DialogPolicy
 from cli import DefaultsFormatter, UserError, positive_int, read_rows, run_cli
 from engine import (
     Log,
@@ -89,8 +91,11 @@ from grpo import (
     group_advantages,
     load_init,
     load_reference,
+    loss_weights,
+    objective_defaults,
     policy_update,
     reference_logps,
+    reward_std,
 )
 from make_data import run_jobs
 from reward import STOP
@@ -155,7 +160,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a whole walk: a sum such as "
         "success+0.5*progress, of " + ", ".join(REWARD_TERMS))
-    add_objective_args(add, clip_high=0.28, kl_coef=0.0)
+    add_objective_args(add, loss="dapo", clip_high=0.28, kl_coef=0.0)
     add("--batch-size", type=positive_int, default=8, help="episodes per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
@@ -172,7 +177,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("logging").add_argument
     add("--rollouts-every", type=positive_int, default=10,
         help="steps between those in rollouts.jsonl")
-    return p.parse_args(argv)
+    return objective_defaults(p.parse_args(argv))
 
 
 # ---------------------------------------------------------------- rewards
@@ -470,21 +475,33 @@ def zero_std(rewards: torch.Tensor) -> bool:
     return len(rewards) == 0 or bool(rewards.max() - rewards.min() < 1e-6)
 
 
-def compare_walks(walks: list, rewards: list, args) -> tuple[list[TrainingExample], int]:
+def batch_std(walks: list, rewards: list, args, device: torch.device | str) -> float:
+    """What --scale-rewards batch divides by: over the valid walks, or plans, of all ranks."""
+    if args.scale_rewards != "batch":
+        return 0.0
+    known = sum(sum(rewards, []), []) if args.groups == "state" else [
+        reward for walk, reward in zip(walks, rewards) if walk.end not in INVALID_ENDS]
+    return reward_std(torch.tensor(known, dtype=torch.float32, device=device))
+
+
+def compare_walks(walks: list, rewards: list, args, std: float = 0.0
+                  ) -> tuple[list[TrainingExample], int]:
     """B * G ended walks, siblings adjacent -> examples, and the number of groups without one: those
-    whose rewards agree, and those whose simulator failed."""
+    whose rewards agree, and those whose simulator failed. std: batch_std()."""
     examples, dropped = [], 0
     for at in range(0, len(walks), args.group_size):
         group, some = walks[at:at + args.group_size], torch.tensor(rewards[at:at + args.group_size])
         if any(walk.end in INVALID_ENDS for walk in group) or zero_std(some):
             dropped += 1
             continue
-        advantages = group_advantages(some, args.group_size, scale_rewards=args.scale_rewards)
+        advantages = group_advantages(some, args.group_size, scale_rewards=args.scale_rewards,
+                                      batch_std=std)
         examples += [TrainingExample(walk, [a]) for walk, a in zip(group, advantages.tolist())]
     return examples, dropped
 
 
-def compare_plans(walks: list, rewards: list, args) -> tuple[list[TrainingExample], int]:
+def compare_plans(walks: list, rewards: list, args, std: float = 0.0
+                  ) -> tuple[list[TrainingExample], int]:
     """The same for --groups state: one group for each turn of each walk."""
     examples, dropped = [], 0
     for walk, per_turn in zip(walks, rewards):
@@ -494,7 +511,7 @@ def compare_plans(walks: list, rewards: list, args) -> tuple[list[TrainingExampl
                 dropped += 1
                 continue
             branches += [(turn, ids) for ids in walk.decisions[turn].answers]
-            advantages += group_advantages(some, args.group_size,
+            advantages += group_advantages(some, args.group_size, batch_std=std,
                                            scale_rewards=args.scale_rewards).tolist()
         examples += [TrainingExample(walk, advantages, branches)] if branches else []
     return examples, dropped
@@ -507,9 +524,9 @@ def dummy_example(walk: EpisodeState, state_groups: bool) -> TrainingExample:
 
 
 def collate(examples: list[TrainingExample], device: torch.device | str, temperature: float,
-            tokens: float, in_loss: bool = True) -> PlanBatch:
-    """Examples -> one forward pass, R rows of log-probabilities. Every token has the same weight in
-    the loss. tokens: their number over all ranks; in_loss False: a dummy, of weight 0."""
+            weights_of: Callable, in_loss: bool = True) -> PlanBatch:
+    """Examples -> one forward pass, R rows of log-probabilities. weights_of: loss_weights() as a
+    function of the rows' lengths; in_loss False: a dummy, of weight 0."""
     frames = {key: frame for example in examples for key, frame in example.frames.items()}
     branches = [example.branches for example in examples]
     lengths = torch.tensor([n for example in examples for n in example.lengths], device=device)
@@ -518,11 +535,11 @@ def collate(examples: list[TrainingExample], device: torch.device | str, tempera
                               device=device)
     return PlanBatch(([example.dialog for example in examples], frames,
                       None if branches[0] is None else branches, temperature),
-                     mask, advantages, mask.sum(dim=1) * in_loss / max(tokens, 1))
+                     mask, advantages, *weights_of(lengths * in_loss))
 
 
-def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, tokens: float, args
-                       ) -> list[PlanBatch]:
+def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, weights_of: Callable,
+                       args) -> list[PlanBatch]:
     """Examples -> micro-batches; dummies where this rank has fewer than another."""
     walked = [walk for walk in walks if walk.decisions]
     if not walked:
@@ -531,7 +548,7 @@ def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, tokens
     dummy = dummy_example(min(walked, key=lambda walk: len(walk.decisions)), args.groups == "state")
     parts = micro_batches(examples, lambda one: policy.token_counts(
         [one.dialog], one.frames, branches=[one.branches])[0], args.micro_tokens, policy.device)
-    return [collate(some or [dummy], policy.device, args.temperature, tokens, in_loss=bool(some))
+    return [collate(some or [dummy], policy.device, args.temperature, weights_of, bool(some))
             for some in parts]
 
 
@@ -680,9 +697,13 @@ def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
 
     # 2. advantages within groups
     compare = compare_plans if state_groups else compare_walks
-    examples, dropped = compare(rollouts.walks, rollouts.rewards, args)
-    tokens, = all_reduce_sum([sum(sum(example.lengths) for example in examples)], device)
-    batches = make_micro_batches(policy, rollouts.walks, examples, tokens, args)
+    examples, dropped = compare(rollouts.walks, rollouts.rewards, args, batch_std(
+        rollouts.walks, rollouts.rewards, args, device))
+    rows = [length for example in examples for length in example.lengths]
+    plans, tokens = all_reduce_sum([len(rows), sum(rows)], device)
+    weights_of = partial(loss_weights, loss=args.loss, plans=plans, tokens=tokens, most=
+                         MAX_TURN_TOKENS * (1 if state_groups else args.turn_cap))
+    batches = make_micro_batches(policy, rollouts.walks, examples, weights_of, args)
     if print_memory:
         print_memory_estimate(run.engine, run.reference, max(
             policy.activations(*batch.inputs[:2], branches=batch.inputs[2]) for batch in batches))

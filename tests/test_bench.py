@@ -45,7 +45,7 @@ def test_a_rollout_that_is_learned_from_is_the_one_that_is_sampled(wordy):
         (logps * weight[:, :logps.shape[1]]).sum().backward()
         return torch.cat([p.grad.flatten() for p in wordy.parameters()])
 
-    roll, logps = wordy.sample_with_logps(decisions, frames, 3, 0.8, [4, 5])
+    roll, (logps, *_) = wordy.sample_with_logps(decisions, frames, 3, 0.8, [4, 5])
     with torch.no_grad():
         apart = wordy.generate(wordy.build_prompts(decisions, frames), 3, 0.8, [4, 5])
     assert torch.equal(roll.completion_ids, apart.completion_ids)

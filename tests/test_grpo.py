@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -166,6 +167,82 @@ def test_a_plan_without_tokens_is_zero_not_nan():
     empty = torch.zeros(1, 3)
     loss, stats = grpo_loss(empty, empty, empty, torch.ones(1), empty.bool(), 0.2, 0.2, 0.04)
     assert loss.item() == 0 and stats["kl"].item() == 0
+
+
+# ---------------------------------------------------------------- losses, against TRL's
+
+
+def off_policy_batch():
+    """Eight ragged plans in groups of four: logps with ratios either side of 1, and a mask."""
+    logits, logps, mask = toy(n=8, dtype=torch.float32)
+    with torch.no_grad():
+        old, ref = logps(logits + 0.4 * logits.sin()), logps(logits * 0.8)
+    rewards = torch.tensor([0.1, 0.9, 0.4, 0.4, 0.2, 0.2, 0.2, 0.8])
+    return logits, logps, mask, old, ref, rewards
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("loss", grpo.LOSSES)
+def test_losses_equal_trl(loss, scale, monkeypatch):
+    """Ours is split in two micro-batches of three and five plans."""
+    pytest.importorskip("trl", reason="TRL is not installed: run this with bench/.venv/bin/python")
+    import common  # noqa: F401  (what makes torchvision importable)
+    from trl.trainer import grpo_trainer as trl
+    monkeypatch.setattr(grpo, "all_reduce_sum", lambda values, device: values)
+    logits, logps, mask, old, ref, rewards = off_policy_batch()
+    advantages = group_advantages(rewards, 4, scale_rewards=scale,
+                                  batch_std=grpo.reward_std(rewards))
+    std = {"group": rewards.view(2, 4).std(dim=1).repeat_interleave(4), "batch": rewards.std()}
+    expected = rewards - rewards.view(2, 4).mean(dim=1).repeat_interleave(4)
+    expected = expected / (std[scale] + 1e-4) if scale in std else expected
+    assert torch.allclose(advantages, expected, atol=1e-6)          # TRL's, by its own lines
+
+    class Trainer(trl.GRPOTrainer):
+        """Its _compute_loss() on given log-probabilities: the settings that it reads."""
+
+        def __init__(self):
+            self.loss_type, self.beta, self.max_completion_length = loss, 0.04, 5
+            self.epsilon_low, self.epsilon_high, self.importance_sampling_level = 0.2, 0.28, "token"
+            self.top_entropy_quantile, self.off_policy_mask_threshold = 1.0, None
+            self.use_vllm = self.aux_loss_enabled = self._entropy_bonus_enabled = False
+            self.current_gradient_accumulation_steps = 1
+            self.args = SimpleNamespace(delta=None, use_bias_correction_kl=False,
+                                        steps_per_generation=1)
+            self.accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x,
+                                               reduce=lambda x, reduction: x)
+            self.model, self._metrics = SimpleNamespace(training=True), {"train": Counted()}
+
+        def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+            return logps(), torch.zeros(8, 5), None
+    theirs = Trainer()._compute_loss(None, {
+        "prompt_ids": torch.zeros(8, 1), "prompt_mask": torch.ones(8, 1),
+        "completion_ids": torch.zeros(8, 5), "completion_mask": mask.int(),
+        "advantages": advantages, "old_per_token_logps": old, "ref_per_token_logps": ref,
+        "num_items_in_batch": mask.sum()})
+    theirs_gradient, = torch.autograd.grad(theirs, logits)
+    lengths = mask.sum(dim=1).float()
+    weights, factor = grpo.loss_weights(lengths, loss, 8, lengths.sum().item(), most=5)
+    ours = 0
+    for some in (slice(3), slice(3, 8)):
+        each, _ = grpo_loss(logps()[some], old[some], ref[some], advantages[some], mask[some],
+                            0.2, 0.28, 0.04)
+        ours = ours + factor * (each * weights[some]).sum()
+    ours_gradient, = torch.autograd.grad(ours, logits)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert torch.allclose(ours_gradient, theirs_gradient, atol=1e-7)
+
+
+class Counted(dict):
+    """A trainer's log of lists."""
+
+    def __missing__(self, key):
+        return self.setdefault(key, [])
+
+
+def test_scale_rewards_follows_the_loss():
+    assert grpo.parse_args([]).scale_rewards == "group"
+    assert grpo.parse_args(["--loss=dr_grpo"]).scale_rewards == "none"
+    assert grpo.parse_args(["--loss=dr_grpo", "--scale-rewards=batch"]).scale_rewards == "batch"
 
 
 def test_a_bandit_learns():
@@ -328,6 +405,48 @@ def test_prompts_and_seeds_are_functions_of_the_seed_and_the_step(world):
     assert grpo.batch_of(prompts, 5, 4, 0) != grpo.batch_of(prompts, 0, 4, 0)   # another order
     seeds = [s for step in range(50) for s in grpo.sampling_seeds(0, step, 8)]
     assert len(set(seeds)) == 400 and all(0 <= s < 2 ** 63 for s in seeds)
+
+
+def test_refill_draws_from_other_prompts_and_groups_keep_their_plans(policy, world):
+    prompts = list(range(30))
+    batch = grpo.batch_of(prompts, 3, 8, seed=0)
+    first, second = (grpo.refill_of(prompts, batch, 3, attempt, 0) for attempt in (1, 2))
+    assert len({*batch, *first, *second}) == 24                  # none twice
+    assert first == grpo.refill_of(prompts, batch, 3, 1, 0)
+    decisions, frames, roll = group_of_four(policy, world, n=3)
+    both = grpo.RolloutBatch(decisions, frames, roll)
+    groups = grpo.split_groups(both, 4)
+    again = grpo.merge_groups([groups[2], groups[0]])
+    assert again.decisions == [decisions[2], decisions[0]]
+    assert again.plans.texts == roll.texts[8:] + roll.texts[:4]
+    assert torch.equal(again.plans.completion_mask,
+                       torch.cat((roll.completion_mask[8:], roll.completion_mask[:4])))
+    short = groups[0]._replace(plans=groups[0].plans._replace(
+        completion_ids=groups[0].plans.completion_ids[:, :2],
+        completion_mask=groups[0].plans.completion_mask[:, :2]))
+    mask = grpo.merge_groups([short, groups[2]]).plans.completion_mask
+    assert mask.shape == roll.completion_mask[:8].shape and not mask[:4, 2:].any()
+
+
+def test_refill_is_the_same_when_resumed_and_on_two_ranks(world):
+    more = ["--refill=2", "--reward=uniform", "--group-size=2", "--loss=dapo", "--kl-coef=0",
+            "--scale-rewards=batch", "--lr=2e-5", "--save-every=1", "--max-steps=2"]
+    grpo.main(grpo.parse_args(flags(world, world / "refill", *more)))
+    bare = flags(world, world / "no_refill", *more, "--refill=0", "--max-steps=1")
+    grpo.main(grpo.parse_args(bare))
+    rows, (_, row) = log_of(world / "refill"), log_of(world / "no_refill")
+    equal = 4 * row["frac_reward_zero_std"]
+    assert equal <= rows[1]["refilled"] <= 2 * equal and equal > 0 == row["refilled"]
+    assert rows[1]["frac_reward_zero_std"] < row["frac_reward_zero_std"]
+    again = flags(world, world / "refill_again", *more)
+    grpo.main(grpo.parse_args([*again, "--stop-after=1"]))
+    grpo.main(grpo.parse_args(again))
+    assert max_difference(weights_of(world / "refill"), weights_of(world / "refill_again")) == 0
+    run_on_two_ranks(world, "grpo", [flags(world, world / "refill3", *more, "--zero-stage=3",
+                                           "--micro-tokens=600")])
+    for ours, theirs in zip(log_of(world / "refill3"), rows, strict=True):
+        for key in theirs:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), key
 
 
 @pytest.fixture(scope="module")

@@ -231,6 +231,25 @@ def test_sampled_tokens_have_the_log_probabilities_they_were_drawn_with(policy):
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
+def test_entropy_is_that_of_the_whole_distribution(policy):
+    """Against the sum over all tokens that could stand at the first and at the second place."""
+    prompt = make_prompt(policy, pictures(2))
+    ids = torch.tensor([[5, 9, 7]])
+    logps, likeliest, entropy = policy.logps([prompt], ids, torch.ones(1, 3, dtype=torch.bool),
+                                             temperature=1.3, with_stats=True)
+    v = len(policy.tokenizer)
+    all_second = torch.stack((torch.full((v,), 5), torch.arange(v)), dim=1)
+    for place, vocabulary in enumerate((torch.arange(v)[:, None], all_second)):
+        table = policy.logps([prompt], vocabulary, torch.ones_like(vocabulary, dtype=torch.bool),
+                             v, temperature=1.3)[:, place].detach()
+        allowed = table.isfinite()                              # the banned ids are not
+        expected = -(table[allowed].exp() * table[allowed]).sum()
+        assert entropy[0, place].item() == pytest.approx(expected.item(), rel=1e-5)
+        assert likeliest[0, place] == (table.argmax() == ids[0, place])
+    assert torch.equal(logps, policy.logps([prompt], ids, torch.ones(1, 3, dtype=torch.bool),
+                                           temperature=1.3)) and not entropy.requires_grad
+
+
 # ---------------------------------------------------------------- disk
 
 

@@ -290,7 +290,8 @@ def test_dialog_tokens_decode_to_the_executed_actions(policy, walks):
 
 def test_the_mask_marks_exactly_the_sampled_ids(policy, walks):
     examples = [grpo_online.TrainingExample(walk, [1.0]) for walk in walks]
-    (dialogs, frames, branches, _), mask, *_ = grpo_online.collate(examples, "cpu", 1.0, 1)
+    (dialogs, frames, branches, _), mask, *_ = grpo_online.collate(
+        examples, "cpu", 1.0, lambda lengths: (lengths, 1.0))
     assert branches is None and mask.sum() == sum(
         len(answers[0]) for walk in walks for answers in sampled_ids(walk))
     logps = policy(dialogs, frames)
@@ -439,7 +440,8 @@ def test_invalid_walks_are_in_no_mean(walks, monkeypatch):
 def test_a_dummy_example_is_one_turn_of_zero_advantage(policy, walks):
     for state_groups in (False, True):
         inputs, mask, advantages, *_ = grpo_online.collate(
-            [grpo_online.dummy_example(walks[0], state_groups)], "cpu", 1.0, 1)
+            [grpo_online.dummy_example(walks[0], state_groups)], "cpu", 1.0,
+            lambda lengths: (lengths, 1.0))
         assert policy(*inputs).shape == mask.shape and advantages.tolist() == [0.0]
 
 
