@@ -49,7 +49,7 @@ from cli import (
     write_lines,
     write_text,
 )
-from make_data import VlnEgo
+from make_data import open_data
 
 # ---------------------------------------------------------------- pure functions
 
@@ -284,11 +284,13 @@ def accumulate(engine, parts: Sequence) -> Iterator:
 # ---------------------------------------------------------------- data
 
 
-def held_out_data(val_data: str | None, data: str) -> VlnEgo | None:
-    """The folder of --val-data; by default val_seen in the folder of --data, if it exists."""
-    path = val_data or os.path.join(os.path.dirname(data.rstrip("/")), "val_seen")
-    found = val_data or os.path.exists(os.path.join(path, "meta.json"))
-    return VlnEgo(path) if found else None
+def held_out_data(val_data: str | None, data: str, image_root: str | None = None):
+    """--val-data; by default what stands beside --data, if it exists: the folder val_seen, or for
+    a file val.json."""
+    beside = "val.json" if os.path.isfile(data) else "val_seen"
+    path = val_data or os.path.join(os.path.dirname(data.rstrip("/")), beside)
+    there = os.path.isfile(path) or os.path.exists(os.path.join(path, "meta.json"))
+    return open_data(path, image_root) if val_data or there else None
 
 
 def check_lengths(policy, lengths: Sequence[tuple[str, int]], source: str) -> None:

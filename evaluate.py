@@ -661,6 +661,10 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
                         "written by one of the trainers") from None
+    if "horizon" not in contract:
+        raise UserError(f"{ckpt} answers questions ({contract.get('prompt')}) and drives no robot: "
+                        "run gpt4scene.answer with it, or give a checkpoint of --prompt window or "
+                        "dialog")
     if not (1 <= args.execute <= contract["horizon"] or speaks_dialog(contract)):
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
                         f"{contract['horizon']} actions at a time")

@@ -574,6 +574,9 @@ def load_init(args, device: str, sft: str) -> Policy:
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: at 0 all siblings are the same")
     policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    if "turn_deg" not in policy.contract:
+        raise UserError(f"--init {args.init} answers questions ({policy.contract['prompt']}) and "
+                        "plans no walks; give a checkpoint of --prompt window or dialog")
     policy.vision.requires_grad_(not args.freeze_vision)
     policy.checkpointing = args.gradient_checkpointing
     return policy

@@ -548,7 +548,8 @@ def add_data_args(add, shares: str) -> None:
         f"--data are mixed; default: {shares}")
     add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
         "that of the file")
-    add("--val-data", help="VLN-Ego folder; default: val_seen beside --data, if it is there")
+    add("--val-data", help="a split that is not trained on, of the same kind; default: the folder "
+        "val_seen, or the file val.json, beside --data, if it is there")
 
 
 def open_data(path: str, image_root: str | None = None):

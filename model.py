@@ -17,8 +17,8 @@ Read it in this order
 Shapes     B prompts, G answers each, N = B*G rows (siblings adjacent), T new tokens, P cached
            tokens, C answer tokens, H hidden size, V vocabulary
 
-The contract's prompt decides which class a policy is (policy_class): ActiveVLN's dialogs are a
-subclass.
+The contract's prompt decides which class a policy is (policy_class): ActiveVLN's dialogs and
+GPT4Scene's questions are subclasses.
 
 [1] Qwen2-VL, https://arxiv.org/abs/2409.12191      [2] VLN-R1, https://arxiv.org/abs/2506.17221
 """
@@ -71,7 +71,8 @@ CONTRACT = {
 }
 NULLABLE = {"hfov_deg", "camera_height_m", "radius_m", "height_m", "sliding", "width", "height"}
 # The prompts that this code can train and run: {prompt: (module, class)}. Imported when needed.
-POLICIES = {"window-1": ("model", "Policy"), "dialog-1": ("activevln.dialog", "DialogPolicy")}
+POLICIES = {"window-1": ("model", "Policy"), "dialog-1": ("activevln.dialog", "DialogPolicy"),
+            "chat-1": ("gpt4scene.chat", "ChatPolicy")}
 
 
 def policy_class(prompt: str) -> type[Policy]:
@@ -568,6 +569,16 @@ class Policy(Qwen):
         return [write_plan(plan, self.phrases) for plan in plans]
 
     # ------------------------------------------------------------ what the scripts ask of a policy
+
+    @staticmethod
+    def arrange(data):
+        """An opened --data as this policy learns from it."""
+        return data
+
+    @staticmethod
+    def texts(sources: list) -> list[str]:
+        """The data's own words, for tiny's tokenizer."""
+        return [e["instruction"].replace("<image>", "") for data in sources for e in data.episodes]
 
     def load_batch(self, data, units: list, vary_turns: bool = False) -> tuple[list, dict]:
         """sft.py's units [(episode, (t, ..)), ..] -> decisions, {frame key: uint8 (H, W, 3)}."""

@@ -11,7 +11,9 @@ A batch holds several decisions of each walk (--steps-per-walk; 1: independent d
 share its instruction and most of its frames, and each is encoded once.
 
 --prompt dialog trains ActiveVLN's policy (activevln/dialog.py): a whole walk is one conversation,
-and one forward pass trains it. A batch then counts walks.
+and one forward pass trains it. A batch then counts walks. --prompt chat trains GPT4Scene's, which
+answers questions about a scene (gpt4scene/chat.py): its pictures are run once for --steps-per-walk
+questions.
 
 Run it
     python sft.py --model tiny --data data/vln_ego/train --out ckpt/sft      # a laptop's CPU
@@ -86,9 +88,12 @@ def parse_args(argv=None):
         help="how the past is shown")
     add("--horizon", type=positive_int, help="actions per answer; default: 6, in a dialog 3 moves")
     lsm.add_memory_args(add)
-    add("--max-pixels", type=positive_int, default=65536, help="a frame is shrunk to at most this")
+    add("--max-pixels", type=positive_int, help="a frame is shrunk to at most this; default: "
+        "65,536; in a chat the model's own limit")
+    add("--longest-side", type=positive_int, help="pixels of a picture's longest side in a chat; "
+        "default: 512")
     add("--steps-per-walk", type=positive_int, default=8,
-        help="decisions of one walk trained together")
+        help="decisions of one walk, or questions of one scene, trained together")
     add("--vary-turns", action="store_true", help="a dialog's answers have 1 to --horizon moves, "
         "drawn at random, not always the most: a policy can then learn when to look sooner")
     add = p.add_argument_group("objective").add_argument
@@ -189,33 +194,38 @@ def validate(policy: Policy, data, units: list, rank: int, world_size: int) -> d
     return {f"val/{key}": value / n for key, (value, n) in zip(policy.val_metrics, sums.tolist())}
 
 
-def setup(args, device: str):
-    """Data, contract and policy, from the flags."""
-    kind = policy_class(args.prompt)
-    horizon = args.horizon or kind.default_contract["horizon"]
-    if not 1 <= horizon <= kind.max_horizon:
-        raise UserError(f"--horizon {horizon}: give 1 to 8 actions per answer, 1 to 3 in a dialog")
-    sources = open_sources(args)
+def make_contract(args, kind: type[Policy], sources: list) -> dict:
+    """What the checkpoint will be for, from the flags and the data. UserError if they differ."""
+    default = kind.default_contract
+    contract = dict(default, dataset=sources[0].meta.get("dataset", ""),
+                    max_pixels=args.max_pixels or default["max_pixels"])
+    if "turn_deg" not in default:                               # no robot
+        return dict(contract, longest_side=args.longest_side or default["longest_side"])
+    contract["horizon"] = args.horizon or default["horizon"]
+    if not 1 <= contract["horizon"] <= kind.max_horizon:
+        raise UserError(f"--horizon {args.horizon}: give 1 to 8 actions per answer, 1 to 3 in a "
+                        "dialog")
     robot = sources[0].meta.get("robot", {})
     for path, data in zip(args.data, sources):
-        if kind.whole_walks and not data.whole_walks:
-            raise UserError(f"--prompt dialog needs whole walks and {path} holds single answers; "
-                            "give a VLN-Ego folder (make_data.py --import-walk reads released "
-                            "walks)")
         other = [key for key, value in data.meta.get("robot", {}).items()
                  if key in ROBOTS["r2r"] and value != robot.get(key, value)]
         if other:
             raise UserError(f"--data {path} was recorded with another {other[0]} than "
                             f"{args.data[0]}: a policy has one robot; record again with its flags")
-    contract = dict(kind.default_contract, dataset=sources[0].meta.get("dataset", ""),
-                    horizon=horizon, max_pixels=args.max_pixels)
     if "memory" in contract:
         contract["memory"] = lsm.memory_from_args(args)
     contract.update({k: robot.get(k) for k in ROBOTS["r2r"]     # a JSON does not name its camera
                      if k in robot or k not in ("turn_deg", "forward_m")})
-    texts = [e["instruction"].replace("<image>", "") for data in sources for e in data.episodes]
+    return contract
+
+
+def setup(args, device: str):
+    """Data, contract and policy, from the flags."""
+    kind = policy_class(args.prompt)
+    sources = [kind.arrange(data) for data in open_sources(args)]
+    contract = make_contract(args, kind, sources)
     policy = load_policy(args.model, contract, device, default_dtype(args), seed=args.seed,
-                         texts=texts, replace_contract=True)
+                         texts=kind.texts(sources), replace_contract=True)
     for path, data in zip(args.data, sources):
         if data.whole_walks and not policy.whole_walks:
             data.check_plans(contract)
@@ -261,7 +271,8 @@ def main(args):
     sampler = BatchSampler(sources, args.seed, steps_per_walk, args.batch_size // per_walk,
                            args.shares)
     steps = args.max_steps or max(1, round(args.epochs * sampler.per_epoch))
-    val = held_out_data(args.val_data, args.data[0])
+    val = held_out_data(args.val_data, args.data[0], args.image_root)
+    val = val and policy.arrange(val)
     val_units = step_groups(val, 0, 0, steps_per_walk and 8) if val else []
     val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
 

@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cli import UserError
 from model import CONTRACT, Policy, Prompt, clean_instruction
 from qwen import COMMON, HIDDEN, Cache, Segment
 from reward import FORWARD, LEFT, RIGHT, STOP
@@ -164,6 +165,14 @@ class DialogPolicy(Policy):
     default_contract, max_horizon = DIALOG, 3
     whole_walks = True
     val_metrics = ("loss", "right")             # right: share of answer tokens that are the argmax
+
+    @staticmethod
+    def arrange(data):
+        if not data.whole_walks:
+            raise UserError(f"--prompt dialog needs whole walks and {data.json_path} holds single "
+                            "answers; give a VLN-Ego folder (make_data.py --import-walk reads "
+                            "released walks)")
+        return data
 
     def set_contract(self, contract: dict):
         super().set_contract(contract)
