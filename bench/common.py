@@ -138,7 +138,7 @@ def shaped(policy, shape):
     big = Qwen2VLForConditionalGeneration._from_config(
         Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=torch.bfloat16)
     big.generation_config = policy.model.generation_config
-    return model.Policy(big, policy.tokenizer, policy.contract, policy.processor)
+    return type(policy)(big, policy.tokenizer, policy.contract, policy.processor)
 
 
 def phrase_policy(args, late, steps=500):

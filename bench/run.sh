@@ -46,6 +46,7 @@ fi
 bench "$PEER_PYTHON" bench/grpo_step.py "$@"
 bench "$PEER_PYTHON" bench/sft_step.py --steps-per-walk 8 "$@"
 bench "$PEER_PYTHON" bench/sft_step.py --steps-per-walk 1 "$@"
+bench "$PEER_PYTHON" bench/scenes.py "$@"
 bench "$BENCH_PYTHON" bench/evaluation.py --ckpt "$ckpt" --episodes "$houses" "$@"
 bench "$BENCH_PYTHON" bench/decoding.py "$@"
 bench "$BENCH_PYTHON" bench/decoding.py --ckpt "$ckpt" "$@"

@@ -22,6 +22,7 @@ sft.py --prompt chat trains it, gpt4scene/answer.py runs it: by the contract's p
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,16 @@ def seen_size(height: int, width: int, contract: dict, factor: int) -> tuple[int
     if longest > max(limit, round(limit / factor) * factor):
         height, width = int(height * limit / longest), int(width * limit / longest)
     return fit_pixels(height, width, contract["min_pixels"], contract["max_pixels"], factor)
+
+
+def picture_tokens(path: str, contract: dict, factor: int) -> int:
+    """Tokens of a picture, from its header."""
+    try:
+        with Image.open(path) as image:
+            height, width = seen_size(*image.size[::-1], contract, factor)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} is no picture that can be read ({error}); copy it again") from None
+    return height * width // factor ** 2
 
 
 # ---------------------------------------------------------------- data
@@ -93,17 +104,14 @@ class SceneQuestions:
 
     def lengths(self, policy: ChatPolicy) -> list[tuple[str, int]]:
         """The longest record of each scene -> [(name, tokens, at most)], as engine.check_lengths
-        wants them: a byte is at most one token. Pictures are counted from their headers."""
-        found, sizes = [], {}
+        wants them."""
+        found = []
         for numbers in self.records:
             records = [self.data.records[number] for number in numbers]
-            texts = [len((r.system + "".join(r.rounds[0])).encode()) for r in records]
-            for key in records[0].images:
-                if key not in sizes:
-                    sizes[key] = policy.picture_tokens(self.data.find(key))
-            pictures = sum(sizes[key] + 2 for key in records[0].images)
-            found.append((f"record {numbers[texts.index(max(texts))]}",
-                          pictures + max(texts) + 64))
+            texts = [r.system + "".join(r.rounds[0]) for r in records]
+            longest = max(range(len(texts)), key=lambda k: len(texts[k].encode()))
+            found.append((f"record {numbers[longest]}", policy.length_bound(
+                [self.data.find(key) for key in records[0].images], texts)))
         return found
 
 
@@ -122,7 +130,7 @@ class ChatPolicy(Policy):
     default_contract, val_metrics = CHAT, ("loss", "exact_match")
 
     def set_contract(self, contract: dict):
-        self.contract = contract
+        self.contract, self._picture_tokens = contract, {}
 
     @staticmethod
     def arrange(data) -> SceneQuestions:
@@ -145,10 +153,14 @@ class ChatPolicy(Policy):
     def fit_pixels(self, height: int, width: int) -> tuple[int, int]:
         return seen_size(height, width, self.contract, self.image_format.factor)
 
-    def picture_tokens(self, path: str) -> int:
-        with Image.open(path) as image:
-            height, width = self.fit_pixels(*image.size[::-1])
-        return height * width // self.image_format.factor ** 2
+    def length_bound(self, pictures: Iterable[str], texts: Iterable[str], more: int = 0) -> int:
+        """Tokens of a prompt with the longest of the texts, at most: a byte is at most one token.
+        pictures: files, of which the headers are read; more: tokens of an answer"""
+        files = [path for path in pictures if path not in self._picture_tokens]
+        self._picture_tokens.update((path, picture_tokens(
+            path, self.contract, self.image_format.factor)) for path in files)
+        return (64 + max(len(text.encode()) for text in texts) + more
+                + sum(self._picture_tokens[path] + 2 for path in pictures))
 
     def picture_prompt(self, features: list[Tensor], before: tuple = ()) -> Prompt:
         """The chat up to a question: its opening, and the pictures one after the other."""

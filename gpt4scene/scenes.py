@@ -40,7 +40,6 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
@@ -742,25 +741,13 @@ def blind_constants(asked: list[Question], trained: list[Question]) -> dict:
 # ---------------------------------------------------------------- the check
 
 
-def picture_tokens(path: str, longest_side: int) -> int:
-    """Tokens of a picture, from its header. The longest side is limited first, as LLaMA-Factory's
-    --image_resolution does (640x480 is 252 tokens); then Qwen2-VL's rule follows."""
-    from qwen import fit_pixels  # which loads torch
-    try:
-        with Image.open(path) as image:
-            size = np.array(image.size[::-1])
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} is no picture that can be read ({error}); copy it again") from None
-    height, width = (size * min(1.0, longest_side / size.max())).astype(int).tolist()
-    return np.prod(fit_pixels(height, width, 56 * 56, 12845056, 28)) // 28 ** 2
-
-
 def check_file(path: str, args) -> str:
     """Read a ShareGPT file, its pictures' headers and its lengths -> a row of the table."""
+    from gpt4scene.chat import CHAT, picture_tokens  # which loads torch
     from tools.sharegpt import ShareGpt  # it checks each record, and finds each picture
-    data = ShareGpt(path, args.image_root)
+    data, contract = ShareGpt(path, args.image_root), dict(CHAT, longest_side=args.longest_side)
     names = list(dict.fromkeys(name for record in data.records for name in record.images))
-    tokens = {name: picture_tokens(data.find(name), args.longest_side)
+    tokens = {name: picture_tokens(data.find(name), contract, 28)
               for name in tqdm(names, **progress(desc="pictures", unit="picture", leave=False))}
     # At most: a byte is at most one token; 10 for a turn's own words, 40 for the system text, and
     # <|vision_start|> and <|vision_end|> of each picture

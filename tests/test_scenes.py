@@ -22,6 +22,7 @@ from PIL import Image
 
 from cli import UserError, write_json
 from gpt4scene import scenes
+from gpt4scene.chat import CHAT, picture_tokens
 from tools.sharegpt import ShareGpt
 from world.houses import PAINTS, WALLS, build_house
 
@@ -358,7 +359,7 @@ def test_objects_become_the_marks_of_their_best_proposals(tmp_path):
 def test_tokens_of_a_picture(tmp_path):
     for size, tokens in (((640, 480), 252), ((1296, 968), 252), ((490, 512), 324)):
         Image.new("RGB", size).save(tmp_path / "x.png")
-        assert scenes.picture_tokens(str(tmp_path / "x.png"), 512) == tokens
+        assert picture_tokens(str(tmp_path / "x.png"), CHAT, 28) == tokens
 
 
 def test_the_check_ends_at_the_first_fault(exact, tmp_path):
