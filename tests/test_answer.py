@@ -144,7 +144,7 @@ def test_control_runs_and_other_settings(world, alone, tmp_path):
     own, blank, other = (answer.load_pictures(policy, scenes[0], others, kind)
                          for kind in ("own", "blank", "other"))
     assert [frame.shape for frame in own] == [frame.shape for frame in blank]
-    assert not np.any(blank) and np.any(own[0] != other[0])
+    assert not any(frame.any() for frame in blank) and np.any(own[0] != other[0])
     for kind in ("blank", "other"):
         in_process(*command(world, tmp_path / kind, "--pictures", kind))
         assert answers_of(tmp_path / kind) != alone
@@ -158,8 +158,8 @@ def test_control_runs_and_other_settings(world, alone, tmp_path):
 @pytest.mark.parametrize("change, words", [
     (lambda folder: os.remove(folder / "selected_images_val.json"), "0 files selected_images_"),
     (lambda folder: write_json(str(folder / "selected_images_val.json"), {}), "lists no pictures"),
-    (lambda folder: os.remove(folder / "images_3D/h00000.png"), "h00000.png is not there"),
-    (lambda folder: write_json(str(folder / "scanqa_val.json"), [{"scene_id": "h00000"}]),
+    (lambda folder: os.remove(folder / "images_3D/u00000.png"), "u00000.png is not there"),
+    (lambda folder: write_json(str(folder / "scanqa_val.json"), [{"scene_id": "u00000"}]),
      'record 0 of scanqa has no "prompt"')])
 def test_files_that_do_not_fit_are_named(world, tmp_path, change, words):
     shutil.copytree(world / "scenes", tmp_path / "copy")
