@@ -225,7 +225,7 @@ class ChatPolicy(Policy):
                 column += len(tails[-1])
             segments.append(branches(tails, [prompt.next_position] * len(tails)))
         hidden, _ = self.decode(segments, cache, [len(prompt.ids) for prompt, _ in scenes])
-        return self._logps_at(hidden, spots, temperature, ids.shape[1])[0]
+        return self._logps_at(hidden, spots, temperature, ids.shape[1])
 
     # ------------------------------------------------------------ answering
 
