@@ -69,7 +69,8 @@ for agent in stop random forward oracle; do
 done
 for policy in sft grpo; do
   stage "walk_${policy}_seen" walk "${policy}_seen" --split val_seen --limit 200 --ckpt "ckpt/$policy"
-  stage "walk_$policy" walk "$policy" --split val_unseen --ckpt "ckpt/$policy" --pictures 6
+  stage "walk_$policy" walk "$policy" --split val_unseen --ckpt "ckpt/$policy" \
+    --pictures 6 --page 100
 done
 stage walk_blank_frames walk blank_frames --split val_unseen --limit 100 --ckpt ckpt/sft --blank-frames
 stage walk_shuffled_instruction walk shuffled_instruction --split val_unseen --limit 200 \
@@ -84,7 +85,13 @@ echo
 echo "GRPO against SFT, walk by walk, in houses never trained in:"
 python -m tools.report results/sft results/grpo
 echo
-echo "pictures     results/grpo/pictures    (its frames and its paths)"
+python -m tools.page results/sft results/grpo --out results/page > results/page.txt
+echo "Does every number follow from the episodes? (tools/recompute.py, the standard library only)"
+python -m tools.recompute results/sft results/grpo
+echo
+echo "card         results/grpo/protocol.json          (what was measured, and how others do it)"
+echo "page         results/page/index.html             (open it: both policies, step by step)"
+echo "pictures     results/grpo/pictures               (its frames and its paths)"
 echo "curves       ckpt/grpo/curves.png; tensorboard --logdir ckpt"
 echo "rollouts     ckpt/grpo/samples.txt               (a prompt, its eight plans, their rewards)"
 echo "checkpoints  ckpt/look ckpt/sft ckpt/grpo"

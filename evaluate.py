@@ -20,7 +20,7 @@ Run it   python evaluate.py --split val_unseen                # ckpt/grpo if the
          torchrun --nproc_per_node 8 evaluate.py --split val_unseen --ckpt ckpt/r2r --sim habitat
 Writes   --out: run.json (settings), episodes.jsonl (a line per episode), results.json (means and
          95% intervals), protocol.json (what was measured: world/protocol.py), timing.json,
-         pictures/ (tools/page.py)
+         pictures/ (tools/pictures.py), walks/ and page/ (tools/page.py)
 Expect   --agent oracle near 1, stop and forward near 0. The same command continues a killed run.
          With a scripted --agent the files are equal to the byte; with --ckpt the batches depend on
          timing, so nearly equal logits may round to another plan.
@@ -110,6 +110,8 @@ def parse_args(argv=None):
     add("--out", help="default: results/<checkpoint or agent>_<split>")
     add("--pictures", type=count_or_all, default="none", help="of so many episodes, evenly "
         "spaced: none, all, or a number")
+    add("--page", type=count_or_all, default="none", help="record so many episodes, evenly spaced, "
+        "for a player, and write a page to look at: none, all, or a number")
     add = p.add_argument_group("simulator").add_argument
     add("--protocol", choices=protocol_names(), metavar="NAME", help="set what a published "
         "protocol (docs/protocols) states, such as robot and --max-actions; a flag beside it wins")
@@ -834,10 +836,13 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
     """Walk the episodes `todo`; each row is on disk before the next decision."""
     settings, episodes, truths, instructions, scenes = evaluation
     radius, sims = settings["radius_m"], min(args.sims, len(todo))
-    filmed = set(evenly_spaced([str(e["episode_id"]) for e in episodes], args.pictures))
-    if filmed:
-        from tools.page import save_pictures
-    walks = (EpisodeState(e, instructions[name], keep_video=name in filmed)
+    names = [str(e["episode_id"]) for e in episodes]
+    drawn, recorded = (set(evenly_spaced(names, n)) for n in (args.pictures, args.page))
+    if drawn:
+        from tools.pictures import save_pictures
+    if recorded:
+        from tools.page import save_walk
+    walks = (EpisodeState(e, instructions[name], keep_video=name in drawn | recorded)
              for e in todo for name in [str(e["episode_id"])])
     agent = load_agent(args, settings, instructions.values())
     render = "last" if speaks_dialog(settings["contract"]) else sees(args.agent)
@@ -850,9 +855,11 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
                                  retries=args.retries, render=render, counters=counters):
             reference = truths and truths[walk.name]["locations"]
             row = episode_record(walk, reference, radius, settings["second_radius_m"])
-            if walk.map:
+            if walk.map and walk.name in drawn:
                 save_pictures(walk, row, reference, settings["robot"], radius,
                               os.path.join(out, "pictures"))
+            if walk.map and walk.name in recorded:
+                save_walk(walk, reference, settings["robot"], os.path.join(out, "walks"))
             file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -926,7 +933,11 @@ def main(args):
     if missing:
         sys.exit(f"evaluate.py: error: {len(missing)} of {len(names)} episodes have no row in "
                  f"{out}, the first is {missing[0]}: run the same command again")
-    return write_results(out, settings, [rows[name] for name in names], args.protocol)
+    results = write_results(out, settings, [rows[name] for name in names], args.protocol)
+    if args.page:
+        from tools.page import write_page
+        print(f"page: {write_page([out])}")
+    return results
 
 
 if __name__ == "__main__":

@@ -1,214 +1,174 @@
 """
-Pictures of walks: for each a page (.png: the instruction, the map, eight frames) and a film (.gif).
+A page to look at a results folder: the protocol card, the table, the episodes, and a player.
 
-evaluate.py --pictures N calls save_pictures() for N of the walks. On the map
-blue is the walk, green the ground truth and the success radius, orange (dashed) the last plan. An
-instruction whose script no installed font can draw goes into a .txt file instead.
+One static folder that opens from the disk, without a server or any request elsewhere. For the
+episodes that `evaluate.py --page N` recorded, a player shows map, frame, instruction and the plan
+in force, step by step. Two folders of the same episodes are shown side by side, with the paired
+differences of tools/report.py.
 
-Run it   python evaluate.py --split val_unseen --pictures 6
-Writes   <results folder>/pictures/<episode_id>.png, .gif, and .txt if a font is missing
+Run it   python evaluate.py --split val_unseen --page 100
+         python -m tools.page results/sft_val_unseen results/grpo_val_unseen --out page
+Reads    run.json, results.json, protocol.json, episodes*.jsonl, walks/ (save_walk)
+Writes   <results folder>/page/index.html, or --out; data/ beside it
 """
 from __future__ import annotations
 
-import functools
+import argparse
+import json
 import math
 import os
-import re
-import sys
+import shutil
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image
 
-from cli import write_text
-from reward import FORWARD, LEFT, RIGHT
-from world.robots import yaw_of
+from cli import DefaultsFormatter, UserError, read_json, run_cli, write_text
+from evaluate import AT_RADIUS, TITLES
+from tools.pictures import crop_map, planned_path
+from tools.report import Results, bracket, check_same, paired_difference, read_results
+from world.protocol import format_card
 
 if TYPE_CHECKING:
     from evaluate import EpisodeState
 
-BLUE, GREEN, ORANGE, WHITE = (30, 90, 220), (30, 150, 60), (240, 130, 0), (255, 255, 255)
+TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
+MAP_PIXELS, FRAME_PIXELS, COLUMNS = 360, 192, 10       # a wider frame is shrunk to FRAME_PIXELS
 
 
-# ---------------------------------------------------------------- the map
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(prog="python -m tools.page", formatter_class=DefaultsFormatter,
+                                description=__doc__.split("\n")[1])
+    p.add_argument("folders", nargs="+", metavar="FOLDER", help="one results folder, or two")
+    p.add_argument("--out", metavar="FOLDER", help="default: page in the first results folder")
+    return p.parse_args(argv)
 
 
-def planned_path(state: dict, plan: list[int], robot: dict) -> list[list[float]]:
-    """Where a plan leads if nothing is in its way: [[x, y, z], ..], metres, the start included.
-
-    >>> state = {"position": [0, 0, 0], "rotation": [0, 0, 0, 1]}               # it faces -z
-    >>> planned_path(state, [LEFT, FORWARD], {"turn_deg": 90, "forward_m": 0.25})[-1]
-    [-0.25, 0, -0.0]
-    """
-    x, y, z = state["position"]
-    heading, points = yaw_of(state["rotation"]), [[x, y, z]]
-    for action in plan:
-        heading += {LEFT: 1, RIGHT: -1}.get(action, 0) * math.radians(robot["turn_deg"])
-        if action == FORWARD:
-            x -= robot["forward_m"] * math.sin(heading)
-            z -= robot["forward_m"] * math.cos(heading)
-            points.append([round(x, 6), y, round(z, 6)])
-    return points
+# ---------------------------------------------------------------- what a run records
 
 
-def draw_map(walk: EpisodeState, reference: list | None, robot: dict, radius: float, upto: int,
-             size: int) -> Image.Image:
-    """The scene from above, size x size pixels around the walk, which is drawn up to pose `upto`,
-    with the latest plan at that pose."""
-    positions = [state["position"] for state in walk.states]
-    goals = [goal["position"] for goal in walk.episode["goals"][:1]]        # none in a test split
-    x, _, z = np.array([*positions, *(reference or ()), *goals]).T
-    side = max(np.ptp(x), np.ptp(z)) + 3                                        # metres
-    left, top = (x.min() + x.max() - side) / 2, (z.min() + z.max() - side) / 2
-    image, (x0, z0, x1, z1) = Image.fromarray(np.array(walk.map["image"])), walk.map["bounds"]
-    box = [(left - x0) / (x1 - x0), (top - z0) / (z1 - z0),
-           (left + side - x0) / (x1 - x0), (top + side - z0) / (z1 - z0)]
-    image = image.transform((size, size), Image.Transform.EXTENT, fillcolor=WHITE, data=[
-        share * pixels for share, pixels in zip(box, image.size * 2)])
-    draw = ImageDraw.Draw(image)
-
-    def pixels(points):
-        return [((x - left) * size / side, (z - top) * size / side) for x, _, z in points]
-
-    def circle(point, r, colour, fill=None):
-        (x, y), = pixels([point])
-        draw.ellipse([x - r, y - r, x + r, y + r], fill, colour, 2)
-
-    draw.line(pixels(reference or positions[:1] * 2), GREEN, 5)
-    draw.line(pixels(positions[:upto + 1]), BLUE, 3)
-    made = [one for one in walk.decisions if one.t <= upto and FORWARD in one.plan]
-    for decision in made[-1:]:
-        state = walk.states[decision.t]
-        ahead = np.array(pixels(planned_path(state, decision.plan, robot)))
-        for a, b in zip(ahead, ahead[1:]):
-            draw.line([*a, *(a + 0.6 * (b - a))], ORANGE, 3)
-    for goal in goals:
-        circle(goal, radius * size / side, GREEN)
-        circle(goal, 4, GREEN, GREEN)
-    circle(positions[0], 5, BLUE, WHITE)
-    circle(positions[upto], 4, BLUE, BLUE)
-    return image
-
-
-# ---------------------------------------------------------------- fonts
-
-
-@functools.lru_cache(None)
-def characters_of(path: str) -> frozenset[int]:
-    """The code points that a font file can draw; none if it is unreadable."""
-    from fontTools.ttLib import TTFont
-    try:
-        return frozenset(TTFont(path, fontNumber=0, lazy=True).getBestCmap() or ())
-    except Exception:                      # a damaged font: try the next
-        return frozenset()
-
-
-@functools.lru_cache(None)
-def installed_fonts() -> list[str]:
-    """Font files to try, regular ones with wide coverage first."""
-    from matplotlib import font_manager, get_data_path
-    found = sorted(font_manager.findSystemFonts(), key=lambda path: (
-        "regular" not in path.lower(), "noto" not in path.lower(), path))
-    return [os.path.join(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), *found]
-
-
-@functools.lru_cache(None)
-def font_for(word: str, size: int = 13) -> ImageFont.ImageFont | None:
-    """A font that has all characters of a word, or None. Pillow's own has ASCII; Indic scripts also
-    need libraqm, which orders and joins their signs."""
-    if word.isascii():
-        return ImageFont.load_default(size)
-    if any("\u0900" <= char <= "\u0dff" for char in word) and not features.check("raqm"):
-        return None
-    wanted = set(map(ord, word)) - {0x200c, 0x200d}                  # joiners are never drawn
-    path = next((path for path in installed_fonts() if wanted <= characters_of(path)), None)
-    return path and ImageFont.truetype(path, size)
-
-
-def lay_out(text: str, width: int) -> tuple[list, int] | None:
-    """A text as [(x, line, piece of a word, font)] in lines of at most `width` pixels, and the
-    number of lines; None if no installed font has the characters of a piece. A word is cut where
-    ASCII meets other characters, since many fonts of a script have no Latin letters."""
-    placed, x, line, space = [], 0, 0, font_for(" ").getlength(" ")
-    for word in text.split():
-        pieces = re.findall(r"[!-~]+|[^!-~]+", word)
-        fonts = list(map(font_for, pieces))
-        if None in fonts:
-            return None
-        lengths = [font.getlength(piece) for font, piece in zip(fonts, pieces)]
-        if x and x + sum(lengths) > width:
-            x, line = 0, line + 1
-        for piece, font, length in zip(pieces, fonts, lengths):
-            placed.append((x, line, piece, font))
-            x += length
-        x += space
-    return placed, line + 1
-
-
-@functools.lru_cache(None)
-def warn_no_font(language: str):
-    """Print a warning, once for each language."""
-    print(f"pictures: no installed font has the characters of the {language} instructions (or "
-          "Pillow has no libraqm), so they are written to .txt files in the same folder; on Debian "
-          "and Ubuntu: apt-get install fonts-noto-core", file=sys.stderr, flush=True)
-
-
-def instruction_lines(walk: EpisodeState, width: int) -> tuple[list, int]:
-    """lay_out() of the instruction, or of a note that it cannot be drawn."""
-    found = lay_out(walk.instruction, width)
-    if found is None:
-        language = walk.episode["instruction"].get("language") or "other"
-        warn_no_font(language)
-        found = lay_out(f"[{language} instruction: see {walk.name}.txt]", width)
-    return found
-
-
-# ---------------------------------------------------------------- the page, and the film
-
-
-def compose_page(walk: EpisodeState, title: str, make_map, poses: list[int], upto: int,
-                 size: int = 200) -> Image.Image:
-    """One page: title, instruction, the map up to pose `upto`, the frames seen at `poses`."""
-    font = ImageFont.load_default(13)
-    columns = min(4, len(poses))
-    side = math.ceil(len(poses) / columns) * (size + 20)
-    width = side + 8 + columns * (size + 6)
-    pieces, lines = instruction_lines(walk, width - 12)
-    top = 12 + 18 * (lines + 1)
-    page = Image.new("RGB", (width, top + side), WHITE)
-    draw = ImageDraw.Draw(page)
-    draw.text((6, 17), title, (0, 0, 0), font, anchor="ls")
-    for x, line, piece, its_font in pieces:                   # ls: all fonts on one baseline
-        draw.text((6 + x, 17 + 18 * (line + 1)), piece, (0, 0, 0), its_font, anchor="ls")
-    page.paste(make_map(upto, side), (0, top))
-    for i, t in enumerate(poses):
-        x, y = side + 8 + i % columns * (size + 6), top + i // columns * (size + 20)
-        frame = Image.fromarray(np.array(walk.video_frames[t]))
-        smooth = Image.Resampling.NEAREST if frame.width < size else Image.Resampling.BICUBIC
-        page.paste(frame.resize((size, round(size * frame.height / frame.width)), smooth), (x, y))
-        plans = [decision.plan for decision in walk.decisions if decision.t <= t]
-        text = " plan " + "".join("DABC"[action] for action in plans[-1]) if plans else ""
-        draw.text((x, y + size), f"step {t}{text}", (90, 90, 90), font)
-    return page
-
-
-def page_title(walk: EpisodeState, row: dict) -> str:
-    if "success" not in row:
-        return f"{row['end']}: episode {walk.name}, {row['steps']} steps"
-    outcome, metres = "success" if row["success"] else "failure", row["distance_to_goal"]
-    return f"{outcome}: episode {walk.name}, {row['steps']} steps, " + (
-        "no path to the goal is known" if metres is None else f"{metres:.2f} m from the goal")
-
-
-def save_pictures(walk: EpisodeState, row: dict, reference: list | None, robot: dict, radius: float,
-                  folder: str):
-    """<folder>/<episode_id>.png, the map and eight frames, and .gif, a page per pose."""
+def save_walk(walk: EpisodeState, reference: list | None, robot: dict, folder: str):
+    """Write <folder>/<episode_id>.json, what the player needs beside the walk's row, and two
+    pictures: _map.webp, and _frames.webp, which holds the frames of all poses, COLUMNS to a row."""
     os.makedirs(folder, exist_ok=True)
-    make_map = functools.partial(draw_map, walk, reference, robot, radius)
-    path, last = os.path.join(folder, walk.name), len(walk.video_frames) - 1
-    if lay_out(walk.instruction, 1000) is None:
-        write_text(path + ".txt", walk.instruction + "\n")
-    title, poses = page_title(walk, row), sorted({round(i * last / 7) for i in range(8)})
-    compose_page(walk, title, make_map, poses, last).save(path + ".png")
-    film = [compose_page(walk, title, make_map, [t], t, size=224) for t in range(last + 1)]
-    film[0].save(path + ".gif", save_all=True, append_images=film[1:], duration=150, loop=0)
+    path = os.path.join(folder, walk.name)
+    image, corner = crop_map(walk, reference, MAP_PIXELS)
+    image.save(path + "_map.webp", quality=70)
+    height, width = walk.video_frames[0].shape[:2]
+    scale = min(1.0, FRAME_PIXELS / width)
+    width, height = round(width * scale), round(height * scale)
+    rows = math.ceil(len(walk.video_frames) / COLUMNS)
+    sheet = Image.new("RGB", (width * min(COLUMNS, len(walk.video_frames)), height * rows))
+    for t, frame in enumerate(walk.video_frames):
+        small = Image.fromarray(np.asarray(frame)).resize((width, height))
+        sheet.paste(small, (t % COLUMNS * width, t // COLUMNS * height))
+    sheet.save(path + "_frames.webp", quality=50)
+    goals = [goal["position"] for goal in walk.episode["goals"][:1]]
+    decisions = [[d.t, d.text, d.plan, flat(planned_path(walk.states[d.t], d.plan, robot))]
+                 for d in walk.decisions]
+    distances = [state["distance_to_goal"] for state in walk.states]
+    content = {"instruction": walk.instruction, "reference": flat(reference or ()),
+               "goals": flat(goals), "decisions": decisions, "map": corner,
+               "frame": [width, height, COLUMNS],
+               "distances": [round(d, 2) if d is not None and math.isfinite(d) else None
+                             for d in distances]}
+    write_text(path + ".json", json.dumps(content, allow_nan=False))
+
+
+def flat(points) -> list[list[float]]:
+    """[[x, y, z], ..] -> [[x, z], ..], to the centimetre."""
+    return [[round(float(x), 2), round(float(z), 2)] for x, _, z in points]
+
+
+# ---------------------------------------------------------------- the page
+
+
+def script_json(content) -> str:
+    """JSON that may stand in a <script>: `</script>` in a text must not end it."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def copy_walks(run: Results, key: str, out: str) -> set[str]:
+    """Write data/<key>/ of the page: a script and two pictures per recorded walk -> their names."""
+    source, target = os.path.join(run.folder, "walks"), os.path.join(out, "data", key)
+    shutil.rmtree(target, ignore_errors=True)
+    os.makedirs(target)
+    names = {name for name in run.rows if os.path.exists(os.path.join(source, name + ".json"))}
+    for name in names:
+        walk, row = read_json(os.path.join(source, name + ".json")), run.rows[name]
+        walk |= {"poses": [[round(x, 2), round(z, 2), round(yaw, 3)]
+                           for x, _, z, yaw in row["poses"]], "actions": row["actions"]}
+        write_text(os.path.join(target, name + ".js"),
+                   f"walk({script_json(key)},{script_json(name)},{script_json(walk)})\n")
+        for picture in ("_map.webp", "_frames.webp"):
+            shutil.copyfile(os.path.join(source, name + picture),
+                            os.path.join(target, name + picture))
+    return names
+
+
+ROW_KEYS = ("end", "success", "distance_to_goal", "spl", "ndtw", "steps")
+
+
+def run_data(run: Results, names: set[str]) -> dict:
+    """What index.html holds of one run. rows: [episode_id, scene, *ROW_KEYS, recorded?]"""
+    results = read_json(os.path.join(run.folder, "results.json"))
+    card = read_json(os.path.join(run.folder, "protocol.json"))
+    rows = [[name, str(row["scene_id"]).split("/")[-1].rsplit(".", 1)[0],
+             *(row.get(key) for key in ROW_KEYS), name in names] for name, row in run.rows.items()]
+    return {"name": run.folder, "card": format_card(card), "rows": rows,
+            "radius": run.run["radius_m"], "metrics": results["metrics"]}
+
+
+def metric_rows(runs: list[Results], data: list[dict]) -> list[list[str]]:
+    """The table: [metric, a cell per run, the paired difference if there are two runs]"""
+    rows = []
+    for name, title in TITLES.items():
+        cells = []
+        for one in data:
+            found = one["metrics"][name]
+            ci = found["ci"] and " [{:.3f}, {:.3f}]".format(*found["ci"])
+            cells.append("-" if found["mean"] is None else f"{found['mean']:.3f}{ci or ''}")
+        if len(runs) == 2:
+            found = paired_difference(runs[0].rows, runs[1].rows, name)
+            cells.append(f"{found['difference']:+.3f} {bracket(found['ci'])}"
+                         if found["episodes"] else "-")
+        radius = f" @ {data[0]['radius']:g} m" if name in AT_RADIUS else ""
+        rows.append([title + radius, *cells])
+    return rows
+
+
+def write_page(folders: list[str], out: str | None = None) -> str:
+    """Write the page of one results folder, or of two -> the path of index.html."""
+    if len(folders) > 2:
+        raise UserError("a page shows one results folder, or two side by side: name at most two")
+    runs = [read_results(folder) for folder in folders]
+    for run in runs:
+        lacks = [name for name in ("results.json", "protocol.json")
+                 if not os.path.exists(os.path.join(run.folder, name))]
+        if lacks:
+            raise UserError(f"{run.folder} has no {lacks[0]}: run its evaluate.py command to its "
+                            "end first")
+    if len(runs) == 2:
+        check_same(*runs, keys=("data", "split"))
+    out = out or os.path.join(folders[0], "page")
+    data = [run_data(run, copy_walks(run, key, out)) for run, key in zip(runs, "ab")]
+    table = metric_rows(runs, data)
+    for one in data:
+        del one["metrics"]
+    with open(TEMPLATE, encoding="utf-8") as file:
+        text = file.read()
+    path = os.path.join(out, "index.html")
+    write_text(path, text.replace("/*DATA*/", f"const RUNS = {script_json(data)}, "
+                                  f"TABLE = {script_json(table)};"))
+    return path
+
+
+def main(args):
+    path = write_page(args.folders, args.out)
+    size = sum(os.path.getsize(os.path.join(folder, name)) for folder, _, names
+               in os.walk(os.path.dirname(path)) for name in names)
+    print(f"{path} and data/ beside it: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    run_cli(main, parse_args)

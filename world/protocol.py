@@ -182,6 +182,8 @@ def format_card(card: dict) -> str:
         who = (f"{policy['ckpt']} ({policy['weights']}), prompt {policy['prompt']} "
                f"({policy['prompt_sha256']}), {decoding}, {policy['execute']} actions of a plan")
     answers = f"an unreadable answer: {rules['malformed']}, never a success; "
+    who += "".join(f", control run: {key.replace('_', ' ')}" for key in (
+        "blank_frames", "shuffled_instruction") if policy[key])
     commits = ", ".join((commit or "without git")[:10] + "+" * (commit or "").endswith("+")
                         for commit in card["code"])
     differ = ", ".join(f"{key} {json.dumps(ours)} (there {json.dumps(theirs)})"
