@@ -43,19 +43,17 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
-from gpt4scene.scores import box_iou
+from gpt4scene.scores import NEEDS, SQA_TYPES, box_iou
 from make_data import encode
 from world import houses
 from world.episodes import read_json
 from world.house_sim import HouseSim, camera_rays, cast
 from world.robots import ROBOTS, rotation_of, yaw_of
 
-BENCHMARKS = ("scanqa", "sqa3d", "scan2cap", "scanrefer", "multi3dref")
 MIN_IOU = 0.5            # a proposal stands for an object from here on (their run_prepare.sh)
 VISIBLE = 0.01           # share of a frame that an object must fill to carry its mark
 CLEARLY = 1.25           # the second nearest is at least so many times as far as the nearest
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
-SQA_TYPES = ("what", "is", "how", "can", "which")       # a question's first word; 5: any other
 
 # Ours: a released checkpoint knows the prompts of the released annotations, so give it those.
 # Embedded scenes use the first wording, real questions draw one.
@@ -80,7 +78,7 @@ def parse_args(argv=None):
     add("--val-scenes", type=positive_int, default=60)
     add("--level", type=int, choices=sorted(houses.LEVELS), default=1, help="of the houses")
     add("--rooms", type=positive_int, help="of every house; default: as the level draws them")
-    add("--course", nargs="+", choices=(*BENCHMARKS, "dense"), default=BENCHMARKS, metavar="KIND",
+    add("--course", nargs="+", choices=(*NEEDS, "dense"), default=(*NEEDS,), metavar="KIND",
         help="kinds of questions, in equal numbers; default: the five benchmarks")
     add("--questions", type=positive_int, default=24, help="K, per scene")
     add("--frame-pixels", type=positive_int, default=56)
@@ -152,7 +150,7 @@ class Scene(NamedTuple):
 def sqa_type(question: str) -> int:
     """The type by which SQA3D's score is broken down: 0 to 5, by the first word."""
     first = question.lower().split(" ")[0]
-    return SQA_TYPES.index(first) if first in SQA_TYPES else len(SQA_TYPES)
+    return SQA_TYPES.index(first if first in SQA_TYPES else "other")
 
 
 def sentence(text: str) -> str:
@@ -696,7 +694,7 @@ def write_split(out: str, split: str, scenes: list[Scene]) -> None:
                       for name, b in boxes.items()}}
     files[f"selected_images_{split}"] = {scene.name: scene.images for scene in scenes}
     files[split] = records
-    for benchmark in {*BENCHMARKS, "dense"} - set(entries):         # of an earlier run
+    for benchmark in {*NEEDS, "dense"} - set(entries):         # of an earlier run
         if os.path.exists(os.path.join(out, f"{benchmark}_{split}.json")):
             os.remove(os.path.join(out, f"{benchmark}_{split}.json"))
     for name, content in files.items():

@@ -114,6 +114,19 @@ def test_evaluation_decides_as_generate_does(ego, tmp_path):
     assert len(pick_frames(3, **contract["memory"])) == 3
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None,
+                    reason="needs torchvision, which transformers' processor imports")
+def test_questions_of_a_scene_are_the_same_together_and_apart(tmp_path):
+    import scenes
+    scenes.main(scenes.parse_args([
+        f"--world={tmp_path}", f"--results={tmp_path}/rows", "--repeats=1", "--questions=3",
+        "--asked=5", "--together=2", "--tokens=3"]))
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert [row["peer_name"] for row in rows] == [
+        "rows of their own", "HF, padded rows", "HF generate, padded rows"]
+    assert all(row["equal"] for row in rows), rows
+
+
 def test_the_collector_sees_what_is_recorded(ego, tmp_path):
     houses = os.path.join(ego, "..", "..", "houses")
     _, seen = recording.collect(houses, str(tmp_path / "official"), 4)
@@ -252,8 +265,8 @@ def test_rows_become_a_table(tmp_path, capsys):
 def test_every_bench_is_run_and_parses():
     with open(os.path.join(ROOT, "bench", "run.sh"), encoding="utf-8") as f:
         script = f.read()
-    for name in ("grpo_step", "sft_step", "evaluation", "decoding", "recording", "simulators",
-                 "rollouts", "utilisation"):
+    for name in ("grpo_step", "sft_step", "scenes", "evaluation", "decoding", "recording",
+                 "simulators", "rollouts", "utilisation"):
         assert f"bench/{name}.py" in script
         if name == "rollouts":                     # a dialog policy names its own data
             continue
