@@ -57,7 +57,8 @@ def parse_args(argv=None):
                                 formatter_class=DefaultsFormatter,
                                 description=__doc__.split("\n")[1])
     p.add_argument("answers", metavar="ANSWERS", help="a file or a folder of answers; or, to see "
-                   "what a score is worth: first-reference (of each question), constant:TEXT")
+                   "what a score is worth: first-reference (of each question), constant:TEXT, "
+                   "blind:META (gpt4scene.scenes' meta.json: the best constant of each template)")
     p.add_argument("annotations", nargs="*", metavar="ANNOTATIONS", help="annotation files, or "
                    "folders of them; released predictions hold their questions themselves")
     p.add_argument("--as-released", action="store_true", help="put the released evaluator's scores "
@@ -508,11 +509,20 @@ def read_released(paths: Sequence[str], files: dict) -> dict[str, dict[str, dict
 
 
 def hand_in(word: str, files: dict) -> dict[str, dict[str, dict]]:
-    """first-reference of each question that has texts as references, or constant:TEXT."""
-    found = {}
+    """first-reference of each question that has texts as references, constant:TEXT, or
+    blind:META, a constant for each template."""
+    found, blind = {}, {}
+    if word.startswith("blind:"):
+        try:
+            blind = {template: row["constant"].replace("<obj", "<OBJ") for template, row in
+                     read_json(word.removeprefix("blind:"))["blind"].items()}
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{word} names no meta.json of gpt4scene.scenes: name one") from None
     for name in [name for name in NEEDS if name in files]:
         if word.startswith("constant:"):
             texts = [word.removeprefix("constant:")] * len(files[name])
+        elif blind:
+            texts = [blind.get(f"{name}/{row.get('template')}", "") for row in files[name]]
         elif name in ("scanqa", "sqa3d", "scan2cap"):
             texts = [(row.get("ref_captions") or row.get("answers") or [None])[0]
                      for row in files[name]]
@@ -524,12 +534,12 @@ def hand_in(word: str, files: dict) -> dict[str, dict[str, dict]]:
 
 
 def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
-    """A file or a folder of answers, or first-reference, or constant:TEXT."""
+    """A file or a folder of answers, or one of the words that hand_in() knows."""
     inside = os.path.join(glob.escape(path), "**", "")
     ours, theirs = (sorted(glob.glob(inside + name, recursive=True))
                     for name in ("answers*.jsonl", "predictions_chunk_*.json"))
     paths = ours or theirs or [path] * os.path.isfile(path)
-    if path == "first-reference" or path.startswith("constant:"):
+    if path == "first-reference" or path.startswith(("constant:", "blind:")):
         found = hand_in(path, files)
     elif not paths:
         raise UserError(f"{path} holds no answers*.jsonl and no predictions_chunk_*.json: name a "

@@ -21,7 +21,7 @@ from conftest import ROOT, script
 from PIL import Image
 
 from cli import UserError, write_json
-from gpt4scene import scenes
+from gpt4scene import scenes, scores
 from gpt4scene.chat import CHAT, picture_tokens
 from tools.sharegpt import ShareGpt
 from world.houses import PAINTS, WALLS, build_house
@@ -266,6 +266,21 @@ def test_blind_constants_of_three_questions():
              (("a?", ["red"]), ("b?", ["blue", "it is blue"]), ("c?", ["red"]))]
     assert scenes.blind_constants(asked, asked[1:2]) == {"scanqa/colour": {
         "questions": 3, "constant": "red", "accuracy": 0.6667, "by_text": 1.0, "answerable": 1.0}}
+
+
+def test_blind_constants_are_scored_like_answers(exact):
+    """Acc of ScanRefer's constants is what meta.json counted, for boxes are exact here."""
+    rows, meta = load(exact, "scanrefer_val"), load(exact, "meta")["blind"]
+    word = f"blind:{exact}/meta.json"
+    files = scores.read_annotations([str(exact)])
+    answers = scores.read_answers(word, files)
+    assert set(answers) == set(scores.NEEDS)
+    hits = sum(meta[name]["accuracy"] * meta[name]["questions"]
+               for name in meta if name.startswith("scanrefer/"))
+    found = scores.score("scanrefer", answers["scanrefer"], files, False).metrics["Acc@0.5"].value
+    assert found == pytest.approx(hits / len(rows), abs=1e-3)
+    with pytest.raises(UserError, match="names no meta.json"):
+        scores.read_answers(f"blind:{exact}/attributes_val.json", files)
 
 
 # ---------------------------------------------------------------- real annotations
