@@ -111,6 +111,14 @@ def test_what_was_changed_is_found(folder, tmp_path, change, name):
     assert status == 1 and name in out and " 0 do not agree" not in out
 
 
+def test_a_folder_that_is_not_complete_is_refused_in_a_sentence(folder, tmp_path):
+    copy = shutil.copytree(folder / "random", tmp_path / "copy")
+    os.remove(copy / "results.json")
+    done = script("-m", "tools.recompute", copy, check=False)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        "recompute.py: error: FileNotFoundError(") and "is the folder complete?" in done.stderr
+
+
 def test_it_is_short_and_needs_nothing_but_python():
     with open(os.path.join(ROOT, "tools/recompute.py")) as file:
         text = file.read()

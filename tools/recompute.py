@@ -34,9 +34,7 @@ def dtw(a, b):
 
 
 def episode_numbers(row, run, truth):
-    """Yields (name, recorded, recomputed, tolerance); numbers in files have six decimals."""
-    if "success" not in row:
-        return
+    """Of a scored row: (name, recorded, recomputed, tolerance); files have six decimals."""
     yield "steps", row["steps"], len(row["actions"]), 0
     yield "poses", len(row["poses"]), 1 + len(row["actions"].strip("0")), 0
     path, start, end = [p[:3] for p in row["poses"]], row["start_distance"], row["distance_to_goal"]
@@ -56,7 +54,7 @@ def episode_numbers(row, run, truth):
 
 
 def interval(rows, hits, trials, rate, z=1.959964, resamples=2000):
-    """[(low, tolerance), (high, tolerance)] of sum(hits) / sum(trials), from whole scenes."""
+    """[(low, tolerance), (high, ..)] of sum(hits) / sum(trials). evaluate.py draws other scenes."""
     few, sums = len({row["scene_id"] for row in rows}) < 5, {}
     for row, hit, trial in zip(rows, hits, trials):
         h, t = sums.get(unit := (row["scene_id"], few and row["trajectory_id"]), (0, 0))
@@ -72,7 +70,6 @@ def interval(rows, hits, trials, rate, z=1.959964, resamples=2000):
     rng, units = random.Random(0), sorted(sums.values())
     draws = (list(zip(*rng.choices(units, k=k))) for _ in range(resamples))
     means = sorted(sum(h) / sum(t) for h, t in draws)
-    # The draws are not evaluate.py's, so some percentiles beside these are as good.
     at = [means[round(q * (resamples - 1))] for q in (.008, .025, .05, .95, .975, .992)]
     return [(at[i], max(at[i + 1] - at[i], at[i] - at[i - 1]) + 2e-6) for i in (1, 4)]
 
@@ -107,7 +104,7 @@ def main(args):
                               for name in ("run", "results", "protocol"))
         rows = [json.loads(line) for line in open(f"{folder}/episodes.jsonl")]
         numbers = [(f"{name} of episode {row['episode_id']}", *rest) for row in rows
-                   for name, *rest in episode_numbers(row, run, truth)]
+                   if "success" in row for name, *rest in episode_numbers(row, run, truth)]
         numbers += result_numbers(rows, run, results, card)
         bad = [f"{name}: {a} is recorded, {b} recomputed" for name, a, b, tolerance in numbers
                if a != b and not (tolerance and a is not None and abs(a - b) <= tolerance)]
@@ -117,4 +114,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    try:
+        main(parse_args())
+    except (OSError, ValueError, KeyError) as error:
+        argparse.ArgumentParser("recompute.py").error(f"{error!r}; is the folder complete?")
