@@ -49,6 +49,7 @@ from evaluate import fingerprint, open_out
 from gpt4scene.chat import ChatPolicy, ScenePrefix
 from gpt4scene.scores import NEEDS, read_annotations, read_lines
 from make_data import decode
+from reward import RESERVED_TOKENS
 from world.episodes import read_json
 
 
@@ -108,9 +109,11 @@ def read_scenes(args) -> list[Scene]:
     for name in [name for name in NEEDS if name in files]:
         for i, row in enumerate(files[name]):
             scene, prompt = row.get("scene_id"), row.get("prompt")
-            if not isinstance(prompt, str) or "<image>" in prompt or not prompt.strip():
-                raise UserError(f"record {i} of {name} has no \"prompt\" that could be asked: make "
-                                "the file with gpt4scene.scenes, from the official one")
+            if not isinstance(prompt, str) or not prompt.strip() or any(
+                    mark in prompt for mark in RESERVED_TOKENS):
+                raise UserError(f"record {i} of {name} has no \"prompt\" that could be asked (text "
+                                f"without {' or '.join(RESERVED_TOKENS)}): make the file with "
+                                "gpt4scene.scenes, from the official one")
             shown = images.get(scene) if isinstance(images, dict) else None
             if not shown or not isinstance(shown, list) or not all(
                     isinstance(one, str) for one in shown):

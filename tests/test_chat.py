@@ -238,7 +238,8 @@ def test_two_ranks_and_micro_batches_learn_the_same_weights(scenes, tmp_path):
     common = [*SFT, "--data", str(scenes / "train.json"), "--dtype", "float32", "--max-steps", "2",
               "--val-decisions", "0"]
     in_process("sft.py", *common, "--out", tmp_path / "one")
-    in_process("sft.py", *common, "--out", tmp_path / "micro", "--micro-tokens", "300")
+    in_process("sft.py", *common, "--out", tmp_path / "micro", "--micro-tokens", "300",
+               "--gradient-checkpointing")
     run_on_two_ranks(tmp_path, "sft", [[*common, "--out", str(tmp_path / "two"),
                                         "--zero-stage", stage] for stage in ("3",)])
     whole = weights_of(tmp_path / "one")
