@@ -69,8 +69,8 @@ def parse_args(argv=None):
 
 
 def walk(args, name: str, changes: dict) -> dict[str, dict]:
-    """Evaluate with a changed robot -> rows by id. evaluate.py itself refuses a robot that is not
-    the checkpoint's, so the change is made behind its back."""
+    """Evaluate with a changed robot -> rows by id. evaluate.py refuses a robot that is not the
+    checkpoint's, so this replaces the function that chooses it."""
     chosen, out = evaluate.choose_robot, os.path.join(args.out, name)
     evaluate.choose_robot = lambda *given: {**chosen(*given), **changes}
     try:

@@ -50,18 +50,34 @@ def test_a_page_is_one_folder_and_asks_for_nothing_else(folders):
         [name for name in ("0", "1", "3", "5", "7") if name != "3"])
 
 
-def test_frames_stand_in_their_order(folders):
-    """FakePool's pictures are a function of the pose, so that each can be told from the others."""
-    rows = {str(row["episode_id"]): row for row in map(
-        json.loads, (folders / "oracle/episodes.jsonl").read_text().splitlines())}
-    walk = read_json(folders / "oracle/walks/8.json")
-    width, height, columns = walk["frame"]
-    sheet = np.asarray(Image.open(folders / "oracle/walks/8_frames.webp").convert("L"), float)
-    assert (width, height, columns) == (4, 4, 10) and len(rows["8"]["poses"]) > 10
-    assert sheet.shape == (8, 40)
-    assert len(walk["distances"]) == len(rows["8"]["poses"])
-    assert walk["distances"][0] == rows["8"]["start_distance"] and walk["goals"] == [
-        [walk["reference"][-1][0], walk["reference"][-1][1]]]
+def made_walk(frames):
+    """A walk straight ahead that saw these frames."""
+    walk = EpisodeState(fake_episode("7"), "Stop.", keep_video=True)
+    for t, frame in enumerate(frames):
+        walk.observe({"state": {"position": [0, 0, -0.1 * t], "rotation": [0, 0, 0, 1],
+                                "distance_to_goal": 2 - 0.1 * t}, "frame": frame})
+        if t % 3 == 0:
+            walk.add_decision("A. Move forward 25 cm, D. Stop", [1, 0])
+    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
+    walk.map = {"image": noise, "bounds": [-5, -5, 5, 5]}              # no map is harder to shrink
+    return walk
+
+
+def test_frames_and_plans_stand_in_their_order(tmp_path):
+    walk = made_walk([np.full((300, 400, 3), 20 * t, np.uint8) for t in range(12)])
+    page.save_walk(walk, [[0, 0, 0], [0, 0, -2]], ROBOTS["houses"], str(tmp_path))
+    held = read_json(tmp_path / "7.json")
+    width, height, columns = held["frame"]
+    sheet = np.asarray(Image.open(tmp_path / "7_frames.webp").convert("L"), float)
+    assert (width, height, columns) == (192, 144, 10) and sheet.shape == (288, 1920)
+    for t in range(12):
+        x, y = t % columns * width, t // columns * height
+        assert abs(sheet[y + 20:y + 120, x + 20:x + 170].mean() - 20 * t) < 3
+    assert held["decisions"][2] == [6, "A. Move forward 25 cm, D. Stop", [1, 0],
+                                    [[0.0, -0.6], [0.0, -0.85]]]
+    assert held["distances"][:3] == [2.0, 1.9, 1.8] and held["goals"] == [[0.0, -2.0]]
+    left, top, side = held["map"]
+    assert left == pytest.approx(-side / 2) and (top, side) == (pytest.approx(-3.5), 5)
 
 
 def test_a_hundred_walks_take_less_than_20_megabytes(tmp_path):
@@ -70,14 +86,8 @@ def test_a_hundred_walks_take_less_than_20_megabytes(tmp_path):
                              recursive=True))[:60]
     if len(paths) < 60:
         pytest.skip("no released walk beside the repository")
-    walk = EpisodeState(fake_episode("7"), "Stop.", keep_video=True)
-    for i, path in enumerate(paths):
-        with Image.open(path) as frame:
-            walk.observe({"state": {"position": [0, 0, -0.1 * i], "rotation": [0, 0, 0, 1],
-                                    "distance_to_goal": 1.0}, "frame": np.asarray(frame)})
+    walk = made_walk([np.asarray(Image.open(path)) for path in paths])
     assert walk.video_frames[0].shape == (480, 640, 3)
-    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), dtype=np.uint8)
-    walk.map = {"image": noise, "bounds": [-5, -5, 5, 5]}              # no map is harder to shrink
     page.save_walk(walk, None, ROBOTS["r2r"], str(tmp_path))
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 200_000
 
@@ -109,7 +119,7 @@ def test_what_cannot_be_shown_is_refused(folders, tmp_path, monkeypatch):
 
 
 class Browser:
-    """A headless Chromium, spoken to over its debugging pipe: JSON messages that end in a zero."""
+    """A headless Chromium and its debugging pipe: JSON messages that end in a zero byte."""
 
     def __init__(self, folder):
         read_end, self.write = os.pipe()

@@ -1,7 +1,7 @@
 """
 A page to look at a results folder: the protocol card, the table, the episodes, and a player.
 
-One static folder that opens from the disk, without a server or any request elsewhere. For the
+One static folder that opens from the disk, without a server and without requests to one. For the
 episodes that `evaluate.py --page N` recorded, a player shows map, frame, instruction and the plan
 in force, step by step. Two folders of the same episodes are shown side by side, with the paired
 differences of tools/report.py.

@@ -82,8 +82,8 @@ def choose_robot(args, ckpt: str | None, contract: dict | None, dataset: str) ->
         if stated and abs(value - robot[key]) > 1e-6:
             flag = "--" + key.replace("_", "-")
             raise UserError(f"{ckpt} was trained with {key} = {value} and the robot {name!r} has "
-                            f"{robot[key]}: leave --robot and {flag} out, since a checkpoint brings"
-                            " its own, or take another --ckpt")
+                            f"{robot[key]}: leave --robot and {flag} out (or --protocol), since a "
+                            "checkpoint brings its own, or take another --ckpt")
     return {**robot, **trained}
 
 
