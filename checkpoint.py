@@ -2,8 +2,11 @@
 Checkpoints: a Hugging Face folder <-> a policy, and small models from scratch.
 
 A folder is what from_pretrained reads, plus nav.json: the navigation contract (degrees and metres,
-horizon, memory, image budget, prompt version), which evaluate.py obeys. What a folder asks for and
-the code does not do is refused in one sentence that names the file and the mend.
+horizon, memory, image budget, prompt version), which evaluate.py obeys. Or it holds an adapter of
+LoRA (lora.py) instead of the weights. What a folder asks for and the code does not do is refused in
+one sentence that names the file and the mend.
+
+Run it   python checkpoint.py --merge ckpt/sft_lora --out ckpt/sft_merged
 
 Read it in this order
     load       folder, hub id or short name -> Policy                      load_policy
@@ -13,6 +16,7 @@ Read it in this order
 """
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -22,7 +26,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from cli import UserError, write_json
+import lora
+from cli import DefaultsFormatter, UserError, run_cli, write_json
 from model import CONTRACT, NULLABLE, POLICIES, Policy, policy_class
 
 # ---------------------------------------------------------------- load
@@ -42,16 +47,22 @@ VISION_TOKENS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>")
 
 def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
                 dtype: str = "float32", texts: list[str] | None = None, seed: int = 0,
-                replace_contract: bool = False, atomic_patterns: list[str] | None = None
-                ) -> Policy:
+                replace_contract: bool = False, atomic_patterns: list[str] | None = None,
+                lora_rank: int = 0, lora_vision: bool = False) -> Policy:
     """A folder, a hub id, a short name of HUB_NAMES, or a name of TINY (built from `texts`) ->
     Policy.
 
     contract: for a model that has none; otherwise the checkpoint's own nav.json is used, unless
-    replace_contract. texts, atomic_patterns: of tiny's tokenizer.
+    replace_contract. texts, atomic_patterns: of tiny's tokenizer. lora_rank: train an adapter, a
+    new one or that of the folder; 0: an adapter's folder becomes a whole policy.
     UserError when the weights are not there, not whole, not finite, or need another forward pass.
     """
+    if lora.is_adapter(name):
+        return load_adapted(name, contract, device, dtype, replace_contract, lora_rank, lora_vision)
     if name in TINY:
+        if lora_rank:
+            raise UserError(f"--model {name} is made from scratch, and an adapter needs trained "
+                            "weights in a folder: train it without --lora-rank first")
         patterns = ATOMIC_PATTERNS if atomic_patterns is None else atomic_patterns
         tiny = build_tiny(TINY[name], texts or [], contract or CONTRACT, seed, patterns)
         return tiny.to(device, getattr(torch, dtype))
@@ -81,6 +92,31 @@ def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
     policy = policy_class(contract["prompt"])(
         model.to(device), tokenizer, contract, image_processor(files, model), files)
     check_template(policy, source)
+    if lora_rank:
+        policy.base = os.path.abspath(source) if os.path.isdir(source) else source
+        lora.add_adapter(policy.model, lora_rank, lora_vision, policy.base, seed)
+    return policy
+
+
+def load_adapted(folder: str, contract: dict | None, device: str, dtype: str,
+                 replace_contract: bool, rank: int, vision: bool) -> Policy:
+    """load_policy() of an adapter's folder, whose contract is its own."""
+    config, stored = lora.read_config(folder), read_file(folder, "nav.json")
+    own = read_contract(folder, stored) if stored else None
+    contract = contract if replace_contract and contract else own or contract
+    base = config["base_model_name_or_path"]
+    policy = load_policy(base, contract, device, dtype, replace_contract=True)
+    lora.load_adapter(policy.model, folder)
+    if not rank:
+        lora.merge_adapter(policy.model)
+        return policy
+    has_vision = any("visual." in name for name, _ in lora.adapted_layers(policy.model))
+    if (config["r"], has_vision) != (rank, vision):
+        raise UserError(f"{folder} holds an adapter of rank {config['r']} "
+                        f"{'with' if has_vision else 'without'} the vision tower: give --lora-rank "
+                        f"{config['r']}{' --lora-vision' if has_vision else ''}, or merge it first "
+                        "(python checkpoint.py --merge)")
+    policy.base = base
     return policy
 
 
@@ -329,23 +365,11 @@ def save_policy(policy: Policy, folder: str, state_dict: dict | None = None):
     os.makedirs(temporary)
     if state_dict is not None:
         state_dict = {k[len("model."):]: v for k, v in state_dict.items() if k.startswith("model.")}
-    policy.model.save_pretrained(temporary, state_dict=state_dict)
-    if "tokenizer_config.json" not in policy.files:
-        policy.tokenizer.save_pretrained(temporary)
-    for file, content in policy.files.items():
-        if file != "processor_config.json":       # its picture settings would outrank those below
-            with open(os.path.join(temporary, file), "wb") as f:
-                f.write(content)
-    pixels = {key: policy.contract[key] for key in ("min_pixels", "max_pixels")}
-    processor = {**policy.processor, **pixels, "size": {
-        "shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
-    for file, content in (("preprocessor_config.json", processor), ("nav.json", policy.contract)):
-        write_json(os.path.join(temporary, file), content)
-    for file, change in (("config.json", for_version_4), ("tokenizer_config.json", plain_classes)):
-        path = os.path.join(temporary, file)
-        with open(path, encoding="utf-8") as f:
-            content = change(json.load(f))
-        write_json(path, content)
+    if policy.base:
+        lora.save_adapter(policy.model, temporary, state_dict or policy.model.state_dict())
+    else:
+        save_whole(policy, temporary, state_dict)
+    write_json(os.path.join(temporary, "nav.json"), policy.contract)
     # safetensors makes its file readable for its owner alone; the other files follow the umask.
     mode = os.stat(os.path.join(temporary, "nav.json")).st_mode
     for file in sorted(os.listdir(temporary)):
@@ -353,6 +377,25 @@ def save_policy(policy: Policy, folder: str, state_dict: dict | None = None):
         os.replace(os.path.join(temporary, file), os.path.join(folder, file))
     os.rmdir(temporary)
 
+
+def save_whole(policy: Policy, folder: str, state_dict: dict | None) -> None:
+    """All files of a whole model but nav.json, into a new folder."""
+    policy.model.save_pretrained(folder, state_dict=state_dict)
+    if "tokenizer_config.json" not in policy.files:
+        policy.tokenizer.save_pretrained(folder)
+    for file, content in policy.files.items():
+        if file != "processor_config.json":       # its picture settings would outrank those below
+            with open(os.path.join(folder, file), "wb") as f:
+                f.write(content)
+    pixels = {key: policy.contract[key] for key in ("min_pixels", "max_pixels")}
+    processor = {**policy.processor, **pixels, "size": {
+        "shortest_edge": pixels["min_pixels"], "longest_edge": pixels["max_pixels"]}}
+    write_json(os.path.join(folder, "preprocessor_config.json"), processor)
+    for file, change in (("config.json", for_version_4), ("tokenizer_config.json", plain_classes)):
+        path = os.path.join(folder, file)
+        with open(path, encoding="utf-8") as f:
+            content = change(json.load(f))
+        write_json(path, content)
 
 
 def for_version_4(config: dict) -> dict:
@@ -485,3 +528,33 @@ def build_tiny(family: str, texts: list[str], contract: dict, seed: int,
     settings = json.dumps({"image_mean": mean, "image_std": std}).encode()
     processor = image_processor({"preprocessor_config.json": settings}, model)
     return policy_class(contract["prompt"])(model, tokenizer, contract, processor)
+
+
+# ---------------------------------------------------------------- merging an adapter
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description="Write an adapter's policy as a whole model.",
+                                formatter_class=DefaultsFormatter)
+    p.add_argument("--merge", required=True, metavar="FOLDER", help="--out of a --lora-rank run")
+    p.add_argument("--out", required=True, help="a new folder: what evaluate.py, transformers and "
+                   "vLLM load")
+    return p.parse_args(argv)
+
+
+def main(args):
+    if not lora.is_adapter(args.merge):
+        raise UserError(f"--merge {args.merge} holds no adapter ({lora.CONFIG}); name the --out of "
+                        "a run with --lora-rank")
+    if os.path.exists(os.path.join(args.out, "nav.json")):
+        raise UserError(f"--out {args.out} holds a checkpoint already; choose another folder")
+    policy = load_policy(args.merge)                  # in fp32: a sum in bf16 would round twice
+    base = lora.read_config(args.merge)["base_model_name_or_path"]
+    config = read_object(os.path.join(base, "config.json"), read_file(base, "config.json"))
+    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    save_policy(policy.to(getattr(torch, dtype)), args.out)
+    print(f"wrote {args.out}: {base} with the adapter of {args.merge} in its weights ({dtype})")
+
+
+if __name__ == "__main__":
+    run_cli(main, parse_args)

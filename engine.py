@@ -11,7 +11,8 @@ A run directory (--out) holds
     log.jsonl                 one line per step; tb/ holds the same for TensorBoard
     state/step_000200/        weights, optimizer, step: everything that resuming needs
     curves.png                the main columns of the log (GRPO)
-    config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (checkpoint.py)
+    config.json, model.safetensors, tokenizer.json, nav.json, ...     the policy (checkpoint.py), or
+    adapter_config.json, adapter_model.safetensors, nav.json          its adapter (lora.py)
 A state is complete when state/latest names it. That file is replaced in one move, after every rank
 has written its part. On resume the log is cut back to the step of the state, so the run continues
 as if it had never stopped: data order and sampling noise are functions of (seed, step), not of a
@@ -178,8 +179,9 @@ class Counters(NamedTuple):
 
 
 def pop_flop_counters(device: str, *models) -> Counters:
-    """Read the counters of our policies and set them to zero. A model may be wrapped, or None."""
-    policies = [getattr(m, "module", m) for m in models if m is not None]
+    """Read the counters of our policies and set them to zero. A model may be wrapped, or None, or a
+    grpo.AdapterReference, which counts in the policy."""
+    policies = [getattr(m, "module", m) for m in models if isinstance(m, torch.nn.Module)]
     counters = Counters(*all_reduce_sum(
         [sum(p.flops for p in policies), sum(p.tokens for p in policies),
          any(p.nan_logits for p in policies)], device))
@@ -200,22 +202,26 @@ def count_weights(engine, trained_only: bool = False) -> int:
                for p in engine.module.parameters() if p.requires_grad or not trained_only)
 
 
-def print_memory_estimate(engine, reference, activations: float) -> None:
-    """Print the least memory that a process will hold, in GB (1e9 bytes), and warn if it is more
-    than there is.
-
-    activations: bytes (Policy.activations). Weights, gradients and AdamW's two moments (with bf16
-    also an fp32 master copy) are divided among the processes according to the ZeRO stage.
-    """
-    if dist.get_rank():
-        return
+def model_bytes(engine, reference) -> dict[str, float]:
+    """What a process holds all the time, in bytes by part. Weights, gradients and AdamW's two
+    moments (with bf16 also an fp32 master copy) are divided among the processes according to the
+    ZeRO stage."""
     stage, world_size = engine.zero_optimization_stage(), dist.get_world_size()
     half, trained = engine.bfloat16_enabled(), count_weights(engine, trained_only=True)
     by_stage = [world_size if stage >= least else 1 for least in (1, 2, 3)]
     weights = count_weights(engine) * (2 if half else 4) / by_stage[2]
-    parts = {"weights": weights, "gradients": trained * (2 if half else 4) / by_stage[1],
-             "optimizer": trained * (12 if half else 8) / by_stage[0],
-             **({"reference": weights} if reference else {}), "activations": activations}
+    return {"weights": weights, "gradients": trained * (2 if half else 4) / by_stage[1],
+            "optimizer": trained * (12 if half else 8) / by_stage[0],
+            **({"reference": weights} if isinstance(reference, torch.nn.Module) else {})}
+
+
+def print_memory_estimate(engine, reference, activations: float) -> None:
+    """Print the least memory that a process will hold, in GB (1e9 bytes), and warn if it is more
+    than there is. activations: bytes (Policy.activations)."""
+    if dist.get_rank():
+        return
+    parts = model_bytes(engine, reference) | {"activations": activations}
+    world_size = dist.get_world_size()
     available = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_initialized()
                  else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size) / 1e9
     needed = sum(parts.values()) / 1e9
@@ -223,7 +229,8 @@ def print_memory_estimate(engine, reference, activations: float) -> None:
           + f" = {needed:.2f} GB of {available:.0f} GB a process has")
     if needed > available:
         print("WARNING: that does not fit. Lower --micro-tokens; then --gradient-checkpointing; "
-              "then --zero-stage 2 or 3 over more GPUs, or --freeze-vision", file=sys.stderr)
+              "then --lora-rank, --zero-stage 2 or 3 over more GPUs, or --freeze-vision",
+              file=sys.stderr)
 
 
 # ---------------------------------------------------------------- micro-batches
@@ -314,6 +321,13 @@ def default_dtype(args) -> str:
     return args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
 
 
+def prepare_training(policy, args) -> None:
+    """Which weights are trained, and what the backward pass keeps, from the flags."""
+    if not policy.base:
+        policy.vision.requires_grad_(not args.freeze_vision)
+    policy.checkpointing = args.gradient_checkpointing
+
+
 def make_engine(policy, args):
     """Wrap the policy in DeepSpeed; accumulate() decides after which micro-batch it steps."""
     import deepspeed
@@ -336,6 +350,7 @@ def make_engine(policy, args):
     weights = [p for p in policy.parameters() if p.requires_grad]
     groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
               {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]       # an adapter has matrices only
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
@@ -391,9 +406,11 @@ def gathered(engine):
 
 
 def consolidated(engine) -> dict | None:
-    """The whole state dict on rank 0 (None on the others), at any ZeRO stage."""
+    """The whole state dict on rank 0 (None on the others), at any ZeRO stage; of a policy with an
+    adapter at least that."""
     if engine.zero_optimization_stage() == 3:
-        return engine._zero3_consolidated_16bit_state_dict()
+        return engine._zero3_consolidated_16bit_state_dict(
+            exclude_frozen_parameters=engine.module.base is not None)
     return engine.module.state_dict() if dist.get_rank() == 0 else None
 
 
@@ -469,7 +486,8 @@ def save_state(engine, out: str, step: int) -> None:
         raise diverged(out, step, f"{broken} of the weights' tensors are not finite",
                        engine.optimizer.param_groups[0]["lr"])
     folder, tag = os.path.join(out, "state"), f"step_{step:06d}"
-    engine.save_checkpoint(folder, tag=tag, client_state={"step": step}, save_latest=False)
+    engine.save_checkpoint(folder, tag=tag, client_state={"step": step}, save_latest=False,
+                           exclude_frozen_parameters=engine.module.base is not None)
     # save_checkpoint ends with a barrier, so every rank's part is on the disk now. DeepSpeed itself
     # would write `latest` after rank 0's part only, and leave it empty if killed while writing.
     if dist.get_rank() == 0:
@@ -491,7 +509,8 @@ def load_state(engine, out: str) -> int:
     if then != now:
         raise UserError(f"{folder} was written with {then} and would be resumed with {now}; make "
                         "them agree, give another --out, or remove that folder to start again")
-    _, client = engine.load_checkpoint(folder, tag=tag)
+    _, client = engine.load_checkpoint(folder, tag=tag,
+                                       load_module_strict=engine.module.base is None)
     if broken_weights(engine):
         raise UserError(f"{state} holds weights that are not finite; remove {folder} to start "
                         "again, with a lower --lr and another --out")

@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import lora
 from checkpoint import load_policy
 from cli import DefaultsFormatter, UserError, positive_int, run_cli, write_text
 from engine import (
@@ -67,12 +68,14 @@ from engine import (
     open_run,
     pop_flop_counters,
     prefetch,
+    prepare_training,
     print_memory_estimate,
     print_start,
     save_state,
     set_learning_rate,
     update_metrics,
 )
+from lora import add_lora_args, check_lora_args
 from make_data import add_data_args, open_sources, split_by_shares
 from model import Policy, Rollout, TokenStats, window_prompt
 from reward import MAX_ANSWER_TOKENS, REWARDS, STOP, Score, score, uniform_reward
@@ -103,6 +106,7 @@ def parse_args(argv=None):
         "such groups, up to N times a step (DAPO's dynamic sampling); 0: never")
     add("--batch-size", type=positive_int, default=8, help="prompts per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
+    add_lora_args(add)
     add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
@@ -573,12 +577,15 @@ def load_init(args, device: str, sft: str) -> Policy:
         raise UserError("--group-size must be 2 or more: advantages compare siblings")
     if args.temperature <= 0:
         raise UserError("--temperature must be above 0: at 0 all siblings are the same")
-    policy = load_policy(args.init, device=device, dtype=default_dtype(args))
+    check_lora_args(args)
+    policy = load_policy(args.init, device=device, dtype=default_dtype(args), seed=args.seed,
+                         lora_rank=args.lora_rank, lora_vision=args.lora_vision)
     if "turn_deg" not in policy.contract:
         raise UserError(f"--init {args.init} answers questions ({policy.contract['prompt']}) and "
                         "plans no walks; give a checkpoint of --prompt window or dialog")
-    policy.vision.requires_grad_(not args.freeze_vision)
-    policy.checkpointing = args.gradient_checkpointing
+    if args.lora_rank and args.kl_coef and lora.is_adapter(args.init):
+        lora.load_adapter(policy.model, args.init, lora.START)
+    prepare_training(policy, args)
     return policy
 
 
@@ -605,10 +612,23 @@ def setup(args, device):
     return sources, policy
 
 
+class AdapterReference(NamedTuple):
+    """pi_sft as the policy itself with its adapter as it was at the start, or without one: no
+    second model in memory."""
+    engine: object
+    adapter: str | None
+
+    def __call__(self, *inputs) -> Tensor:
+        with lora.using_adapter(self.engine.module.model, self.adapter):
+            return self.engine(*inputs)
+
+
 def load_reference(args, engine, device):
     """pi_sft, frozen, called as engine(..) is; None if --kl-coef is 0."""
     if args.kl_coef == 0:
         return None
+    if args.lora_rank:
+        return AdapterReference(engine, lora.START if lora.is_adapter(args.init) else None)
     reference = load_policy(args.init, device=device, dtype=default_dtype(args))
     reference.requires_grad_(False)
     if engine.zero_optimization_stage() == 3:                  # sharded, as the policy is

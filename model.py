@@ -629,7 +629,7 @@ class Policy(Qwen):
         """Bytes that a forward pass keeps for its backward pass, estimated. rest: token_counts's"""
         patches = sum(f.shape[0] * f.shape[1] for f in frames.values()
                       ) // self.image_format.patch ** 2
-        trains = next(self.vision.parameters()).requires_grad
+        trains = self.trains_vision
         tokens = sum(self.token_counts(decisions, frames, *rest, **named))
         return activation_bytes(self.model.config, tokens, patches * trains, self.dtype.itemsize,
                                 self.checkpointing)

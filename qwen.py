@@ -409,6 +409,8 @@ class Qwen(nn.Module):
     processor: the settings of its image processor (image_processor()).
     """
 
+    base: str | None = None         # folder of the frozen model, if only an adapter is trained
+
     def __init__(self, model: nn.Module, processor: dict):
         super().__init__()
         self.model = model
@@ -431,6 +433,10 @@ class Qwen(nn.Module):
     @property
     def lm(self) -> nn.Module:
         return self.model.model.language_model
+
+    @property
+    def trains_vision(self) -> bool:
+        return any(p.requires_grad for p in self.vision.parameters())
 
     @property
     def device(self) -> torch.device:
@@ -465,10 +471,11 @@ class Qwen(nn.Module):
         return self
 
     def _count_flops(self, forward: float, tokens: int = 0, trainable: bool = True):
-        """Add a pass to the counters; a backward pass costs twice its forward pass. Recomputation
-        and padding are not counted."""
+        """Add a pass to the counters; a backward pass costs twice its forward pass, and as much as
+        it where the weights are frozen under an adapter, whose own products are not counted.
+        Recomputation and padding are not counted."""
         trains = trainable and torch.is_grad_enabled()
-        self.flops += forward * (3 if trains else 1)
+        self.flops += forward * (1 if not trains else 2 if self.base else 3)
         self.tokens += tokens if trains else 0
 
     # ------------------------------------------------------------ frames -> features
@@ -490,7 +497,7 @@ class Qwen(nn.Module):
         grids = tuple((len(some), h // patch, w // patch)
                       for some, (h, w, _) in zip(index, sizes))
         self._count_flops(sum(n * vision_flops(self.vision.config, h * w) for n, h, w in grids),
-                          trainable=next(self.vision.parameters()).requires_grad)
+                          trainable=self.trains_vision)
         pixels = (torch.from_numpy(np.stack([frames[i] for i in some])).to(self.device)
                   for some in index)
         out = self.vision(

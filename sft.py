@@ -64,12 +64,14 @@ from engine import (
     open_run,
     pop_flop_counters,
     prefetch,
+    prepare_training,
     print_memory_estimate,
     print_start,
     save_state,
     set_learning_rate,
     update_metrics,
 )
+from lora import add_lora_args, check_lora_args
 from make_data import add_data_args, open_sources, split_by_shares
 from model import POLICIES, Policy, policy_class
 from world.robots import ROBOTS
@@ -101,6 +103,7 @@ def parse_args(argv=None):
         help="decisions (of dialogs: walks) per update, "
         "over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
+    add_lora_args(add)
     add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)
@@ -221,18 +224,19 @@ def make_contract(args, kind: type[Policy], sources: list) -> dict:
 
 def setup(args, device: str):
     """Data, contract and policy, from the flags."""
+    check_lora_args(args)
     kind = policy_class(args.prompt)
     sources = [kind.arrange(data) for data in open_sources(args)]
     contract = make_contract(args, kind, sources)
     policy = load_policy(args.model, contract, device, default_dtype(args), seed=args.seed,
-                         texts=kind.texts(sources), replace_contract=True)
+                         texts=kind.texts(sources), replace_contract=True,
+                         lora_rank=args.lora_rank, lora_vision=args.lora_vision)
     for path, data in zip(args.data, sources):
         if data.whole_walks and not policy.whole_walks:
             data.check_plans(contract)
         check_lengths(policy, policy.walk_lengths(data, args.vary_turns) if data.whole_walks
                       else data.lengths(policy), path)
-    policy.vision.requires_grad_(not args.freeze_vision)
-    policy.checkpointing = args.gradient_checkpointing
+    prepare_training(policy, args)
     return sources, policy
 
 

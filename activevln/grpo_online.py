@@ -97,6 +97,7 @@ from grpo import (
     reference_logps,
     reward_std,
 )
+from lora import add_lora_args
 from make_data import run_jobs
 from reward import STOP
 from world import SimDied, SimError
@@ -163,6 +164,7 @@ def parse_args(argv=None):
     add_objective_args(add, loss="dapo", clip_high=0.28, kl_coef=0.0)
     add("--batch-size", type=positive_int, default=8, help="episodes per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
+    add_lora_args(add)
     add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
     add("--epochs", type=float, default=1.0)

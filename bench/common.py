@@ -19,12 +19,15 @@ no more than the tiny one's.
 from __future__ import annotations
 
 import argparse
+import base64
+import glob
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+import zipfile
 from importlib import metadata, util
 
 import numpy as np
@@ -120,23 +123,67 @@ QWEN2 = {   # hidden, layers, heads, kv heads, mlp, vocabulary, tied; both have 
 }
 
 
-def shaped(policy, shape):
-    """The tiny policy's tokenizer, and a model of Qwen2-VL's own sizes with random weights."""
+RANKS = "dashscope/resources/qwen.tiktoken"        # 151,643 lines: a token in base 64, its rank
+
+
+def last_merge(token, ranks):
+    """The two tokens that byte-pair encoding joins last: a token is built from pairs of lower rank,
+    the lowest first."""
+    parts = [bytes([b]) for b in token]
+    while len(parts) > 2:
+        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
+        i = min(range(len(joined)), key=joined.__getitem__)
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def qwen_tokenizer(folder):
+    """Qwen2Tokenizer of the published ranks, which Alibaba's own SDK holds: its wheel is kept in
+    `folder`. None if it is not there and PyPI does not give it."""
+    from transformers import Qwen2Tokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    if not glob.glob(f"{folder}/*.whl"):
+        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps",
+                               "--retries", "0", "--timeout", "5", "-d", folder,
+                               "dashscope==2.0.2"], capture_output=True)
+        if done.returncode:
+            return None
+    with zipfile.ZipFile(glob.glob(f"{folder}/*.whl")[0]) as wheel:
+        lines = [line.split() for line in wheel.read(RANKS).splitlines()]
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    letters = bytes_to_unicode()
+
+    def as_text(token):
+        return "".join(letters[b] for b in token)
+    merges = [tuple(map(as_text, last_merge(token, ranks))) for token in ranks if len(token) > 1]
+    tokenizer = Qwen2Tokenizer(vocab={as_text(token): rank for token, rank in ranks.items()},
+                               merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": checkpoint.SPECIAL_TOKENS})
+    tokenizer.eos_token = "<|im_end|>"
+    tokenizer.chat_template = checkpoint.CHAT_TEMPLATE
+    return tokenizer
+
+
+def shaped(policy, shape, layers=None, depth=32, dtype=torch.bfloat16):
+    """The tiny policy's tokenizer, and a model of Qwen2-VL's own sizes with random weights.
+
+    layers, depth: only so many of the language model's (None: all) and of the tower's.
+    """
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
-    hidden, layers, heads, kv_heads, mlp, vocabulary, tied = QWEN2[shape]
+    hidden, all_layers, heads, kv_heads, mlp, vocabulary, tied = QWEN2[shape]
     config = policy.model.config.to_dict()
     config["text_config"].pop("layer_types", None)
     config["text_config"].update(
-        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_size=hidden, num_hidden_layers=layers or all_layers, num_attention_heads=heads,
         num_key_value_heads=kv_heads, intermediate_size=mlp, vocab_size=vocabulary,
         max_position_embeddings=32768, tie_word_embeddings=tied, initializer_range=0.02,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-    config["vision_config"].update(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4,
+    config["vision_config"].update(depth=depth, embed_dim=1280, num_heads=16, mlp_ratio=4,
                                    hidden_size=hidden, initializer_range=0.02)
     config["tie_word_embeddings"] = tied
     torch.manual_seed(0)
     big = Qwen2VLForConditionalGeneration._from_config(
-        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=torch.bfloat16)
+        Qwen2VLConfig(**config), attn_implementation="sdpa", dtype=dtype)
     big.generation_config = policy.model.generation_config
     return type(policy)(big, policy.tokenizer, policy.contract, policy.processor)
 

@@ -4,12 +4,10 @@ Every norm and bias is moved from 1 and 0 first, or one that was forgotten would
 
 Run it   python -m pytest tests/test_families.py
 """
-import base64
 import json
 import os
 import subprocess
 import sys
-import zipfile
 from functools import partial
 
 import numpy as np
@@ -395,46 +393,12 @@ def test_two_ranks_at_zero_3_equal_one(ego, tmp_path):
 
 # ---------------------------------------------------------------- Qwen's real vocabulary
 
-RANKS = "dashscope/resources/qwen.tiktoken"        # 151,643 lines: a token in base 64, its rank
-
-
-def last_merge(token, ranks):
-    """The two tokens that byte-pair encoding joins last: a token is built from pairs of lower rank,
-    the lowest first."""
-    parts = [bytes([b]) for b in token]
-    while len(parts) > 2:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        i = min(range(len(joined)), key=joined.__getitem__)
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts
-
-
 @pytest.fixture(scope="module")
 def real_tokenizer(pytestconfig):
-    """Qwen2Tokenizer of the published ranks, which Alibaba's own SDK holds; kept by pytest."""
-    from transformers import Qwen2Tokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-    folder = pytestconfig.cache.mkdir("qwen-vocabulary")
-    if not list(folder.glob("*.whl")):
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps",
-                               "--retries", "0", "--timeout", "5", "-d", folder,
-                               "dashscope==2.0.2"], capture_output=True)
-        if done.returncode:
-            pytest.skip("needs Qwen's vocabulary: dashscope==2.0.2 is not to be had from PyPI")
-    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
-        lines = [line.split() for line in wheel.read(RANKS).splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    letters = bytes_to_unicode()
-
-    def as_text(token):
-        return "".join(letters[b] for b in token)
-    merges = [tuple(map(as_text, last_merge(token, ranks))) for token in ranks if len(token) > 1]
-    tokenizer = Qwen2Tokenizer(vocab={as_text(token): rank for token, rank in ranks.items()},
-                               merges=merges)
-    tokenizer.add_special_tokens({"additional_special_tokens": checkpoint.SPECIAL_TOKENS})
-    tokenizer.eos_token = "<|im_end|>"
-    tokenizer.chat_template = checkpoint.CHAT_TEMPLATE
-    return tokenizer
+    """common.qwen_tokenizer(), kept by pytest."""
+    tokenizer = common.qwen_tokenizer(str(pytestconfig.cache.mkdir("qwen-vocabulary")))
+    return tokenizer or pytest.skip("needs Qwen's vocabulary: dashscope==2.0.2 is not to be had "
+                                    "from PyPI")
 
 
 def test_plans_and_moves_cost_what_the_docs_say(real_tokenizer, monkeypatch):

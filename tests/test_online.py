@@ -544,6 +544,20 @@ def plain(ego, init, tmp_path_factory):
     return run_online(ego, init, tmp_path_factory.mktemp("plain") / "out", "--save-every=1")
 
 
+def test_an_adapter_is_trained_with_the_model_itself_as_its_reference(ego, init, tmp_path):
+    flags = ["--lora-rank=4", "--kl-coef=0.05", "--save-every=1", "--val-split=none"]
+    out = run_online(ego, init, tmp_path / "lora", *flags)
+    log = log_of(out)
+    assert [row["step"] for row in log] == [1, 2] and log[0]["kl"] == 0 < log[1]["kl"]
+    assert json.loads((out / "adapter_config.json").read_text())["r"] == 4
+    again = run_online(ego, init, tmp_path / "again", *flags, "--stop-after=1")
+    run_online(ego, init, again, *flags)
+    ours, theirs = (load_policy(str(folder)).state_dict() for folder in (out, again))
+    assert max_difference(ours, theirs) == 0
+    assert any((weight != theirs[key]).any() for key, weight in load_policy(init).state_dict()
+               .items())
+
+
 def untimed(folder):
     clocks = ("minutes", "walking_s")
     return [{k: v for k, v in row.items() if k not in clocks} for row in log_of(folder)]
