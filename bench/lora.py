@@ -6,12 +6,13 @@ LoRA and full training of one model: what they hold in memory, and how long a st
 
 The model that is run has Qwen2-VL-2B's widths and vocabulary, Qwen's own tokenizer, random weights
 in fp32, and two layers of the language model and two of the tower. Each run is grpo.py itself, in a
-process of its own: memory_gb and seconds of its log. --fits adds up engine.model_bytes() and the
-activations of one prompt with 17 frames and 8 plans, with --gradient-checkpointing, on one GPU;
-logits, and what kernels need in passing, come on top.
+process of its own: memory_gb and seconds of its log, and its CPU seconds. --fits adds up
+engine.model_bytes() and the activations of one prompt with 17 frames and 8 plans, with
+--gradient-checkpointing, on one GPU; logits, and what kernels need in passing, come on top.
 """
 import json
 import os
+import resource
 import shutil
 import sys
 from types import SimpleNamespace
@@ -80,6 +81,12 @@ def cut_model(args, data):
     return folder
 
 
+def cpu_seconds():
+    """Of the processes that have ended, which a busy machine does not lengthen."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def main(args):
     if args.fits:
         return fits(args)
@@ -88,12 +95,14 @@ def main(args):
     for name, flags in RUNS.items():
         out = os.path.join(args.world, "lora-run")
         shutil.rmtree(out, ignore_errors=True)
+        before = cpu_seconds()
         script("grpo.py", "--init", folder, "--data", late, "--out", out, "--device", args.device,
                "--batch-size", 1, "--group-size", 4, "--prompts", 8, "--max-steps", args.steps,
                "--threads", args.threads, "--val-decisions", 0, *flags)
         with open(os.path.join(out, "log.jsonl")) as f:
             rows = [row for row in map(json.loads, f) if row["step"]]
-        print(f"{name:8} peak {rows[-1]['memory_gb']:.1f} GB, seconds of each step "
+        print(f"{name:8} peak {rows[-1]['memory_gb']:.1f} GB, {cpu_seconds() - before:.0f} CPU "
+              "seconds in all, seconds of each step "
               + ", ".join(f"{row['seconds']:.1f}" for row in rows), flush=True)
 
 
