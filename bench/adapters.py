@@ -1,8 +1,8 @@
 """
 LoRA and full training of one model: what they hold in memory, and how long a step of GRPO takes.
 
-    python bench/adapters.py                # two steps of each, on a CPU
-    python bench/adapters.py --fits         # the arithmetic of the trainers, for whole models on a GPU
+    python bench/adapters.py            # two steps of each, on a CPU
+    python bench/adapters.py --fits     # the arithmetic of the trainers, for whole models on a GPU
 
 The model that is run has Qwen2-VL-2B's widths and vocabulary, Qwen's own tokenizer, random weights
 in fp32, and two layers of the language model and two of the tower. Each run is grpo.py itself, in a
