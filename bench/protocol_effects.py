@@ -87,6 +87,8 @@ def walk(args, name: str, changes: dict) -> dict[str, dict]:
 
 def with_success(row: dict, success: bool) -> dict:
     """The row with another success, and SPL and SDTW that follow from it."""
+    if success == row["success"]:
+        return row
     longer = max(row["start_distance"], row["path_length"])
     return {**row, "success": float(success), "sdtw": success * row["ndtw"],
             "spl": success * row["start_distance"] / longer if longer else float(success)}
@@ -105,7 +107,7 @@ def fast_ndtw(row: dict, reference: list, within: float = 3.0) -> float:
     path = [pose[:3] for pose in row["poses"]]
     moved = [p for t, p in enumerate(path) if t == 0 or p != path[t - 1]]
     cost = fastdtw(moved, reference, dist=lambda a, b: float(np.linalg.norm(np.subtract(a, b))))[0]
-    return float(np.exp(-cost / (len(reference) * within)))
+    return round(float(np.exp(-cost / (len(reference) * within))), 6)          # as in a row
 
 
 def changed_rows(rows: dict[str, dict], truths: dict, radius: float) -> dict[str, dict]:
