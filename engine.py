@@ -21,6 +21,7 @@ of processes and threads, the weights are equal to the bit; a GPU does not sum i
 """
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
 import json
@@ -82,6 +83,13 @@ def add_optimizer_args(parser, lr: float, schedule: str, weight_decay: float) ->
     add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
 
 
+def token_budget(text: str) -> int | None:
+    """The type of --micro-tokens: a whole number, or None for auto (plan_micro_batches)."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a whole number")
+    return None if text == "auto" else int(text)
+
+
 def add_machine_args(parser) -> None:
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -90,8 +98,9 @@ def add_machine_args(parser) -> None:
         help="default: bfloat16 with fp32 master weights on GPUs, float32 on CPUs")
     add("--deepspeed-config", default=os.path.join(os.path.dirname(__file__), "ds_config.json"))
     add("--zero-stage", type=int, choices=range(4), help="overrides the config file's stage")
-    add("--micro-tokens", type=int, default=0, help="about how many tokens a process runs per "
-        "micro-batch; an update takes as many as its batch needs. 0: one")
+    add("--micro-tokens", type=token_budget, default="auto", help="about how many tokens a process "
+        "runs per micro-batch; an update takes as many as its batch needs. auto: as many as fit "
+        "the GPU by the printed estimate, and one micro-batch on a CPU; 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
@@ -155,6 +164,13 @@ def all_reduce_sum(values: Sequence[float], device: str) -> list[float]:
     return tensor.tolist()
 
 
+def all_reduce_max(value: float, device: str) -> float:
+    """The largest of all ranks' values."""
+    tensor = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.item()
+
+
 def prefetch(load: Callable, steps: range) -> Iterator[tuple]:
     """For each step yield (step, load(step), seconds spent waiting for it).
 
@@ -202,35 +218,75 @@ def count_weights(engine, trained_only: bool = False) -> int:
                for p in engine.module.parameters() if p.requires_grad or not trained_only)
 
 
+def available_bytes(device: str) -> float:
+    """Memory that this process may fill: on a GPU what other processes leave of it; on a CPU its
+    share of the machine's."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / dist.get_world_size()
+
+
 def model_bytes(engine, reference) -> dict[str, float]:
     """What a process holds all the time, in bytes by part. Weights, gradients and AdamW's two
-    moments (with bf16 also an fp32 master copy) are divided among the processes according to the
-    ZeRO stage."""
+    moments are divided among the processes according to the ZeRO stage; with bf16 weights there are
+    an fp32 master copy and fp32 sums of gradients (make_engine)."""
     stage, world_size = engine.zero_optimization_stage(), dist.get_world_size()
     half, trained = engine.bfloat16_enabled(), count_weights(engine, trained_only=True)
     by_stage = [world_size if stage >= least else 1 for least in (1, 2, 3)]
     weights = count_weights(engine) * (2 if half else 4) / by_stage[2]
-    return {"weights": weights, "gradients": trained * (2 if half else 4) / by_stage[1],
+    # ZeRO-1 keeps the bf16 gradients of a micro-batch beside their sums; from stage 2 on a bucket.
+    gradients = trained * (6 if half and stage == 1 else 4)
+    return {"weights": weights, "gradients": gradients / by_stage[1],
             "optimizer": trained * (12 if half else 8) / by_stage[0],
             **({"reference": weights} if isinstance(reference, torch.nn.Module) else {})}
 
 
-def print_memory_estimate(engine, reference, activations: float) -> None:
-    """Print the least memory that a process will hold, in GB (1e9 bytes), and warn if it is more
-    than there is. activations: bytes (Policy.activations)."""
-    if dist.get_rank():
-        return
-    parts = model_bytes(engine, reference) | {"activations": activations}
-    world_size = dist.get_world_size()
-    available = (torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_initialized()
-                 else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / world_size) / 1e9
-    needed = sum(parts.values()) / 1e9
-    print("memory: about " + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
-          + f" = {needed:.2f} GB of {available:.0f} GB a process has")
-    if needed > available:
-        print("WARNING: that does not fit. Lower --micro-tokens; then --gradient-checkpointing; "
-              "then --lora-rank, --zero-stage 2 or 3 over more GPUs, or --freeze-vision",
-              file=sys.stderr)
+# The share of a GPU that is planned for. The rest is for DeepSpeed's buckets, for what kernels need
+# in passing, and for gaps between tensors of different sizes.
+PLANNED_SHARE = 0.9
+
+
+def plan_micro_batches(engine, reference, args, sizes: Sequence[int],
+                       activations: Callable[[int], float]) -> int:
+    """Print the least memory that a process will hold, in GB (1e9 bytes), warn if it is more than
+    there is, and return the token budget of a micro-batch: --micro-tokens, or if that is auto what
+    fits. All ranks call this and get the same.
+
+    sizes: tokens of each example of this rank's first batch; activations(budget): bytes that the
+    largest of its micro-batches under a budget keeps for the backward pass.
+    """
+    parts, available = model_bytes(engine, reference), available_bytes(args.device)
+    budget, auto = args.micro_tokens, args.micro_tokens is None
+    if auto and args.device == "cuda":
+        free = PLANNED_SHARE * available - sum(parts.values())
+        budget = fit_token_budget(sizes, activations, -all_reduce_max(-free, engine.device),
+                                  engine.device)
+    budget = budget or 0
+    parts["activations"] = all_reduce_max(activations(budget), engine.device)
+    needed = sum(parts.values())
+    if dist.get_rank() == 0:
+        print("memory: about " + " + ".join(f"{name} {n / 1e9:.2f}" for name, n in parts.items())
+              + f" = {needed / 1e9:.2f} GB of {available / 1e9:.0f} GB a process has; "
+              + (f"micro-batches of up to {budget:,} tokens" if budget else "one micro-batch")
+              + " (--micro-tokens auto)" * auto)
+        if needed > available:
+            print("WARNING: that does not fit. Lower --micro-tokens, unless it is auto; then "
+                  "--gradient-checkpointing; then --lora-rank, --zero-stage 2 or 3 over more GPUs, "
+                  "or --freeze-vision", file=sys.stderr)
+    return budget
+
+
+def fit_token_budget(sizes: Sequence[int], activations: Callable[[int], float], free: float,
+                     device: str) -> int:
+    """The budget under which the largest micro-batch of all ranks keeps at most `free` bytes; or,
+    if even one example is too large, the size of the largest. For the rest see plan_micro_batches.
+    """
+    whole, least = (int(all_reduce_max(n, device)) for n in (sum(sizes), max(sizes, default=0)))
+    budget = whole
+    while (kept := all_reduce_max(activations(budget), device)) > free and budget > least:
+        budget = max(least, budget * 4 // 5)
+    # Other batches may be larger than the first. If all of it fits, as much more does.
+    return int(budget * free / kept) if budget == whole and kept <= free else budget
 
 
 # ---------------------------------------------------------------- micro-batches
@@ -269,9 +325,8 @@ def micro_batches(items: Sequence, size_of: Callable, budget: int, device: str) 
     if budget == 0:
         return [list(items)]
     sizes = [size_of(item) for item in items]
-    most = torch.tensor(len(balance_by_tokens(sizes, budget)), device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return [[items[i] for i in part] for part in balance_by_tokens(sizes, budget, least=int(most))]
+    most = int(all_reduce_max(len(balance_by_tokens(sizes, budget)), device))
+    return [[items[i] for i in part] for part in balance_by_tokens(sizes, budget, least=most)]
 
 
 def merge_batches(batches: Sequence[tuple[list, dict]]) -> tuple[list, dict]:
@@ -343,8 +398,10 @@ def make_engine(policy, args):
         zero["stage"] = args.zero_stage
     if default_dtype(args) == "bfloat16":
         # Without ZeRO, DeepSpeed's bf16 optimizer starts with a step on zeros, after which Adam's
-        # bias correction is off by one. Stage 1 does not.
-        zero["stage"] = max(1, zero["stage"])
+        # bias correction is off by one. Stages 1 and 2 do not, and 2 needs less memory: gradients
+        # are summed over micro-batches in fp32, since bf16 would lose 0.9% of 64 of them.
+        zero["stage"] = zero["stage"] or 2
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
     weights = [p for p in policy.parameters() if p.requires_grad]
@@ -445,6 +502,14 @@ def open_run(args, resumable: Sequence[str] = ()) -> None:
                                 "with its own flags, or choose another folder, or remove this one")
         write_json(path, dict(sorted(vars(args).items())))
     on_first_rank(lock_and_check)
+    check_shared(path)
+
+
+def check_shared(path: str) -> None:
+    """UserError on every rank unless all of them see a file or folder that rank 0 has."""
+    if all_reduce_max(not os.path.exists(path), "cuda" if dist.get_backend() == "nccl" else "cpu"):
+        raise UserError(f"{path} is not there on every machine: a run of several needs an --out "
+                        "that they share (a network disk)")
 
 
 def parallel_layout(engine) -> dict:
@@ -501,9 +566,12 @@ def save_state(engine, out: str, step: int) -> None:
 
 def load_state(engine, out: str) -> int:
     """Load the last complete state and return its step; 0 if there is none."""
-    state = last_state(out)
+    found = [last_state(out)]
+    dist.broadcast_object_list(found, src=0)           # ranks that disagree would wait for ever
+    state, = found
     if state is None:
         return 0
+    check_shared(state)
     folder, tag = os.path.split(state)
     then, now = read_json(os.path.join(state, "made_by.json")), parallel_layout(engine)
     if then != now:

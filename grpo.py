@@ -66,10 +66,10 @@ from engine import (
     merge_batches,
     micro_batches,
     open_run,
+    plan_micro_batches,
     pop_flop_counters,
     prefetch,
     prepare_training,
-    print_memory_estimate,
     print_start,
     save_state,
     set_learning_rate,
@@ -258,7 +258,9 @@ def reference_logps(reference, batches: Sequence[PlanBatch]) -> list[Tensor | No
 def policy_update(engine, batches: Sequence[PlanBatch], ref_logps: Sequence[Tensor | None], args
                   ) -> UpdateStats:
     """--updates-per-batch optimizer steps on one batch of plans; the statistics are their mean."""
-    old_logps, sums = [], np.zeros(len(UpdateStats._fields))
+    # Sums stay on the device until the end: to read a number is to wait for the GPU.
+    old_logps, sums = [], torch.zeros(len(UpdateStats._fields), dtype=torch.float64,
+                                      device=batches[0].mask.device)
     for update in range(args.updates_per_batch):
         for i, batch in enumerate(accumulate(engine, batches)):
             logps, _, entropy = batch.sampled or engine(*batch.inputs, with_stats=True)
@@ -269,8 +271,8 @@ def policy_update(engine, batches: Sequence[PlanBatch], ref_logps: Sequence[Tens
             loss = batch.loss_scale * (loss * batch.loss_weights).sum()
             backward_step(engine, loss)
             entropy = masked_mean(entropy, batch.mask)
-            sums += [loss.item(), *((x * batch.loss_weights).sum().item() for x in (
-                stats["kl"], stats["clip_frac"], entropy))]
+            sums += torch.stack([loss.detach(), *((x * batch.loss_weights).sum() for x in (
+                stats["kl"], stats["clip_frac"], entropy))])
     return UpdateStats(*(sums / args.updates_per_batch).tolist())
 
 
@@ -351,12 +353,25 @@ def load_batch(engine, sources: Sequence, prompts: Sequence[PromptIndex], step: 
             for prompt, seed in mine]
 
 
-def split_batch(prompts: Sequence[PromptBatch], policy, args) -> list[PromptBatch]:
-    """Batches of one prompt each -> the micro-batches of an update."""
+def split_batch(prompts: Sequence[PromptBatch], policy, args, budget: int | None = None
+                ) -> list[PromptBatch]:
+    """Batches of one prompt each -> the micro-batches of an update. budget: tokens of each, by
+    default --micro-tokens."""
     def tokens(one):
         return sum(policy.token_counts(one.decisions, one.frames, args.group_size))
+    budget = args.micro_tokens if budget is None else budget
     return [PromptBatch(*merge_batches([one[:2] for one in some]), [one.seeds[0] for one in some])
-            for some in micro_batches(prompts, tokens, args.micro_tokens, policy.device)]
+            for some in micro_batches(prompts, tokens, budget, policy.device)]
+
+
+def plan_micro_tokens(engine, reference, prompts: Sequence[PromptBatch], args) -> int:
+    """engine.plan_micro_batches() for the prompts of a batch."""
+    policy, group_size = engine.module, args.group_size
+    sizes = [n for one in prompts
+             for n in policy.token_counts(one.decisions, one.frames, group_size)]
+    return plan_micro_batches(engine, reference, args, sizes, lambda budget: max(
+        policy.activations(part.decisions, part.frames, group_size)
+        for part in split_batch(prompts, policy, args, budget)))
 
 
 # ---------------------------------------------------------------- the steps of a step
@@ -672,8 +687,7 @@ def main(args):
 
     def load(step, attempt=0):
         return load_batch(engine, sources, prompts, step, args, attempt)
-    print_memory_estimate(engine, reference, max(policy.activations(
-        *part[:2], args.group_size) for part in split_batch(load(first), policy, args)))
+    args.micro_tokens = plan_micro_tokens(engine, reference, load(first), args)
     log = Log(engine, args.out, first, steps, ("reward", "kl", "frac_reward_zero_std"))
     if rank == 0:
         cut_samples(f"{args.out}/samples.txt", first)

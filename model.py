@@ -616,9 +616,14 @@ class Policy(Qwen):
     def token_counts(self, decisions: list, frames: dict, group_size: int = 1) -> list[int]:
         """Tokens of each decision with its answers. frames: as load_batch() made them, or features.
         """
-        answer = len(self._encode(write_plan([1] * self.contract["horizon"], self.phrases))) + 1
-        return [len(p.ids) + group_size * answer
+        answer = self.answer_tokens([None], group_size)
+        return [len(p.ids) + answer
                 for p in self.build_prompts(decisions, self._blank_features(frames))]
+
+    def answer_tokens(self, decisions: list, group_size: int = 1) -> int:
+        """Tokens of all answers to these decisions."""
+        plan = write_plan([1] * self.contract["horizon"], self.phrases)
+        return len(decisions) * group_size * (len(self._encode(plan)) + 1)
 
     def _blank_features(self, frames: dict) -> dict:
         """Features of the right shape and no numbers: enough to count tokens."""
@@ -631,8 +636,9 @@ class Policy(Qwen):
                       ) // self.image_format.patch ** 2
         trains = self.trains_vision
         tokens = sum(self.token_counts(decisions, frames, *rest, **named))
-        return activation_bytes(self.model.config, tokens, patches * trains, self.dtype.itemsize,
-                                self.checkpointing)
+        return activation_bytes(self.model.config, tokens, patches * trains,
+                                self.answer_tokens(decisions, *rest, **named),
+                                self.dtype.itemsize, self.checkpointing)
 
     def walk_lengths(self, data, vary_turns: bool = False) -> list[tuple[str, int]]:
         """The longest example of a VLN-Ego folder -> [(name of its episode, tokens)]: the longest

@@ -210,20 +210,23 @@ def decoder_flops(config, new: int, before: float = 0) -> float:
     return config.num_hidden_layers * (2 * new * weights + attention)
 
 
-def activation_bytes(config, tokens: int, patches: int, itemsize: int,
+def activation_bytes(config, tokens: int, patches: int, answers: int, itemsize: int,
                      checkpointing: bool = False) -> float:
     """Bytes kept for the backward pass of decoder tokens and vision patches: an estimate, within a
-    fifth of what autograd keeps (tests/test_bench.py).
+    fifth of what autograd keeps (tests/test_bench.py). answers: tokens of which log-probabilities
+    are taken; their logits are fp32, kept once and there three more times in passing.
     """
     text, vision = config.text_config, config.vision_config
     tower = tower_sizes(vision)
     token = 15 * text.hidden_size + 4 * text.intermediate_size
     patch = 14 * tower.width + 3 * tower.mlp
+    logits = 4 * 4 * answers * text.vocab_size
     if checkpointing:            # each layer's input; and one layer whole, when it is recomputed
-        return itemsize * (
+        return logits + itemsize * (
             tokens * (text.num_hidden_layers * text.hidden_size + token)
             + patches * (vision.depth * tower.width + patch))
-    return itemsize * (tokens * text.num_hidden_layers * token + patches * vision.depth * patch)
+    return logits + itemsize * (tokens * text.num_hidden_layers * token
+                                + patches * vision.depth * patch)
 
 
 # ---------------------------------------------------------------- attention

@@ -35,7 +35,9 @@ Expect   loss near ln(4) per action at once, then a plateau: what the instructio
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -62,10 +64,10 @@ from engine import (
     merge_batches,
     micro_batches,
     open_run,
+    plan_micro_batches,
     pop_flop_counters,
     prefetch,
     prepare_training,
-    print_memory_estimate,
     print_start,
     save_state,
     set_learning_rate,
@@ -240,23 +242,54 @@ def setup(args, device: str):
     return sources, policy
 
 
-def forward_batches(policy: Policy, batch: list, args) -> list[tuple[list, dict]]:
-    """Loaded units [(examples, frames), ..] -> the same, one per forward pass."""
-    batch = [(policy.tokenize_answers(examples), frames) for examples, frames in batch]
-    return [merge_batches(some) for some in micro_batches(
-        batch, lambda unit: sum(policy.token_counts(*unit)), args.micro_tokens, policy.device)]
+class MicroBatch(NamedTuple):
+    """What one forward pass trains on."""
+    examples: list
+    frames: dict
+    in_loss: bool = True                # False: this rank has none left, another has
+
+
+def cut_unit(policy: Policy, examples: list, frames: dict, budget: int) -> list[MicroBatch]:
+    """The examples of a unit in as few runs of neighbours, which share most frames, as a token
+    budget of a micro-batch allows; each with its frames."""
+    sizes = policy.token_counts(examples, frames) if budget else [0]
+    n = min(len(examples), math.ceil(sum(sizes) / budget)) if budget else 1
+    pieces = ([examples[i] for i in some] for some in np.array_split(range(len(examples)), n))
+    return [MicroBatch(some, {key: frames[key] for e in some for key in e.frames})
+            for some in pieces]
+
+
+def forward_batches(policy: Policy, batch: list, budget: int) -> list[MicroBatch]:
+    """Loaded units [(examples, frames), ..] -> the micro-batches of an update."""
+    pieces = [piece for examples, frames in batch
+              for piece in cut_unit(policy, policy.tokenize_answers(examples), frames, budget)]
+    parts = micro_batches(pieces, lambda piece: sum(policy.token_counts(*piece[:2])), budget,
+                          policy.device)
+    return [MicroBatch(*merge_batches([piece[:2] for piece in some or pieces[:1]]), bool(some))
+            for some in parts]
+
+
+def plan_micro_tokens(engine, policy: Policy, batch: list, args) -> int:
+    """engine.plan_micro_batches() for a batch of loaded units."""
+    sizes = [n for examples, frames in batch
+             for n in policy.token_counts(policy.tokenize_answers(examples), frames)]
+    return plan_micro_batches(engine, None, args, sizes, lambda budget: max(
+        policy.activations(*part[:2]) for part in forward_batches(policy, batch, budget)))
 
 
 def update(engine, policy: Policy, batch: list, args) -> dict[str, float]:
     """One update of the weights. Every answer token of the batch counts the same, on whichever
     rank it stands."""
-    inputs = [policy.model_inputs(*part) for part in forward_batches(policy, batch, args)]
-    tokens, = all_reduce_sum([sum(mask.sum().item() for _, mask in inputs)], policy.device)
-    losses = 0.0
+    inputs = []
+    for examples, frames, in_loss in forward_batches(policy, batch, args.micro_tokens):
+        model_inputs, mask = policy.model_inputs(examples, frames)
+        inputs.append((model_inputs, mask * in_loss))
+    tokens, = all_reduce_sum([sum(mask.sum() for _, mask in inputs)], policy.device)
+    losses = 0.0                        # stays on the device: reading it would wait for the GPU
     for model_inputs, mask in accumulate(engine, inputs):
         loss = -(engine(*model_inputs) * mask).sum() / tokens
         backward_step(engine, loss)
-        losses += loss.item()
+        losses += loss.detach()
     loss, = all_reduce_sum([losses], policy.device)
     return {"loss": loss, "tokens": tokens} | update_metrics(engine)
 
@@ -289,8 +322,7 @@ def main(args):
     def load(step):
         return [load_unit(sources, policy, unit, args.vary_turns)
                 for unit in sampler(step)[rank::world_size]]
-    print_memory_estimate(engine, None, max(policy.activations(*part) for part in
-                                            forward_batches(policy, load(first), args)))
+    args.micro_tokens = plan_micro_tokens(engine, policy, load(first), args)
     log = Log(engine, args.out, first, steps,
               ("loss", *(f"val/{key}" for key in policy.val_metrics[1:])))
     last = min(steps, args.stop_after or steps)

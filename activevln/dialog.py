@@ -400,6 +400,11 @@ class DialogPolicy(Policy):
                 + sum(len(ids) for _, ids in some or ())
                 for d, some in zip(dialogs, branches or [()] * len(dialogs))]
 
+    def answer_tokens(self, dialogs: list[Dialog], branches: list | None = None) -> int:
+        if branches:
+            return sum(len(ids) for some in branches for _, ids in some or ())
+        return sum(len(answer) for d in dialogs for answer in d.answers)
+
     def walk_lengths(self, data, vary_turns: bool = False) -> list[tuple[str, int]]:
         """The dialogs of the longest instruction and of the longest walk, as the first epoch
         merges them."""

@@ -64,8 +64,8 @@ from engine import (
     micro_batches,
     moving_mean,
     open_run,
+    plan_micro_batches,
     pop_flop_counters,
-    print_memory_estimate,
     print_start,
     save_figure,
     save_state,
@@ -519,10 +519,13 @@ def compare_plans(walks: list, rewards: list, args, std: float = 0.0
     return examples, dropped
 
 
-def dummy_example(walk: EpisodeState, state_groups: bool) -> TrainingExample:
-    """A walk's first turn with advantage 0, so that every rank runs the same number of forwards."""
-    branches = [(0, walk.decisions[0].answers[0])] if state_groups else None
-    return TrainingExample(walk, [0.0], branches, turns=1)
+def dummy_example(walk: EpisodeState, state_groups: bool, turns: int | None = 1,
+                  answers: int | None = 1) -> TrainingExample:
+    """A walk's first turn with advantage 0, so that every rank runs the same number of forwards.
+    turns, answers: so many turns, with so many of their answers; None: all."""
+    branches = [(turn, ids) for turn, one in enumerate(walk.decisions[:turns])
+                for ids in one.answers[:answers]] if state_groups else None
+    return TrainingExample(walk, [0.0] * len(branches or [0]), branches, turns)
 
 
 def collate(examples: list[TrainingExample], device: torch.device | str, temperature: float,
@@ -541,17 +544,32 @@ def collate(examples: list[TrainingExample], device: torch.device | str, tempera
 
 
 def make_micro_batches(policy: DialogPolicy, walks: list, examples: list, weights_of: Callable,
-                       args) -> list[PlanBatch]:
-    """Examples -> micro-batches; dummies where this rank has fewer than another."""
+                       args, budget: int) -> list[PlanBatch]:
+    """Examples -> micro-batches; dummies where this rank has fewer than another. budget: of tokens
+    in a micro-batch."""
     walked = [walk for walk in walks if walk.decisions]
     if not walked:
         raise UserError(f"no simulator could walk any of {len(walks)} walks; the first ended with "
                         f"{walks[0].error or walks[0].end}")
     dummy = dummy_example(min(walked, key=lambda walk: len(walk.decisions)), args.groups == "state")
-    parts = micro_batches(examples, lambda one: policy.token_counts(
-        [one.dialog], one.frames, branches=[one.branches])[0], args.micro_tokens, policy.device)
+    parts = micro_batches(examples, lambda one: token_count(policy, one), budget, policy.device)
     return [collate(some or [dummy], policy.device, args.temperature, weights_of, bool(some))
             for some in parts]
+
+
+def token_count(policy: DialogPolicy, one: TrainingExample) -> int:
+    return policy.token_counts([one.dialog], one.frames, branches=[one.branches])[0]
+
+
+def plan_micro_tokens(run: Run, walks: list, weights_of: Callable) -> int:
+    """engine.plan_micro_batches() for the walks of a batch, as if all were learned from."""
+    policy, args = run.policy, run.args
+    examples = [dummy_example(walk, args.groups == "state", None, None)
+                for walk in walks if walk.decisions]
+    sizes = [token_count(policy, one) for one in examples]
+    return plan_micro_batches(run.engine, run.reference, args, sizes, lambda budget: max(
+        policy.activations(*batch.inputs[:2], branches=batch.inputs[2])
+        for batch in make_micro_batches(policy, walks, examples, weights_of, args, budget)))
 
 
 # ---------------------------------------------------------------- logging
@@ -686,7 +704,7 @@ def validate(run: Run) -> dict[str, float]:
     return means | {"val/scored": sums[0]}
 
 
-def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
+def train_step(run: Run, step: int, next_episodes: list, first_step: bool
                ) -> tuple[dict, Rollouts, list[TrainingExample]]:
     """One batch: walk, compare, update -> metrics, and what they were made from."""
     args, policy, tally, began = run.args, run.policy, Counter(), time.perf_counter()
@@ -705,10 +723,10 @@ def train_step(run: Run, step: int, next_episodes: list, print_memory: bool
     plans, tokens = all_reduce_sum([len(rows), sum(rows)], device)
     weights_of = partial(loss_weights, loss=args.loss, plans=plans, tokens=tokens, most=
                          MAX_TURN_TOKENS * (1 if state_groups else args.turn_cap))
-    batches = make_micro_batches(policy, rollouts.walks, examples, weights_of, args)
-    if print_memory:
-        print_memory_estimate(run.engine, run.reference, max(
-            policy.activations(*batch.inputs[:2], branches=batch.inputs[2]) for batch in batches))
+    if first_step:
+        args.micro_tokens = plan_micro_tokens(run, rollouts.walks, weights_of)
+    batches = make_micro_batches(policy, rollouts.walks, examples, weights_of, args,
+                                 args.micro_tokens)
 
     # 3. policy update
     update = UpdateStats()

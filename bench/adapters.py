@@ -8,7 +8,7 @@ The model that is run has Qwen2-VL-2B's widths and vocabulary, Qwen's own tokeni
 in fp32, and two layers of the language model and two of the tower. Each run is grpo.py itself, in a
 process of its own: memory_gb and seconds of its log, and its CPU seconds. --fits adds up
 engine.model_bytes() and the activations of one prompt with 17 frames and 8 plans, with
---gradient-checkpointing, on one GPU; logits, and what kernels need in passing, come on top.
+--gradient-checkpointing, on one GPU; what kernels need in passing comes on top.
 """
 import json
 import os
@@ -56,7 +56,8 @@ def fits(args):
             parts = engine.model_bytes(fake, policy if name == "full" else None)
             tower = 17 * 4 * FRAME * policy.trains_vision
             parts["activations"] = activation_bytes(
-                policy.model.config, PROMPT + 17 * FRAME + 8 * PLAN, tower, 2, checkpointing=True)
+                policy.model.config, PROMPT + 17 * FRAME + 8 * PLAN, tower, 8 * PLAN,
+                2, checkpointing=True)
             print(f"{shape} {name:8}" + " + ".join(
                 f"{part} {size / 1e9:.2f}" for part, size in parts.items())
                 + f" = {sum(parts.values()) / 1e9:.1f} GB", flush=True)

@@ -5,6 +5,8 @@ Run it   python -m pytest tests/test_bench.py       (TRL's part: with the packag
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import common
@@ -275,3 +277,34 @@ def test_every_bench_is_run_and_parses():
         args = importlib.import_module(name).parse_args(["--device", "cuda", "--shape", "2B"])
         assert args.device == "cuda" and args.repeats >= 2
     assert grpo.parse_args([]).group_size == 8                    # the benches' G is the default
+
+
+# ---------------------------------------------------------------- bench/gpu.sh
+
+
+def test_the_gpu_bench_runs_dry_and_needs_no_deepspeed(tmp_path):
+    """On a CPU: what it would do on a GPU, without the packages that a lent machine lacks."""
+    for name in ("deepspeed", "trimesh"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not on that machine')")
+    done = subprocess.run(
+        ["bash", "bench/gpu.sh", "--device", "cpu", "--shape", "tiny"], cwd=ROOT, timeout=900,
+        capture_output=True, text=True, env=dict(
+            os.environ, OUT=str(tmp_path), PYTHON=sys.executable, PYTHONPATH=str(tmp_path)))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    rows = json.loads((tmp_path / "results_gpu.json").read_text())
+    assert [r["row"] for r in rows] == ["families checked", "SFT, tiny", "GRPO, tiny",
+                                        "decisions, tiny"]
+    assert rows[0]["equal"] and all(r["ours"] > 0 and r["peer"] > 0 for r in rows)
+    refused = subprocess.run(["bash", "bench/gpu.sh", "--shapes", "2B"], cwd=ROOT, check=False)
+    assert refused.returncode == 2
+
+
+def test_the_gpu_bench_writes_a_world_to_train_in(tmp_path):
+    import gpu
+    gpu.main(gpu.parse_args(["--write", str(tmp_path)]))
+    policy, data = load_policy(str(tmp_path / "policy")), VlnEgo(str(tmp_path / "train"))
+    assert policy.contract["turn_deg"] == data.meta["robot"]["turn_deg"]
+    decision = data.decision(1, 45, policy.contract)
+    assert len(decision.frames) == 17
+    frame = data.frame(decision.frames[0])
+    assert np.array_equal(policy.resize(frame), frame)         # recorded as it is seen
