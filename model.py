@@ -316,8 +316,9 @@ class Policy(Qwen):
         suffixes = [self._suffix(p, p.prefix_len) for p in prompts]
         hidden, cache = self.decode(suffixes, self._prefill_shared_prefix(prompts),
                                     [p.prefix_len for p in prompts])
-        last = torch.tensor([len(s.ids) - 1 for s in suffixes], device=self.device)
-        return hidden[torch.arange(len(last), device=self.device), last], cache
+        last = torch.tensor([i * hidden.shape[1] + len(s.ids) - 1 for i, s in enumerate(suffixes)],
+                            device=self.device)
+        return hidden.flatten(0, 1).index_select(0, last), cache
 
     def _suffix(self, prompt: Prompt, cut: int, answers: list[list[int]] = ()) -> Segment:
         """The part of a prompt after its first `cut` ids; behind it answers to it, each a branch of
@@ -510,7 +511,8 @@ class Policy(Qwen):
         """
         row, column = torch.tensor([place for some in places for place in some]).T.to(self.device)
         logits = self._logits(hidden[row, column], temperature or 1.0)                 # (X, V)
-        self.nan_logits |= not bool(logits.amax(dim=-1).isfinite().all())
+        # Stays on the device: to read it here would be to wait for the GPU once more a pass.
+        self.nan_logits = self.nan_logits | ~logits.amax(dim=-1).isfinite().all()
         if uniforms is None:
             tokens = logits.argmax(dim=-1)
         else:
