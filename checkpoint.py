@@ -55,6 +55,7 @@ def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
     contract: for a model that has none; otherwise the checkpoint's own nav.json is used, unless
     replace_contract. texts, atomic_patterns: of tiny's tokenizer. lora_rank: train an adapter, a
     new one or that of the folder; 0: an adapter's folder becomes a whole policy.
+    device "meta": without weights, for its prompts and its tokenizer.
     UserError when the weights are not there, not whole, not finite, or need another forward pass.
     """
     if lora.is_adapter(name):
@@ -69,7 +70,7 @@ def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
     from transformers import AutoTokenizer
     source = name if os.path.isdir(name) else HUB_NAMES.get(name, name)
     try:
-        model = load_model(source, getattr(torch, dtype))
+        model = load_model(source, getattr(torch, dtype), device == "meta")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except UserError:
         raise
@@ -166,11 +167,15 @@ def refuse_values(where: str, values: dict, known: dict):
                             f" (it stands for {accepted[0]!r}); give another checkpoint")
 
 
-def load_model(source: str, dtype: torch.dtype) -> nn.Module:
+def load_model(source: str, dtype: torch.dtype, empty: bool = False) -> nn.Module:
     """A folder or hub id -> transformers' model, checked. UserError if the passes of qwen.py would
-    compute something else than the checkpoint means, or if its weights are not whole."""
-    from transformers import AutoModelForImageTextToText
+    compute something else than the checkpoint means, or if its weights are not whole.
+    empty: shapes without weights, on the device "meta"."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
     check_config(source)
+    if empty:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
     model, report = AutoModelForImageTextToText.from_pretrained(
         source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True,
         ignore_mismatched_sizes=True)                           # check_weights() names them

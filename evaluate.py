@@ -120,6 +120,11 @@ def parse_args(argv=None):
     add = p.add_argument_group("agent").add_argument
     add("--agent", type=agent_name, default="policy", help=f"{', '.join(AGENTS)}, or FILE.py:"
         "function, a Python function (instruction, frames so far) -> actions: docs/robot.md")
+    add("--server", metavar="URL", help="an OpenAI-compatible server that runs the model of --ckpt,"
+        " as http://127.0.0.1:8000/v1 (--ckpt gives the contract, the tokenizer and the prompt), or"
+        " tools.serve, as http://127.0.0.1:8008: docs/robot.md")
+    add("--served-model", metavar="NAME", help="the model's name there")
+    add("--server-timeout", type=float, default=120, help="seconds for a request's answer")
     add("--execute", type=positive_int, default=3, help="actions of a plan that are carried out "
         "(VLN-R1 does not say how many): half of them, between fresh frames and speed. Answers of "
         "a dialog are always carried out whole")
@@ -492,13 +497,25 @@ def check_context(policy, instructions: Iterable[str], robot: dict) -> None:
 
 
 def device_and_dtype(args) -> tuple[str | None, str | None]:
-    """The kind of device, and the dtype, of the flags; (None, None) for a baseline."""
-    if args.agent != "policy":
+    """The kind of device, and the dtype, of the flags; (None, None) where no model runs here."""
+    if args.agent != "policy" or args.server:
         return None, None
     import torch
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return device.split(":")[0], args.dtype or (
         "bfloat16" if device.startswith("cuda") else "float32")
+
+
+def served_agent(args, settings: dict, instructions: Iterable[str], out: str) -> Any:
+    """The agent of --server (tools.remote), after its check, which server.json holds."""
+    from checkpoint import load_policy
+    from tools.remote import connect
+    policy = load_policy(settings["ckpt"], device="meta")
+    check_context(policy, instructions, settings["robot"])
+    agent = connect(args, settings, policy)
+    write_json(os.path.join(out, "server.json"), agent.check(
+        next(iter(instructions)), settings["robot"]["height"], settings["robot"]["width"]))
+    return agent
 
 
 def load_agent(args, settings: dict, instructions: Iterable[str]) -> Callable:
@@ -649,6 +666,20 @@ def speaks_dialog(contract: dict | None) -> bool:
     return (contract or {}).get("prompt", "").startswith("dialog")   # policy_class needs torch
 
 
+def check_server_flags(args):
+    """UserError if the flags of a server do not belong together."""
+    chat = bool(args.server) and args.server.rstrip("/").endswith("/v1")
+    if chat != bool(args.served_model):
+        raise UserError("--served-model, the model's name there, belongs to a --server whose "
+                        "address ends in /v1; that of tools.serve has none")
+    if args.server and args.agent != "policy":
+        raise UserError(f"--server runs the policy of --ckpt, and --agent {args.agent} is none: "
+                        "leave one of them out")
+    if args.server and not re.match("https?://[^/]", args.server):
+        raise UserError(f"--server {args.server} is no address; give one like "
+                        "http://127.0.0.1:8000/v1")
+
+
 def choose_ckpt(args) -> tuple[str | None, dict | None]:
     """-> the checkpoint folder and its contract; (None, None) for a baseline."""
     if args.agent != "policy":
@@ -763,6 +794,7 @@ class Evaluation(NamedTuple):
 def prepare(args) -> Evaluation:
     """Read what the flags name. UserError if it does not fit together."""
     # 1. checkpoint and data
+    check_server_flags(args)
     ckpt, contract = choose_ckpt(args)
     source = args.episodes or EPISODES.get(contract and contract["dataset"], EPISODES["houses"])
     every = read_episodes(source, args.split, args.role, args.languages)
@@ -787,6 +819,7 @@ def prepare(args) -> Evaluation:
     flags = ("split", "role", "languages", "agent", "sim", "execute", "malformed", "temperature",
              "max_actions", "limit", "blank_frames", "shuffled_instruction", "seed")
     settings = {**{key: getattr(args, key) for key in flags}, "ckpt": ckpt,
+                "served_model": args.served_model or args.server and "tools.serve",
                 "device": device, "dtype": dtype, "weights": ckpt and fingerprint(ckpt),
                 "agent_file": agent_file_hash(args.agent), "contract": contract,
                 "prompt_sha256": prompt_hash(contract), "robot": robot, "source": source,
@@ -827,6 +860,7 @@ def open_out(out: str, settings: dict):
 def default_out(args, ckpt: str | None) -> str:
     """results/<checkpoint or agent>[_<control run>]_<split>[_limit<n>]"""
     parts = [os.path.basename(ckpt or args.agent).replace(".py:", "_")]
+    parts += ["served"] * bool(args.server)
     parts += [name for name in ("blank_frames", "shuffled_instruction") if vars(args)[name]]
     parts += [args.split] + [f"limit{args.limit}"] * bool(args.limit)
     return "results/" + "_".join(parts)
@@ -842,17 +876,21 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
         from tools.pictures import save_pictures
     if recorded:
         from tools.page import save_walk
+    walk_episodes = run_episodes
+    if args.server:
+        from tools.remote import run_episodes as walk_episodes  # a robot waits for no other
     walks = (EpisodeState(e, instructions[name], keep_video=name in drawn | recorded)
              for e in todo for name in [str(e["episode_id"])])
-    agent = load_agent(args, settings, instructions.values())
+    agent = (served_agent(args, settings, instructions.values(), out) if args.server
+             else load_agent(args, settings, instructions.values()))
     render = "last" if speaks_dialog(settings["contract"]) else sees(args.agent)
     counters, start = Counter(), time.perf_counter()
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,
             simulator_gpus(args)) as pool:
         pool.note_versions(out, episodes[0]["scene_id"])
-        for walk in run_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
-                                 retries=args.retries, render=render, counters=counters):
+        for walk in walk_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
+                                  retries=args.retries, render=render, counters=counters):
             reference = truths and truths[walk.name]["locations"]
             row = episode_record(walk, reference, radius, settings["second_radius_m"])
             if walk.map and walk.name in drawn:
@@ -882,6 +920,8 @@ def write_results(out: str, settings: dict, rows: list[dict], protocol: str | No
                "versions": {name: metadata.version(name) for name in (
                    "numpy", "torch", "transformers")},
                "simulator": read_json(os.path.join(out, "simulator.json"))}
+    if settings["served_model"]:
+        results["server"] = read_json(os.path.join(out, "server.json"))
     write_lines(os.path.join(out, "episodes.jsonl"), rows)
     write_json(os.path.join(out, "results.json"), results)
     print(format_card(write_card(out, settings, rows, protocol, results["interval"])))
@@ -891,7 +931,8 @@ def write_results(out: str, settings: dict, rows: list[dict], protocol: str | No
         print(f"  {results['invalid']} episodes are invalid and will not be walked again, the "
               f"first is {first['invalid']['episode_id']}: {first['invalid']['error']}")
     if results["errors"]:
-        sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in simulator errors and "
+        kinds = "simulator or server" if settings["served_model"] else "simulator"
+        sys.exit(f"evaluate.py: error: {results['errors']} episodes ended in {kinds} errors and "
                  f"have no score (first {first['error']['episode_id']}: {first['error']['error']});"
                  " the same command tries them again")
     return results

@@ -285,6 +285,10 @@ class Policy(Qwen):
     def instruction_prompt(self, instruction: str, n_history: int) -> str:
         return window_prompt(instruction, n_history, self.contract)
 
+    def parse(self, text: str) -> list[int]:
+        """An answer -> the actions that the robot can carry out; [] if it is unreadable."""
+        return parse_control(text, self.phrases)
+
     def build_prompts(self, decisions: list, frames: dict) -> list[Prompt]:
         """One Prompt per decision (make_data.Decision: its frames are keys, the current one last).
 

@@ -189,13 +189,17 @@ class DialogPolicy(Policy):
             raise ValueError("it does not show each text of a conversation once")
         return [*super()._template_parts(), later[0], "<|im_end|>" + later[1]]
 
+    def instruction_prompt(self, instruction: str, n_history: int = 0) -> str:
+        """The text of a dialog's first turn."""
+        return dialog_prompt(instruction, self.contract)
+
     def turn_prompt(self, instruction: str | None, feature: Tensor) -> Prompt:
         """What comes before an answer. instruction None: a later turn."""
         if instruction is None:
             self._chat("")                                      # renders the template once
             before, after = self._chat_parts[2:]
         else:
-            before, after = self._chat(dialog_prompt(instruction, self.contract)).split("<image>")
+            before, after = self._chat(self.instruction_prompt(instruction)).split("<image>")
         return self._assemble([before + "<|vision_start|>", "<|vision_end|>" + after], [feature])
 
     def longest_prompt(self, height: int, width: int) -> Prompt:
@@ -234,9 +238,10 @@ class DialogPolicy(Policy):
 
     def actions(self, answer: list[int]) -> list[int]:
         """Ids of an answer -> the actions to carry out; [] if it is malformed."""
-        if answer[-1] != self.end_token:
-            return []
-        return parse_answer(self.text(answer), self.merged, self.contract["horizon"])
+        return self.parse(self.text(answer)) if answer[-1] == self.end_token else []
+
+    def parse(self, text: str) -> list[int]:
+        return parse_answer(text, self.merged, self.contract["horizon"])
 
     # ------------------------------------------------------------ training: log-probabilities
 

@@ -146,7 +146,7 @@ def make_card(settings: dict, rows: list[dict], simulator: dict | None, commits:
         "policy": {**{key: settings[key] for key in (
                        "agent", "agent_file", "ckpt", "weights", "dtype", "device", "execute",
                        "temperature", "seed", "blank_frames", "shuffled_instruction",
-                       "prompt_sha256")},
+                       "prompt_sha256")}, "served_model": settings.get("served_model"),
                    "prompt": contract.get("prompt"), "memory": contract.get("memory")},
         "code": commits, "protocol": closest(measured, name)}
 
@@ -179,7 +179,8 @@ def format_card(card: dict) -> str:
     who = policy["agent"] + f" ({policy['agent_file']})" * bool(policy["agent_file"])
     if policy["ckpt"]:
         decoding = f"temperature {policy['temperature']:g}" if policy["temperature"] else "greedy"
-        who = (f"{policy['ckpt']} ({policy['weights']}), prompt {policy['prompt']} "
+        served = f" served as {policy['served_model']}" * bool(policy["served_model"])
+        who = (f"{policy['ckpt']} ({policy['weights']}){served}, prompt {policy['prompt']} "
                f"({policy['prompt_sha256']}), {decoding}, {policy['execute']} actions of a plan")
     answers = f"an unreadable answer: {rules['malformed']}, never a success; "
     who += "".join(f", control run: {key.replace('_', ' ')}" for key in (
