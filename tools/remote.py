@@ -399,7 +399,7 @@ class RemoteLoop(EpisodeLoop):
             if arrived is not None:
                 self.on_reply(*arrived)
         done, _ = concurrent.futures.wait(
-            self.asked, 0 if self.busy() or self.waiting else None,
+            self.asked, 0 if self.busy() or self.waiting or self.ended else None,
             return_when=concurrent.futures.FIRST_COMPLETED)
         for future in sorted(done, key=self.asked.get):
             self.on_answer(self.asked.pop(future), future)
