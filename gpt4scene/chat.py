@@ -181,11 +181,14 @@ class ChatPolicy(Policy):
 
     def token_counts(self, decisions: list, frames: dict, group_size: int = 1) -> list[int]:
         """Tokens of each question with its answer; a scene's first one has its pictures, too."""
-        counts = [len(self.question_ids(d.prompt)) + group_size * (len(self._encode(d.answer)) + 1)
+        counts = [len(self.question_ids(d.prompt)) + self.answer_tokens([d], group_size)
                   for d in decisions]
         for prompt, members in self._scenes(decisions, self._blank_features(frames)):
             counts[members[0]] += len(prompt.ids)
         return counts
+
+    def answer_tokens(self, decisions: list, group_size: int = 1) -> int:
+        return group_size * sum(len(self._encode(d.answer)) + 1 for d in decisions)
 
     def walk_lengths(self, data: SceneQuestions, vary_turns: bool = False
                      ) -> list[tuple[str, int]]:
@@ -246,7 +249,7 @@ class ChatPolicy(Policy):
             live = [k for k, ids in enumerate(new) if ids]
             last = torch.tensor([len(new[k]) for k in live]).cumsum(0) - 1
             logits = self._logits(hidden[0, last.to(self.device)], 1.0)
-            self.nan_logits |= not bool(logits.amax(dim=-1).isfinite().all())
+            self.nan_logits = self.nan_logits | ~logits.amax(dim=-1).isfinite().all()
             places = [place + len(ids) for place, ids in zip(places, new)]
             new = [[] for _ in questions]
             for k, token in zip(live, logits.argmax(dim=-1).tolist()):
