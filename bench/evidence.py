@@ -34,7 +34,7 @@ LEARN = f"{CPU} --batch-size 64 --steps-per-walk 4 --val-every 1000 --save-every
 MEMORY = "--memory-budget 4 --memory-recent 4"
 GRPO = f"{CPU} --batch-size 64 --gamma 0.5 --scale-rewards none --val-every 50 --save-every 50"
 EXPERT = "evidence/vln_ego/train"
-KEPT = ("episode_id", "scene_id", "end", "steps", "success", "spl", "distance_to_goal")
+KEPT = ("episode_id", "scene_id", "end", "steps", "success", "spl", "sdtw", "distance_to_goal")
 
 # Stage two of each row: script and flags. {own}: own walks of the policy that it starts from.
 ROWS = {
@@ -51,6 +51,20 @@ ROWS = {
     "own_low": f"grpo.py --data {{own}} --lr 3e-5 --prompts 6400 {GRPO}",
     "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 1e-4 --prompts 6400 {GRPO}",
 }
+# The paper's ablations of stage two: the reward, and plans per prompt (row own: tdr and 8).
+ROWS |= {f"own_{reward}": f"{ROWS['own']} --reward {reward}"
+         for reward in ("uniform", "linear", "hard")}
+ROWS |= {f"own_group{n}": f"{ROWS['own']} --group-size {n}" for n in (2, 4, 16)}
+# The ablation of memories: SFT on walks to another room and back (houses of level 4).
+MEMORIES = {
+    "memory_lsm": "--memory lsm --memory-budget 8 --memory-recent 4",
+    "memory_even": "--memory even --memory-budget 8",
+    "memory_even_half": "--memory even --memory-budget 4",
+    "memory_exponential": "--memory exponential --memory-budget 8",
+    "memory_none": "--memory-budget 0",
+}
+# The ablation of actions per answer: SFT on the houses of the other rows.
+HORIZONS = {f"horizon_{n}": n for n in (1, 3, 6, 8)}
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
 FURTHER = {"own2": ("own", ROWS["own"]), "own3": ("own2", ROWS["own"]),
            "dagger_own": ("dagger", ROWS["own"])}
@@ -93,7 +107,8 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
-                jobs += stage_two(row, s, seed)
+                jobs += memory_jobs(row, s) if row in MEMORIES else horizon_jobs(
+                    row, s) if row in HORIZONS else stage_two(row, s, seed)
     return list({job.name: job for job in jobs}.values())
 
 
@@ -112,6 +127,36 @@ def stage_two(row: str, s: int, seed: int) -> list[Job]:
     command = command.format(own=f"evidence/{own}/train")
     return [*jobs, Job(run, [own], f"{command} {flag} evidence/ckpt/{start} --out {ckpt} "
                        f"--seed {seed}"), evaluation(run, ckpt, run)]
+
+
+def memory_jobs(row: str, s: int) -> list[Job]:
+    """SFT with one memory, from a policy that was trained without one on the same walks."""
+    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/look4_{s}", f"{row}_{s}_0"
+    return [
+        Job("houses4", [], "-m world.houses --level 4 --out evidence/houses4 --seed 4000 "
+            "--unseen-houses 150 --val-episodes 600 --jobs 1"),
+        Job("record4", ["houses4"], "make_data.py --episodes evidence/houses4 --split train "
+            "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
+        Job(f"look4_{s}", ["record4"], f"sft.py --model tiny --data {data} --out {look} "
+            f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
+        Job(run, [f"look4_{s}"], f"sft.py --model {look} --data {data} --out evidence/ckpt/{run} "
+            f"{MEMORIES[row]} --lr 1e-3 --max-steps 1000 --seed {s} {LEARN}"),
+        Job(f"walk_{run}", [run], f"evaluate.py --ckpt evidence/ckpt/{run} --episodes "
+            "evidence/houses4 --split val_unseen --device cpu --sims 8 --max-actions 150 "
+            f"--out evidence/results/{run}")]
+
+
+def horizon_jobs(row: str, s: int) -> list[Job]:
+    """SFT with that many actions per answer, of which at most three are carried out."""
+    n, look, run = HORIZONS[row], f"evidence/ckpt/look{s}", f"{row}_{s}_0"
+    walk = evaluation(run, f"evidence/ckpt/{run}", run)
+    return [
+        Job("record8", ["houses"], "make_data.py --episodes evidence/houses --split train "
+            "--noise 0.1 --horizon 8 --out evidence/vln_ego8"),
+        Job(run, [f"look{s}", "record8"], f"sft.py --model {look} --data evidence/vln_ego8/train "
+            f"--out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 --max-steps 1000 "
+            f"--seed {s} {LEARN}"),
+        walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
 
 def keep_rows(run: str):
@@ -201,8 +246,8 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Run the study of stage two.")
-    p.add_argument("--rows", nargs="+", choices=[*ROWS, *FURTHER],
-                   default=[*ROWS, *FURTHER])
+    every = [*ROWS, *FURTHER, *MEMORIES, *HORIZONS]
+    p.add_argument("--rows", nargs="+", choices=every, default=every)
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")
     p.add_argument("--lanes", type=int, default=2)
