@@ -174,6 +174,18 @@ def test_sessions_that_ask_together_share_a_batch_and_nothing_else(window):
     assert alone == together and len({str(answers) for answers in alone}) > 1
 
 
+def test_a_batch_does_not_wait_for_a_robot_that_left():
+    service = object.__new__(serve.Service)         # without its thread
+    service.batches = 5
+    sessions = {name: serve.Session(walk, number, batch=batch) for number, (name, walk, batch) in
+                enumerate((("asks", "a walk", 5), ("late", "a walk", 4), ("left", "a walk", 3),
+                           ("stopped", None, 5)))}
+    service.sessions = sessions
+    jobs = [serve.Job(sessions["asks"], None, None, 0.0)]
+    assert service.awaited(jobs) == [sessions["late"]]
+    assert service.awaited([]) == [sessions["asks"], sessions["late"]]
+
+
 def test_the_client_of_the_docs_walks(window, tmp_path, monkeypatch):
     with open(f"{ROOT}/docs/robot.md", encoding="utf-8") as file:
         code = file.read().split("# client.py")[1].split("```")[0]

@@ -14,8 +14,8 @@ answers of the session: the same request again gets the same answer, so a lost r
 for again; decision 0 begins the walk anew. A session keeps what the policy remembers (features of
 frames, a dialog's cache) until its stop, or until it has been idle for --idle-s.
 
-Sessions that ask at the same time share one batch. The batch waits for the other open sessions at
-most half as long as the last decision took, as evaluate.py does.
+Sessions that ask at the same time share one batch. The batch waits for the other sessions of the
+last two batches at most half as long as the last decision took, as evaluate.py does.
 
 Run it   python -m tools.serve --ckpt ckpt/grpo
          SERVER_TOKEN=.. python -m tools.serve --ckpt ckpt/grpo --host 0.0.0.0
@@ -136,6 +136,7 @@ class Session:
     walk: EpisodeState | None           # None after its stop
     number: int                         # in the order of their first requests
     answers: int = 0
+    batch: int = 0                      # the last one that it was part of
     digest: str = ""                    # of the last request
     reply: asyncio.Future | None = None     # to it
     used: float = field(default_factory=time.monotonic)
@@ -155,7 +156,7 @@ class Service:
         self.policy, self.args, self.sessions, self.opened = policy, args, {}, 0
         self.agent = policy.agent(execute=args.execute, malformed=args.malformed,
                                   temperature=args.temperature, seed=args.seed)
-        self.jobs, self.last_s = queue.Queue(), 0.0
+        self.jobs, self.last_s, self.batches = queue.Queue(), 0.0, 0
         self.served = {"weights": fingerprint(args.ckpt), "contract": policy.contract,
                        "execute": args.execute, "malformed": args.malformed,
                        "temperature": args.temperature, "seed": args.seed}
@@ -214,16 +215,24 @@ class Service:
         while True:
             jobs = [self.jobs.get()]
             until = time.perf_counter() + self.last_s / 2
-            while len(jobs) < len(self.open_sessions()):
+            while self.awaited(jobs):
                 try:
                     jobs.append(self.jobs.get(timeout=max(0, until - time.perf_counter())))
                 except queue.Empty:
                     break
             self.decide(sorted(jobs, key=lambda job: job.session.number))
 
+    def awaited(self, jobs: list[Job]) -> list[Session]:
+        """Open sessions that will probably ask soon. Those that have missed two batches will not: a
+        robot may leave without a stop."""
+        asked = {job.session for job in jobs}
+        return [s for s in self.open_sessions() if s.batch >= self.batches - 1 and s not in asked]
+
     def decide(self, jobs: list[Job]):
         """One decision for all; each reply is handed over to the event loop."""
-        start = time.perf_counter()
+        start, self.batches = time.perf_counter(), self.batches + 1
+        for job in jobs:
+            job.session.batch = self.batches
         jobs = [job for job in jobs if job.session.answers or self.fits(job)]
         walks = [job.session.walk for job in jobs]
         try:
@@ -246,7 +255,6 @@ class Service:
                                   "tokens": walk.tokens, "ms": {
                                       "wait": 1000 * (start - job.arrived),
                                       "model": 1000 * self.last_s}})
-
 
     def fits(self, job: Job) -> bool:
         """Does the longest prompt of a new session fit the model? If not, it is refused here: a
