@@ -102,6 +102,8 @@ def add_machine_args(parser) -> None:
         "runs per micro-batch; an update takes as many as its batch needs. auto: as many as fit "
         "the GPU by the printed estimate, and one micro-batch on a CPU; 0: one")
     add("--gradient-checkpointing", action="store_true", help="recompute layers: less memory, 1.3x")
+    add("--compile", action="store_true", help="torch.compile the layers: fewer and larger kernels "
+        "after a first step of minutes; needs a C++ compiler. Not with ZeRO 3")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
     add("--seed", type=int, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
@@ -383,6 +385,18 @@ def prepare_training(policy, args) -> None:
     policy.checkpointing = args.gradient_checkpointing
 
 
+def check_compile(zero_stage: int) -> None:
+    """UserError if --compile cannot work."""
+    if zero_stage == 3:
+        raise UserError("--compile does not work with ZeRO stage 3, which gathers each module's "
+                        "weights from outside the compiled code: give --zero-stage 2, or leave it "
+                        "out")
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler) and not shutil.which("clang++"):
+        raise UserError(f"--compile needs a C++ compiler, and there is no {compiler}: install g++ "
+                        "or clang++, or leave it out")
+
+
 def make_engine(policy, args):
     """Wrap the policy in DeepSpeed; accumulate() decides after which micro-batch it steps."""
     import deepspeed
@@ -396,6 +410,9 @@ def make_engine(policy, args):
                         "such as ds_config.json") from error
     if args.zero_stage is not None:
         zero["stage"] = args.zero_stage
+    if args.compile:
+        check_compile(zero["stage"])
+        policy.compile_layers()
     if default_dtype(args) == "bfloat16":
         # Without ZeRO, DeepSpeed's bf16 optimizer starts with a step on zeros, after which Adam's
         # bias correction is off by one. Stages 1 and 2 do not, and 2 needs less memory: gradients
@@ -479,7 +496,7 @@ def consolidated(engine) -> dict | None:
 RESUMABLE_FLAGS = {
     "stop_after", "save_every", "val_every", "val_data", "val_decisions", "out", "device",
     "threads", "local_rank", "deepspeed_config", "micro_tokens", "gradient_checkpointing",
-    "zero_stage", "dtype"}
+    "compile", "zero_stage", "dtype"}
 
 
 def open_run(args, resumable: Sequence[str] = ()) -> None:

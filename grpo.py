@@ -646,6 +646,8 @@ def load_reference(args, engine, device):
         return AdapterReference(engine, lora.START if lora.is_adapter(args.init) else None)
     reference = load_policy(args.init, device=device, dtype=default_dtype(args))
     reference.requires_grad_(False)
+    if args.compile:
+        reference.compile_layers()
     if engine.zero_optimization_stage() == 3:                  # sharded, as the policy is
         import deepspeed
         config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import NamedTuple
 
@@ -370,12 +371,15 @@ DECODER_ATTENTION, VISION_ATTENTION = "navigator", "navigator_flash"
 
 
 def register_attention():
-    """Tell transformers of our functions. (It is imported when needed: that takes seconds.)"""
+    """Tell transformers of our functions. (It is imported when needed: that takes seconds.)
+
+    They are not compiled: they read a pass's own lists and numbers, which differ in each layer.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
-    AttentionInterface.register(DECODER_ATTENTION, decoder_attention)
+    AttentionInterface.register(DECODER_ATTENTION, torch.compiler.disable(decoder_attention))
     AttentionMaskInterface.register(DECODER_ATTENTION, sdpa_mask)       # for its own generate()
-    AttentionInterface.register(VISION_ATTENTION, vision_attention)
+    AttentionInterface.register(VISION_ATTENTION, torch.compiler.disable(vision_attention))
 
 
 @lru_cache(maxsize=64)
@@ -450,13 +454,29 @@ class Qwen(nn.Module):
         return next(self.model.parameters()).dtype
 
     @property
+    def layers(self) -> list[nn.Module]:
+        return [*self.vision.blocks, *self.lm.layers]
+
+    def compile_layers(self, backend: str | Callable = "inductor"):
+        """torch.compile attention's projections, MLP and norms of each layer: one graph serves all
+        layers of a kind and all lengths. It is made in the first pass that needs it.
+
+        A layer as a whole would not do: transformers checkpoints inside of it, and nothing is
+        compiled within checkpoint() where a graph has a break, as attention is one.
+        """
+        torch.compiler.config.recompile_limit = 64     # one file's models count together
+        for layer in self.layers:
+            for part in layer.children():
+                part.compile(dynamic=True, backend=backend)
+
+    @property
     def checkpointing(self) -> bool:
         return self.lm.layers[0].gradient_checkpointing
 
     @checkpointing.setter
     def checkpointing(self, on: bool):
         """Recompute layers in the backward pass, as transformers' layers can do themselves."""
-        for layer in (*self.vision.blocks, *self.lm.layers):
+        for layer in self.layers:
             layer.gradient_checkpointing = on
             layer._gradient_checkpointing_func = partial(
                 checkpoint, use_reentrant=False, preserve_rng_state=False)   # none draws numbers

@@ -4,6 +4,7 @@ combination of precision and ZeRO stage trains, and machines that share no disk 
 Run it   python -m pytest tests/test_engine.py
 """
 import math
+import shutil
 from types import SimpleNamespace
 
 import common
@@ -18,6 +19,7 @@ import engine
 import grpo
 import sft
 from checkpoint import load_policy, save_policy
+from cli import UserError
 from lsm import pick_frames
 from model import CONTRACT
 
@@ -141,6 +143,16 @@ class Total(torch.nn.Module):
 
     def forward(self, gradient):
         return sum(p.float().sum() for p in (self.matrix, self.bias)) * gradient
+
+
+def test_what_compile_cannot_do_is_a_sentence(monkeypatch):
+    if shutil.which("g++"):
+        engine.check_compile(2)
+    with pytest.raises(UserError, match="ZeRO stage 3"):
+        engine.check_compile(3)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="C.. compiler"):
+        engine.check_compile(0)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -6,6 +6,7 @@ Run it   python -m pytest tests/test_families.py
 """
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -208,6 +209,39 @@ def test_a_shared_prompt_equals_separate_rows(policy, plain, checkpointing, samp
         close(row[m], want)
     want = gradient(plain.model, sum((t * w[m]).sum() for t, w, m in zip(theirs, weight, mask)))
     assert relative(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("name, backend", [*zip(TINY, ("aot_eager", "aot_eager", "inductor"))])
+def test_compiled_layers_equal_the_others(name, backend):
+    """And what the first batch has compiled serves batches of other lengths and sizes, and layers
+    that are run again. aot_eager makes the same graphs without a compiler, which takes a minute."""
+    from torch._dynamo.backends.registry import lookup_backend
+    if backend == "inductor" and not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler, and there is no g++")
+    policy, made, calls = perturbed(name, CONTRACT30, atomic_patterns=[]), [], []
+
+    def counting(graph, inputs):
+        made.append(graph)
+        compiled = lookup_backend(backend)(graph, inputs)
+        return lambda *args: calls.append(graph) or compiled(*args)
+
+    def run(n):
+        calls.clear()
+        prompts, ids, mask = prompts_and_answers(policy)
+        logps = policy.logps(prompts[:n], ids[:n], mask[:n])
+        return logps.detach(), gradient(policy.model, logps.sum()), len(calls)
+    want = [run(n) for n in (2, 4, 1)]
+    policy.compile_layers(counting)
+    for policy.checkpointing in (False, True):
+        for (logps, grad, _), n in zip(want, (2, 4, 1)):
+            ours, ours_grad, calls_made = run(n)
+            close(ours, logps)
+            assert relative(ours_grad, grad) < 1e-5
+            # Of a decoder layer: two norms, what is before and after attention, MLP; two passes.
+            # And the tower's.
+            assert calls_made > 2 * 5 * len(policy.lm.layers) * (1 + policy.checkpointing)
+            assert len(made) <= 15
+    assert torch._dynamo.config.recompile_limit > 3 * len(made)
 
 
 def test_answers_of_one_token_need_no_pass_of_their_own(policy):

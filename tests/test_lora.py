@@ -29,6 +29,7 @@ import lora
 import sft
 from checkpoint import TINY, load_policy, save_policy
 from cli import UserError, read_json
+from model import Policy
 from reward import write_plan
 
 torch.set_num_threads(1)
@@ -197,6 +198,20 @@ def test_grpo_on_an_adapter_goes_on_from_it_and_keeps_it_as_the_reference(world,
     with torch.no_grad(), lora.using_adapter(policy.model, lora.START):
         reference = policy.logps(prompts[:1], ids, mask)
     torch.testing.assert_close(reference, merged.logps(prompts[1:], ids, mask), atol=2e-5, rtol=0)
+
+
+def test_compiled_layers_learn_what_the_others_do(world, adapter, monkeypatch):
+    """Sampling, the start adapter as the reference, recomputed layers, ZeRO-2."""
+    monkeypatch.setattr(Policy.compile_layers, "__defaults__", ("aot_eager",))
+    argv = [*start(world, adapter), "--gradient-checkpointing", "--zero-stage=2", "--lr=1e-3"]
+    for name, more in (("eager", []), ("compiled", ["--compile"])):
+        grpo.main(grpo.parse_args([*argv, f"--out={world / name}", *more]))
+    for row, expected in zip(log_of(world / "compiled"), log_of(world / "eager"), strict=True):
+        for key in ("loss", "kl", "reward", "grad_norm"):
+            if key in expected:
+                assert row[key] == pytest.approx(expected[key], rel=1e-4, abs=1e-6), key
+    assert max_difference(adapter_of(world / "compiled"), adapter_of(world / "eager")) < 1e-5
+    assert max_difference(adapter_of(world / "compiled"), adapter_of(adapter)) > 1e-4
 
 
 def test_two_ranks_agree_with_one_at_zero_0_to_3(world, adapter):
