@@ -90,6 +90,7 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
     each = [round(y - x, 4) for x, y in zip(before, after)]
     return {"name": row, "runs": len(pairs), "episodes": len(a), "houses": len(houses),
             "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
+            "sr_before_of_runs": [round(x, 4) for x in before],
             "diff": round(mean(each), 4), "diff_ci": bootstrap(by_house, draw_runs=False),
             "both_ci": bootstrap(by_house, draw_runs=True) if len(pairs) > 1 else None,
             "diff_of_runs": each,
