@@ -230,8 +230,8 @@ def check_flags(args, contract: dict) -> None:
 def main(args):
     # 1. read and check
     args = argparse.Namespace(**vars(args) | {          # what evaluate.py has as flags of its own
-        "agent": "policy", "ckpt": args.policy, "malformed": "stop", "blank_frames": False,
-        "dtype": None, "threads": 1})
+        "agent": "policy", "ckpt": args.policy, "server": None, "malformed": "stop",
+        "blank_frames": False, "dtype": None, "threads": 1})
     ckpt, contract = choose_ckpt(args)
     check_flags(args, contract)
     first = read_episodes(args.episodes, args.split, args.role, args.languages)[0]
