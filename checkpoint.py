@@ -4,7 +4,7 @@ Checkpoints: a Hugging Face folder <-> a policy, and small models from scratch.
 A folder is what from_pretrained reads, plus nav.json: the navigation contract (degrees and metres,
 horizon, memory, image budget, prompt version), which evaluate.py obeys. Or it holds an adapter of
 LoRA (lora.py) instead of the weights. What a folder asks for and the code does not do is refused in
-one sentence that names the file and the mend.
+one sentence that names the file and the fix.
 
 Run it   python checkpoint.py --merge ckpt/sft_lora --out ckpt/sft_merged
 

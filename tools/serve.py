@@ -11,7 +11,7 @@ actions: 0 stop, 1 forward, 2 left, 3 right; carry them out in this order. plan:
 says, [] if it is unreadable. frames: what the camera saw since the last answer, oldest first: the
 first time one, then one after each action (dialogs need the last one only). decision counts the
 answers of the session: the same request again gets the same answer, so a lost reply can be asked
-for again; decision 0 begins the walk anew. A session keeps what the policy remembers (features of
+for again; decision 0 begins the walk again. A session keeps what the policy remembers (features of
 frames, a dialog's cache) until its stop, or until it has been idle for --idle-s.
 
 Sessions that ask at the same time share one batch. The batch waits for the other sessions of the
