@@ -445,6 +445,8 @@ def rollout_with_refill(engine, prompts: Sequence[PromptBatch], load_again, args
     for rollout() and split_batch() are collective; what is left after the last attempt stays.
     """
     policy, refilled = engine.module, 0
+    if not args.refill:
+        return rollout(engine, split_batch(prompts, policy, args), args), 0
     groups = rollout_groups(engine, prompts, args)
     for attempt in range(1, args.refill + 1):
         rewards = [[s.reward for s in compute_rewards(g.plans.texts, g.decisions, policy, args)]
@@ -667,16 +669,21 @@ def count_steps(args, n: int, found: str, world_size: int) -> int:
     return args.max_steps or max(1, round(args.epochs * (n // args.batch_size)))
 
 
+def plan_steps(args, sources: Sequence, world_size: int) -> tuple[list[PromptIndex], int]:
+    """The prompts of the run, and its steps."""
+    prompts = draw_prompts(sources, args.prompts, args.seed, args.shares)
+    if args.refill and len(prompts) == args.batch_size:
+        raise UserError("--refill draws from prompts outside the batch, and there are none: lower "
+                        "--batch-size or raise --prompts")
+    return prompts, count_steps(args, len(prompts), f"--data and --prompts give {len(prompts)} "
+                                "prompts", world_size)
+
+
 def main(args):
     rank, world_size, device = init_distributed(args)
     sources, policy = setup(args, device)
     open_run(args, RESUMABLE)
-    prompts = draw_prompts(sources, args.prompts, args.seed, args.shares)
-    steps = count_steps(args, len(prompts), f"--data and --prompts give {len(prompts)} prompts",
-                        world_size)
-    if args.refill and len(prompts) == args.batch_size:
-        raise UserError("--refill draws from prompts outside the batch, and there are none: lower "
-                        "--batch-size or raise --prompts")
+    prompts, steps = plan_steps(args, sources, world_size)
 
     engine = make_engine(policy, args)
     reference = load_reference(args, engine, device)
@@ -700,10 +707,7 @@ def main(args):
         lr = set_learning_rate(engine, step, steps, args)
 
         # 1. sample G plans per prompt, from the current policy
-        if args.refill:
-            rollouts, refilled = rollout_with_refill(engine, batch, partial(load, step), args)
-        else:
-            rollouts, refilled = rollout(engine, split_batch(batch, policy, args), args), 0
+        rollouts, refilled = rollout_with_refill(engine, batch, partial(load, step), args)
         decisions = [d for r in rollouts for d in r.decisions]
         texts = [text for r in rollouts for text in r.plans.texts]
 
