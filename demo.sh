@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole pipeline on a machine without a GPU: build houses, record an expert's walks, train a
 # tiny Qwen2-VL on them (SFT), record its own walks, improve it on these with GRPO and the
-# time-decayed reward, and evaluate both. It takes about half an hour on two cores.   bash demo.sh
+# time-decayed reward, and evaluate both. The end of a run stands in the README.   bash demo.sh
 #
 # These are the same scripts as for a full run; only the flags below make it small. After an
 # interruption the same command continues; `rm -r data ckpt results` starts again.
