@@ -87,7 +87,7 @@ def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
     check_tokenizer(tokenizer, model, source)
     files = {file: read_file(source, file) for file in (*KEPT_FILES, "nav.json")}
     stored = files.pop("nav.json")
-    own = read_contract(source, stored) if stored else None
+    own = read_contract(os.path.join(source, "nav.json"), stored) if stored else None
     contract = contract if replace_contract and contract else own or contract or CONTRACT
     files = {file: content for file, content in files.items() if content is not None}
     policy = policy_class(contract["prompt"])(
@@ -103,7 +103,7 @@ def load_adapted(folder: str, contract: dict | None, device: str, dtype: str,
                  replace_contract: bool, rank: int, vision: bool) -> Policy:
     """load_policy() of an adapter's folder, whose contract is its own."""
     config, stored = lora.read_config(folder), read_file(folder, "nav.json")
-    own = read_contract(folder, stored) if stored else None
+    own = read_contract(os.path.join(folder, "nav.json"), stored) if stored else None
     contract = contract if replace_contract and contract else own or contract
     base = config["base_model_name_or_path"]
     policy = load_policy(base, contract, device, dtype, replace_contract=True)
@@ -312,9 +312,8 @@ def is_like(value, example) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-def read_contract(source: str, content: bytes) -> dict:
-    """The bytes of nav.json -> dict, complete and of a version that this code has."""
-    path = os.path.join(source, "nav.json")
+def read_contract(path: str, content: bytes) -> dict:
+    """The bytes of a nav.json -> dict, complete and of a version that this code has."""
     contract = read_object(path, content)
     for key, known in (("version", [CONTRACT["version"]]), ("prompt", list(POLICIES))):
         if contract.get(key) not in known:
@@ -324,7 +323,7 @@ def read_contract(source: str, content: bytes) -> dict:
         value = contract.get(key)
         if not (is_like(value, like) or value is None and key in contract and key in NULLABLE):
             raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
-                            "nav.json again from the checkpoint")
+                            "that file again from the checkpoint")
     return contract
 
 

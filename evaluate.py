@@ -103,6 +103,8 @@ def parse_args(argv=None):
     add("--limit", type=positive_int, help="so many episodes, evenly spaced over the split")
     add_episode_args(add)
     add("--ckpt", help="checkpoint folder; default: ckpt/grpo if it is there, else ckpt/sft")
+    add("--nav", metavar="FILE", help="the navigation contract of a --ckpt that another project "
+        "trained, as activevln.released writes it; default: nav.json in the folder")
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
         "data set which the checkpoint names, " + EPISODES["houses"] + " for ours")
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
@@ -130,8 +132,8 @@ def parse_args(argv=None):
         "a dialog are always carried out whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
-    add("--temperature", type=float, default=0.0,
-        help="0: greedy; above: sampled, from seeds that belong to episode and step")
+    add("--temperature", type=float, help="0: greedy; above: sampled, from seeds that belong to "
+        "episode and step; default: what the contract says of sampling, else 0")
     add("--max-actions", type=positive_int, default=500, help="of a walk; VLN-CE's; STOP counts")
     add("--blank-frames", action="store_true", help="control run: every frame is black")
     add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
@@ -266,6 +268,7 @@ class EpisodeState:
     error: str | None = None
     refused: str | None = None            # the simulator's reason not to start the episode
     map: dict | None = None               # the simulator's "topdown", if keep_video
+    forced_stop: str | None = None        # the contract's limit that called STOP
 
     def __post_init__(self):
         self.name = self.name or str(self.episode["episode_id"])
@@ -403,10 +406,10 @@ class EpisodeLoop:
         elif walk.actions[-1:] == [STOP]:
             readable = not walk.decisions or walk.decisions[-1].plan
             self.finish(sim, "stop" if readable else "malformed")
-        elif len(walk.actions) >= self.max_actions:
-            self.finish(sim, "max_actions")
         elif (reason := self.should_stop(walk)) is not None:
             self.finish(sim, reason)
+        elif len(walk.actions) >= self.max_actions:
+            self.finish(sim, "max_actions")
         else:
             self.waiting.append(sim)
 
@@ -429,6 +432,33 @@ def run_episodes(pool: SimPool, walks: Iterable[EpisodeState], agent: Callable,
                  **options) -> Iterator[EpisodeState]:
     """Yield each walk as it ends. options: the fields of EpisodeLoop, such as sims=8."""
     return EpisodeLoop(pool, deque(walks), agent, **options).run()
+
+
+def forced_stop(limits: dict, max_actions: int) -> Callable[[EpisodeState], str | None]:
+    """EpisodeLoop.should_stop of a contract with "early_stop": STOP is called for the robot after
+    so many actions in a row that do not change its distance to the goal, after so many actions, or
+    after so many answers.
+
+    The first two may be reached within a plan. The walk then ends there, and what the robot did
+    after that is taken out of it.
+    """
+    def should_stop(walk: EpisodeState) -> str | None:
+        distances, same, t = [state["distance_to_goal"] for state in walk.states], 0, 0
+        reason = None
+        while t < len(distances) - 1 and reason is None:
+            t += 1
+            same = same + 1 if distances[t] == distances[t - 1] else 0
+            reason = ("same_distance" if same >= limits["same_distance"] else
+                      "actions" if t >= limits["actions"] else None)
+        if reason is None and len(walk.decisions) >= limits["turns"]:
+            reason = "turns"
+        if reason is None or t >= max_actions:                  # no room for a STOP
+            return None
+        del walk.states[t + 1:], walk.actions[t:], walk.video_frames[t + 1:]
+        walk.actions.append(STOP)
+        walk.forced_stop = reason
+        return "stop"
+    return should_stop
 
 
 # ---------------------------------------------------------------- agents
@@ -510,7 +540,7 @@ def served_agent(args, settings: dict, instructions: Iterable[str], out: str) ->
     """The agent of --server (tools.remote), after its check, which server.json holds."""
     from checkpoint import load_policy
     from tools.remote import connect
-    policy = load_policy(settings["ckpt"], device="meta")
+    policy = load_policy(settings["ckpt"], settings["contract"], "meta", replace_contract=True)
     check_context(policy, instructions, settings["robot"])
     agent = connect(args, settings, policy)
     write_json(os.path.join(out, "server.json"), agent.check(
@@ -531,7 +561,8 @@ def load_agent(args, settings: dict, instructions: Iterable[str]) -> Callable:
     torch.set_num_threads(args.threads)
     device = args.device or settings["device"]
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    policy = load_policy(settings["ckpt"], device=device, dtype=settings["dtype"]).eval()
+    policy = load_policy(settings["ckpt"], settings["contract"], device, settings["dtype"],
+                         replace_contract=True).eval()
     check_context(policy, instructions, settings["robot"])
     agent = policy.agent(execute=args.execute, malformed=args.malformed, blank=args.blank_frames,
                          temperature=args.temperature, seed=args.seed)
@@ -570,6 +601,7 @@ def episode_record(walk: EpisodeState, reference: list | None, radius: float,
     row["poses"] = [[round(float(v), 6) for v in (*state["position"], yaw_of(state["rotation"]))]
                     for state in walk.states]
     row |= {"unreadable": unreadable[0][:200]} if unreadable else {}
+    row |= {"forced_stop": walk.forced_stop} if walk.forced_stop else {}
     distances = [state["distance_to_goal"] for state in walk.states]
     if walk.end == "unreachable" or distances[0] is None:       # None: its goal is hidden
         return row
@@ -618,7 +650,10 @@ def summarise(rows: Sequence[dict], radius: float, second_radius: float, seed: i
     return {"episodes": len(rows), "scored": len(scored), "unreachable": ends["unreachable"],
             "no_way_at_end": sum(row["distance_to_goal"] is None for row in scored),
             "errors": ends["error"], "invalid": ends["invalid"],
-            "ends": dict(sorted(ends.items())), "decisions": sum(decisions),
+            "ends": dict(sorted(ends.items())),
+            "forced_stops": dict(sorted(Counter(row["forced_stop"] for row in rows
+                                                if "forced_stop" in row).items())),
+            "decisions": sum(decisions),
             "malformed_share": round(sum(malformed) / max(sum(decisions), 1), 6),
             "malformed_ci": rate_interval(malformed, decisions, sampling_units(rows)[0]),
             "tokens_per_episode": round(tokens / max(len(rows), 1), 1),
@@ -638,6 +673,9 @@ def format_results(results: dict) -> str:
         lines[0] += (f"; {results['malformed_share']:.1%} [{low:.1%}, {high:.1%}] of "
                      f"{results['decisions']} plans unreadable; "
                      f"{results['tokens_per_episode']:,.0f} tokens an episode")
+    if results["forced_stops"]:
+        lines.append("  STOP was called for the robot, by the contract's limits: " + ", ".join(
+            f"{n} {reason}" for reason, n in results["forced_stops"].items()))
     if results["no_way_at_end"]:
         lines.append(f"  {results['no_way_at_end']} walks ended where no path to the goal is known:"
                      " failed, and left out of NE")
@@ -689,11 +727,16 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
         raise UserError("no checkpoint in ckpt/grpo or ckpt/sft: train one (python sft.py), name "
                         "one with --ckpt, or walk a baseline with --agent oracle")
     ckpt = os.path.normpath(args.ckpt or there[0])
+    contract = read_nav(args.nav) if args.nav else None
+    if contract and not os.path.isdir(ckpt):
+        raise UserError(f"--nav belongs to the folder of a model and --ckpt {ckpt} is none: "
+                        f"hf download {ckpt} --local-dir models/{os.path.basename(ckpt)}, and name "
+                        "that folder")
     try:
-        contract = read_json(os.path.join(ckpt, "nav.json"))
+        contract = contract or read_json(os.path.join(ckpt, "nav.json"))
     except (OSError, ValueError) as error:
         raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
-                        "written by one of the trainers") from None
+                        "written by one of the trainers, or --nav its contract") from None
     if "horizon" not in contract:
         raise UserError(f"{ckpt} answers questions ({contract.get('prompt')}) and drives no robot: "
                         "run gpt4scene.answer with it, or give a checkpoint of --prompt window or "
@@ -702,6 +745,17 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
         raise UserError(f"--execute {args.execute} does not fit {ckpt}, which plans "
                         f"{contract['horizon']} actions at a time")
     return ckpt, contract
+
+
+def read_nav(path: str) -> dict:
+    """The contract of --nav, checked. (That of a --ckpt is checked when its model is loaded.)"""
+    from checkpoint import read_contract
+    try:
+        with open(path, "rb") as file:
+            return read_contract(path, file.read())
+    except OSError as error:
+        raise UserError(f"--nav {path} cannot be read ({error.strerror}); docs/activevln.md says "
+                        "how to make it") from None
 
 
 def evenly_spaced(items: Sequence, n: int) -> list:
@@ -774,7 +828,9 @@ def prompt_hash(contract: dict | None) -> str | None:
     one. None without a contract."""
     if not contract:
         return None
-    if speaks_dialog(contract):
+    if "words" in contract:
+        text = json.dumps(contract["words"], sort_keys=True)
+    elif speaks_dialog(contract):
         from activevln.dialog import dialog_prompt
         text = dialog_prompt("x", contract)
     else:
@@ -796,6 +852,8 @@ def prepare(args) -> Evaluation:
     # 1. checkpoint and data
     check_server_flags(args)
     ckpt, contract = choose_ckpt(args)
+    if args.temperature is None:
+        args.temperature = (contract or {}).get("sampling", {}).get("temperature", 0.0)
     source = args.episodes or EPISODES.get(contract and contract["dataset"], EPISODES["houses"])
     every = read_episodes(source, args.split, args.role, args.languages)
     hidden = not any(episode["goals"] for episode in every)     # a test split: its server scores it
@@ -884,13 +942,16 @@ def walk_all(args, evaluation: Evaluation, todo: list[dict], out: str, suffix: s
     agent = (served_agent(args, settings, instructions.values(), out) if args.server
              else load_agent(args, settings, instructions.values()))
     render = "last" if speaks_dialog(settings["contract"]) else sees(args.agent)
+    limits = (settings["contract"] or {}).get("early_stop")
+    limits = {"should_stop": forced_stop(limits, args.max_actions)} if limits else {}
     counters, start = Counter(), time.perf_counter()
     with open(os.path.join(out, f"episodes{suffix}.jsonl"), "a") as file, SimPool(
             args.sim, settings["robot"], scenes, sims, simulator_commands(args), args.sim_timeout,
             simulator_gpus(args)) as pool:
         pool.note_versions(out, episodes[0]["scene_id"])
         for walk in walk_episodes(pool, walks, agent, sims=sims, max_actions=args.max_actions,
-                                  retries=args.retries, render=render, counters=counters):
+                                  retries=args.retries, render=render, counters=counters,
+                                  **limits):
             reference = truths and truths[walk.name]["locations"]
             row = episode_record(walk, reference, radius, settings["second_radius_m"])
             if walk.map and walk.name in drawn:

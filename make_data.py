@@ -100,6 +100,8 @@ def parse_args(argv=None):
     add("--episodes", default="data/houses", help="folder with <split>/<split>.json.gz and its _gt")
     add("--split", default="train")
     add_episode_args(add)
+    add("--episode-list", metavar="FILE", help="a parquet list of ActiveVLN's: only its episodes, "
+        "in its order, and its actions instead of the ground truth's: docs/activevln.md")
     add("--out", default="data/vln_ego", help="the split becomes a folder in here")
     add("--scenes", help="folder that scene_id starts from; default: <episodes>/scenes if it is "
         "there, else data/scene_datasets")
@@ -192,7 +194,7 @@ def check_walk(walk: dict, reply: dict, robot: dict, radius: float, max_drift: f
     assert len(reply["frames"]) == len(poses) == len(actions), "one frame and one pose per action"
     check_turns(walk["walk_id"], actions, poses, robot["turn_deg"])
     drift = {}
-    if walk["actions"]:
+    if walk["locations"]:
         truth = np.asarray(walk["locations"], dtype=float)      # (forward moves + 1, 3)
         steps = location_steps(actions, len(truth))
         if steps is None:
@@ -234,14 +236,19 @@ def choose_expert(args, walks: list[dict], robot: dict, dataset: str) -> Expert:
                   args.waypoints or ("reference" if along_reference else "goal"), new_angle)
 
 
-def read_expert(args, episodes: list[dict], robot: dict, dataset: str) -> tuple[dict, Expert]:
-    """-> the ground truth ({} if --expert walk needs none), checked for turns; how to walk."""
+def read_expert(args, episodes: list[dict], robot: dict, dataset: str, listed: dict | None = None
+                ) -> tuple[dict, Expert]:
+    """-> the ground truth ({} if --expert walk needs none), checked for turns; how to walk.
+    listed: {str(episode_id): actions} of --episode-list, which replace the ground truth's."""
     which = args.episodes, args.split, args.role
     truths = {} if args.expert == "walk" else read_ground_truth(*which, optional=True)
+    if listed and args.expert != "walk":        # other actions do not lead to its locations
+        truths = {name: truth if (truth := (truths or {}).get(name, {})).get("actions") == actions
+                  else {"actions": actions} for name, actions in listed.items()}
     if truths is None:
         raise UserError(f"{no_ground_truth(*which)}, or record with --expert walk, which needs "
                         "none")
-    walks = paired(episodes, truths)
+    walks = [walk for walk in paired(episodes, truths) if "locations" in walk]
     expert = choose_expert(args, walks, robot, dataset)
     if expert.new_angle:
         print(f"the ground truth turned {walked_turn_deg(walks, robot['turn_deg']):g} degrees: the "
@@ -755,6 +762,9 @@ def main(args):
     if args.import_walk:
         from tools import sharegpt
         return sharegpt.import_walks(args.import_walk, args)
+    if args.policy and args.episode_list:
+        raise UserError("--episode-list holds the expert's walks and --policy records its own: "
+                        "leave one of them out")
     if args.policy:
         from tools import own_walks
         return own_walks.main(args)
@@ -762,10 +772,15 @@ def main(args):
         raise UserError("--noise is a chance per step: 0 or more, and below 1")
 
     # 1. read and check
-    episodes = read_episodes(args.episodes, args.split, args.role, args.languages)[:args.limit]
+    episodes, listed = read_episodes(args.episodes, args.split, args.role, args.languages), None
     dataset = args.robot or dataset_of(episodes[0])
     robot, scenes = robot_from_args(args, ROBOTS[dataset]), args.scenes or scenes_of(args.episodes)
-    truths, expert = read_expert(args, episodes, robot, dataset)
+    if args.episode_list:
+        from activevln.released import select_episodes  # the root imports it only when asked
+        episodes, listed = select_episodes(args.episode_list, episodes, robot,
+                                           f"{args.episodes} ({args.split})")
+    episodes = episodes[:args.limit]
+    truths, expert = read_expert(args, episodes, robot, dataset, listed)
 
     # 2. plan
     walks, rows = plan_walks(episodes, truths, expert, args)

@@ -72,6 +72,7 @@ CONTRACT = {
 NULLABLE = {"hfov_deg", "camera_height_m", "radius_m", "height_m", "sliding", "width", "height"}
 # The prompts that this code can train and run: {prompt: (module, class)}. Imported when needed.
 POLICIES = {"window-1": ("model", "Policy"), "dialog-1": ("activevln.dialog", "DialogPolicy"),
+            "dialog-words-1": ("activevln.released", "WordedPolicy"),
             "chat-1": ("gpt4scene.chat", "ChatPolicy")}
 
 
@@ -139,6 +140,17 @@ def forced_tokens(node: dict) -> tuple[list[int], dict]:
     return tokens, node
 
 
+def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """The likeliest tokens that together have at least the mass top_p; the others get 0. (X, V)
+
+    >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]), 0.6)
+    tensor([[0.3000, 0.5000, 0.0000]])
+    """
+    ordered, index = probabilities.sort(dim=-1, descending=True)
+    kept = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)     # the mass before it
+    return torch.zeros_like(probabilities).scatter(-1, index, kept)
+
+
 def accept(drawn: list[list[int]], proposals: list[list[int]], answers: list[list[int]],
            done: list[bool], end_token: int, limit: int) -> list[int]:
     """Extend the answers by what was drawn, up to the first token that differs from its proposal,
@@ -168,6 +180,7 @@ class Policy(Qwen):
 
     default_contract, max_horizon = CONTRACT, 8     # _answer_texts() lists all plans there are
     whole_walks = False                         # is a training example a whole walk?
+    opening = ()                                # messages before the first user's, ((role, text), )
     val_metrics = ("loss", "first_action_acc", "exact_match")     # of validate()
 
     def __init__(self, model, tokenizer, contract: dict, processor: dict,
@@ -263,7 +276,7 @@ class Policy(Qwen):
 
     def _template_parts(self) -> list[str]:
         """The chat template's text before and after a user's. ValueError if it has no such two."""
-        parts = self._render([("user", "\x00")]).split("\x00")
+        parts = self._render([*self.opening, ("user", "\x00")]).split("\x00")
         if len(parts) != 2 or "<|im_start|>" not in parts[1]:
             raise ValueError("it does not show a user's text once and open the answer")
         return parts
@@ -447,7 +460,8 @@ class Policy(Qwen):
 
     def _decode_loop(self, hidden: Tensor, cache: Cache, start: list[int], before: list[int],
                      group_size: int, temperature: float, seeds: list[int] | None, draft: bool,
-                     max_new_tokens: int) -> tuple[list[list[int]], Cache, int]:
+                     max_new_tokens: int, top_p: float = 1.0
+                     ) -> tuple[list[list[int]], Cache, int]:
         """G answers after each of B prompts -> ids (B*G lists), Cache, number of decoder passes.
 
         hidden (B, H): the prompts' last states; start, before: their next positions and lengths;
@@ -463,7 +477,8 @@ class Policy(Qwen):
             # 1. Draw one token at each place of an answer that was run: one more than proposed. The
             #    state at place j has seen the first j proposed tokens, so its draw is a sample of
             #    the policy as long as those were drawn as well; accept() stops where they differ.
-            drawn = self._sample(hidden, places, temperature, uniforms, [len(a) for a in answers])
+            drawn = self._sample(hidden, places, temperature, uniforms, [len(a) for a in answers],
+                                 top_p)
             accepted = accept(drawn, proposals, answers, done, self.end_token, max_new_tokens)
             if passes:
                 # 2. Hide the keys of rejected tokens. They stay in the cache as padding, and the
@@ -506,7 +521,8 @@ class Policy(Qwen):
                                      generator=torch.Generator().manual_seed(seed))
                           for seed in seeds])
 
-    def _sample(self, hidden, places, temperature, uniforms, lengths) -> list[list[int]]:
+    def _sample(self, hidden, places, temperature, uniforms, lengths, top_p=1.0
+                ) -> list[list[int]]:
         """One token for each of an answer's places in hidden (B, T, H): argmax, or the inverse of
         the distribution function. lengths: of the answers so far.
 
@@ -520,7 +536,10 @@ class Policy(Qwen):
         if uniforms is None:
             tokens = logits.argmax(dim=-1)
         else:
-            cdf = logits.double().softmax(dim=-1).cumsum(dim=-1)
+            probabilities = logits.double().softmax(dim=-1)
+            if top_p < 1:
+                probabilities = nucleus(probabilities, top_p)
+            cdf = probabilities.cumsum(dim=-1)
             last = uniforms.shape[1] - 1
             u = uniforms[tuple(torch.tensor(
                 [(i, min(length + j, last)) for i, (some, length) in enumerate(zip(places, lengths))

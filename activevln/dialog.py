@@ -37,27 +37,30 @@ from reward import FORWARD, LEFT, RIGHT, STOP
 DIALOG = {**{key: CONTRACT[key] for key in CONTRACT if key != "memory"},
           "prompt": "dialog-1", "horizon": 3, "merge": 3}
 MAX_TURN_TOKENS = 48        # of an answer; three moves are 21 of Qwen's
+MOVES = {"forward": "move forward {} cm", "left": "turn left {} degrees",
+         "right": "turn right {} degrees", "stop": "stop"}
 
 
 # ---------------------------------------------------------------- language
 
 
-def merged_phrases(turn_deg: float, forward_m: float, merge: int = 3) -> dict:
+def merged_phrases(turn_deg: float, forward_m: float, merge: int = 3, moves: dict = MOVES) -> dict:
     """{(action, how often): its phrase}: 1 to `merge` equal actions in one move.
 
     >>> list(merged_phrases(15, 0.25, 2).values())     # doctest: +NORMALIZE_WHITESPACE
     ['move forward 25 cm', 'move forward 50 cm', 'turn left 15 degrees', 'turn left 30 degrees',
      'turn right 15 degrees', 'turn right 30 degrees', 'stop']
     """
-    words = {FORWARD: ("move forward", 100 * forward_m, "cm"), LEFT: ("turn left", turn_deg,
-             "degrees"), RIGHT: ("turn right", turn_deg, "degrees")}
-    return {**{(action, n): f"{verb} {round(n * size, 3):g} {unit}"
-               for action, (verb, size, unit) in words.items() for n in range(1, merge + 1)},
-            (STOP, 1): "stop"}
+    sizes = {"forward": (FORWARD, 100 * forward_m), "left": (LEFT, turn_deg),
+             "right": (RIGHT, turn_deg)}
+    return {**{(action, n): moves[name].replace("{}", f"{round(n * size, 3):g}")
+               for name, (action, size) in sizes.items() for n in range(1, merge + 1)},
+            (STOP, 1): moves["stop"]}
 
 
 def contract_phrases(contract: dict) -> dict:
-    return merged_phrases(contract["turn_deg"], contract["forward_m"], contract["merge"])
+    return merged_phrases(contract["turn_deg"], contract["forward_m"], contract["merge"],
+                          contract.get("moves", MOVES))
 
 
 def parse_answer(text: str, merged: dict, horizon: int) -> list[int]:
@@ -193,13 +196,16 @@ class DialogPolicy(Policy):
         """The text of a dialog's first turn."""
         return dialog_prompt(instruction, self.contract)
 
-    def turn_prompt(self, instruction: str | None, feature: Tensor) -> Prompt:
-        """What comes before an answer. instruction None: a later turn."""
-        if instruction is None:
-            self._chat("")                                      # renders the template once
-            before, after = self._chat_parts[2:]
-        else:
-            before, after = self._chat(self.instruction_prompt(instruction)).split("<image>")
+    def later_prompt(self, instruction: str) -> str:
+        """The text of every later turn."""
+        return "<image>"
+
+    def turn_prompt(self, instruction: str, feature: Tensor, first: bool = True) -> Prompt:
+        """What comes before an answer: at the first turn, or at a later one."""
+        self._chat("")                                          # renders the template once
+        opening, closing = self._chat_parts[:2] if first else self._chat_parts[2:]
+        text = (self.instruction_prompt if first else self.later_prompt)(instruction)
+        before, after = (opening + text + closing).split("<image>")
         return self._assemble([before + "<|vision_start|>", "<|vision_end|>" + after], [feature])
 
     def longest_prompt(self, height: int, width: int) -> Prompt:
@@ -219,7 +225,7 @@ class DialogPolicy(Policy):
         """
         ids, positions, starts, now = [], [], [], 0
         for k, (answer, feature) in enumerate(zip(dialog.answers, features)):
-            prompt = self.turn_prompt(dialog.instruction if k == 0 else None, feature)
+            prompt = self.turn_prompt(dialog.instruction, feature, first=k == 0)
             then = now + prompt.next_position
             starts.append(AnswerStart(len(ids) + len(prompt.ids), then))
             ids += prompt.ids + list(answer)
@@ -317,7 +323,8 @@ class DialogPolicy(Policy):
     def generate_turn(self, caches: list[DialogCache | None], instructions: list[str],
                       features: list[Tensor], group_size: int = 1, temperature: float = 0.0,
                       seeds: list[int] | None = None, draft: bool = True,
-                      max_new_tokens: int = MAX_TURN_TOKENS) -> tuple[list, list[DialogCache]]:
+                      max_new_tokens: int = MAX_TURN_TOKENS, top_p: float = 1.0
+                      ) -> tuple[list, list[DialogCache]]:
         """The next turn of N dialogs, whatever turn each is at -> G answers (ids) for each, and
         the caches with which the dialogs go on, in which the first of the G was given.
 
@@ -327,7 +334,7 @@ class DialogPolicy(Policy):
         segments = []
         for cache, instruction, feature in zip(caches, instructions, features):
             # Not run yet: the end of the last answer, then the new turn, right behind it.
-            prompt = self.turn_prompt(None if cache else instruction, feature)
+            prompt = self.turn_prompt(instruction, feature, first=cache is None)
             pending, now = (cache.pending_ids, cache.next_position) if cache else ([], 0)
             positions = torch.cat((torch.arange(now, now + len(pending)).expand(3, -1),
                                    now + len(pending) + prompt.positions), dim=1)
@@ -338,7 +345,7 @@ class DialogPolicy(Policy):
         start = [int(segment.positions.max()) + 1 for segment in segments]
         answers, past, _ = self._decode_loop(
             hidden, past, start, [n + len(segment.ids) for n, segment in zip(before, segments)],
-            group_size, temperature, seeds, draft, max_new_tokens)
+            group_size, temperature, seeds, draft, max_new_tokens, top_p)
         groups = [answers[i:i + group_size] for i in range(0, len(answers), group_size)]
         return groups, self._split_caches(past, [group[0] for group in groups], start)
 
@@ -420,12 +427,17 @@ class DialogPolicy(Policy):
         return self._named_lengths(data, chosen, dialogs)
 
     def agent(self, execute: int | None = None, malformed: str = "stop", blank: bool = False,
-              temperature: float = 0.0, seed: int = 0, group_size: int = 1) -> Callable:
+              temperature: float = 0.0, seed: int = 0, group_size: int = 1,
+              top_p: float | None = None) -> Callable:
         """The agent of evaluate.py and grpo_online.py: encode frames, generate a turn, parse.
 
         execute: not used, an answer is carried out whole; group_size: answers sampled at each turn
-        (activevln/grpo_online.py compares them), of which the first is given.
+        (activevln/grpo_online.py compares them), of which the first is given; top_p: default: the
+        contract's.
         """
+        if top_p is None:
+            top_p = self.contract.get("sampling", {}).get("top_p", 1.0)
+
         @torch.no_grad()
         def decide(walks):
             frames = [self.resize(walk.frames[-1]) for walk in walks]
@@ -434,7 +446,7 @@ class DialogPolicy(Policy):
                      for walk in walks] if temperature > 0 else None
             groups, caches = self.generate_turn(
                 [walk.dialog_cache for walk in walks], [walk.instruction for walk in walks],
-                features, group_size, temperature, seeds)
+                features, group_size, temperature, seeds, top_p=top_p)
             plans = [self.actions(answers[0]) for answers in groups]
             for walk, frame, answers, cache, plan in zip(walks, frames, groups, caches, plans):
                 walk.dialog_cache = cache

@@ -47,6 +47,7 @@ import numpy as np
 import torch
 
 from activevln.dialog import MAX_TURN_TOKENS, Dialog, DialogPolicy
+from activevln.released import select_episodes
 from cli import DefaultsFormatter, UserError, positive_int, read_rows, run_cli
 from engine import (
     Log,
@@ -136,6 +137,8 @@ def parse_args(argv=None):
     add("--episodes", help="folder with <split>/<split>.json.gz and its _gt; default: that of the "
         "data set which the checkpoint names")
     add("--split", default="train")
+    add("--episode-list", metavar="FILE", help="a parquet list of ActiveVLN's: train on its "
+        "episodes, in its order, with the lengths of its walks: docs/activevln.md")
     add_episode_args(add)
     add("--scenes", help="what scene_id is below; default: <episodes>/scenes if it is there, else "
         "data/scene_datasets")
@@ -314,6 +317,11 @@ class RolloutEnv:
         self.truths = read_ground_truth(source, split, args.role)
         self.scenes = args.scenes or scenes_of(source)
         self.robot = choose_robot(args, args.init, policy.contract, dataset_of(self.episodes[0]))
+        if args.episode_list and split == args.split:
+            self.episodes, listed = select_episodes(args.episode_list, self.episodes, self.robot,
+                                                    f"{source} ({split})")
+            self.truths |= {name: {**self.truths[name], "actions": actions}
+                            for name, actions in listed.items() if name in self.truths}
         check_episodes(self.episodes, self.truths, f"{source} ({split})")
         check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
                       self.robot)
@@ -338,7 +346,9 @@ class RolloutEnv:
         """
         walks = [EpisodeState(episode, episode["instruction"]["instruction_text"], name=name)
                  for name, episode in named]
-        agent = policy.agent(temperature=temperature, seed=self.args.seed, group_size=group_size)
+        # The whole distribution: the log-probabilities are of that.
+        agent = policy.agent(temperature=temperature, seed=self.args.seed, group_size=group_size,
+                             top_p=1.0)
         ended = {}
         for walk in run_episodes(
                 self.pool, walks, agent, sims=self.args.sims, max_actions=sys.maxsize,
@@ -670,8 +680,11 @@ class Run(NamedTuple):
     def episodes(self, step: int) -> list[dict]:
         """This rank's of a batch."""
         args, n = self.args, len(self.env.episodes)
-        return [self.env.episodes[i] for i in batch_of(range(n), step, args.batch_size, args.seed)
-                ][self.rank::self.world_size]
+        chosen = batch_of(range(n), step, args.batch_size, args.seed)
+        if args.episode_list:                               # in its order
+            at = step % (n // args.batch_size) * args.batch_size
+            chosen = range(at, at + args.batch_size)
+        return [self.env.episodes[i] for i in chosen][self.rank::self.world_size]
 
 
 def setup(args, device: str) -> tuple[DialogPolicy, RolloutEnv, RolloutEnv | None]:

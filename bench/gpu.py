@@ -70,7 +70,7 @@ def parse_args(argv=None):
 class Scripted(Policy):
     """A policy that samples as any other, and then writes plans of its own rng instead."""
 
-    def _sample(self, hidden, places, temperature, uniforms, lengths):
+    def _sample(self, hidden, places, temperature, uniforms, lengths, top_p=1.0):
         if not any(lengths):
             self.script = [self._encode(write_plan(random_plan(self.rng), self.phrases))
                            + [self.end_token] for _ in places]

@@ -27,14 +27,17 @@ from sft import step_groups
 
 
 @functools.lru_cache(None)
-def learned_checkpoint(ego, prompt, steps=25):
-    """A tiny policy that has learned the walks of `ego` by heart -> its folder, beside them."""
+def learned_checkpoint(ego, prompt, steps=25, words=None):
+    """A tiny policy that has learned the walks of `ego` by heart -> its folder, beside them.
+    words: JSON of the contract's, for the prompt dialog-words-1."""
     folder = os.path.join(os.path.dirname(ego), f"learned_{prompt}")
     data, kind = VlnEgo(ego), policy_class(prompt)
     contract = {**kind.default_contract, **{key: value for key, value in data.meta["robot"].items()
                                             if key in CONTRACT}, "dataset": "houses"}
     if "memory" in contract:
         contract["memory"] = {**contract["memory"], "budget": 3, "recent": 2}
+    if words:
+        contract["words"] = json.loads(words)
     texts = [episode["instruction"] for episode in data.episodes]
     policy = load_policy("tiny", contract=contract, texts=texts)
     units = step_groups(data, 0, 0, None if policy.whole_walks else 4)[:8]

@@ -206,7 +206,8 @@ class ChatPolicy:
         self.client, self.policy, self.execute, self.blank = client, policy, execute, blank
         self.fallback = [STOP if malformed == "stop" else FORWARD]
         self.temperature, self.seed, self.dialog = temperature, seed, policy.whole_walks
-        self.request = {"model": model, "temperature": float(temperature), "top_p": 1.0,
+        self.request = {"model": model, "temperature": float(temperature),
+                        "top_p": policy.contract.get("sampling", {}).get("top_p", 1.0),
                         "max_tokens": 48 if self.dialog else MAX_ANSWER_TOKENS,
                         "logit_bias": {str(token): -100.0 for token in policy.banned.tolist()}}
 
@@ -263,7 +264,8 @@ class ChatPolicy:
     def prompt_tokens(self, instruction: str, height: int, width: int) -> int:
         """Of a walk's first request."""
         text = self.policy.instruction_prompt(instruction, 0)
-        return len(self.policy.prompt(text, [self.policy._blank_frame(height, width)]).ids)
+        return len(self.policy.prompt(text, [self.policy._blank_frame(height, width)],
+                                      self.policy.opening).ids)
 
     # ------------------------------------------------------------ a decision
 
@@ -294,11 +296,11 @@ class ChatPolicy:
                 **({"seed": seed} if self.temperature > 0 else {})}
 
     def messages(self, walk: EpisodeState) -> list[dict]:
-        """A walk as a chat, without a system message: the template adds what it adds."""
+        """A walk as a chat. Our prompts have no system message: the template adds what it adds."""
         if self.dialog:
-            opening = self.policy.instruction_prompt(walk.instruction, 0)
-            turns = [opening] + ["<image>"] * (len(walk.features) - 1)
-            messages = []
+            turns = [self.policy.instruction_prompt(walk.instruction, 0)]
+            turns += [self.policy.later_prompt(walk.instruction)] * (len(walk.features) - 1)
+            messages = [{"role": role, "content": text} for role, text in self.policy.opening]
             for i, (text, picture) in enumerate(zip(turns, walk.features)):
                 messages.append({"role": "user", "content": content_parts(text, [picture])})
                 if i < len(walk.decisions):

@@ -65,7 +65,8 @@ def language_list(text: str) -> list[str]:
 # ---------------------------------------------------------------- files
 
 ENDINGS = (".json.gz", ".json")
-SPLITS = ("train", "val_seen", "val_unseen", "test", "test_challenge")
+SPLITS = ("train", "envdrop", "joint_train_envdrop", "val_seen", "val_unseen", "test",
+          "test_challenge")
 LFS = b"version https://git-lfs"                    # how a git-LFS pointer begins
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import math
 import os
 import subprocess
 from collections import Counter
@@ -66,14 +67,18 @@ def protocol_flags(name: str) -> dict:
 def measured_values(settings: dict, simulator: str | None) -> dict:
     """A run's settings -> the keys that protocols state; None: it does not apply to this run."""
     policy, rxr = settings["agent"] == "policy", settings["dataset"] == "rxr"
+    limit = (settings.get("contract") or {}).get("early_stop", {}).get("actions", math.inf)
+    forced = limit < settings["max_actions"]            # STOP comes first, and counts as an action
     return {"dataset": settings["dataset"], **settings["robot"],
             "episodes": settings["episodes"] if settings["limit"] else "all",
             "role": (settings["role"] or "guide") if rxr else None,
             "languages": settings["languages"] or sorted(LANGUAGES) if rxr else None,
             "simulator": simulator and " ".join(simulator.split()[:2]),      # without its build
-            "max_actions": settings["max_actions"], "success_m": settings["radius_m"],
+            "max_actions": limit + 1 if forced else settings["max_actions"],
+            "success_m": settings["radius_m"],
             "malformed": settings["malformed"] if policy else None,
             "temperature": settings["temperature"] if policy else None, **OURS,
+            "at_cap": "stop" if forced else OURS["at_cap"],
             "malformed_may_succeed": False if policy else None,
             "ndtw": None if settings.get("no_ndtw") else "exact"}
 
@@ -139,15 +144,17 @@ def make_card(settings: dict, rows: list[dict], simulator: dict | None, commits:
                      "failed": settings["episodes"] - ended - unfinished,
                      "unfinished": unfinished},
         "scenes": settings["scenes"], "simulator": simulator, "robot": settings["robot"],
-        "rules": {"max_actions": settings["max_actions"], "success_m": settings["radius_m"],
-                  "second_radius_m": settings["second_radius_m"], **OURS,
-                  "malformed": measured["malformed"], "ndtw": measured["ndtw"],
+        "rules": {"second_radius_m": settings["second_radius_m"], **OURS,
+                  **{key: measured[key] for key in ("max_actions", "at_cap", "success_m",
+                                                    "malformed", "ndtw")},
+                  "early_stop": contract.get("early_stop"),
                   "interval": interval or INTERVAL},
         "policy": {**{key: settings[key] for key in (
                        "agent", "agent_file", "ckpt", "weights", "dtype", "device", "execute",
                        "temperature", "seed", "blank_frames", "shuffled_instruction",
                        "prompt_sha256")}, "served_model": settings.get("served_model"),
-                   "prompt": contract.get("prompt"), "memory": contract.get("memory")},
+                   "prompt": contract.get("prompt"), "memory": contract.get("memory"),
+                   "top_p": contract.get("sampling", {}).get("top_p")},
         "code": commits, "protocol": closest(measured, name)}
 
 
