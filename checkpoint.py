@@ -447,7 +447,7 @@ CHAT_TEMPLATE = (
 # stay whole, so that a BPE learned on them makes each one token.
 ATOMIC_PATTERNS = [
     r"[A-D]\. [^,.\n<]+(?:, )?", r"<OBJ\d+>", r"You are a helpful assistant\.",
-    r"(?:move forward|turn left|turn right) [\d.]+ (?:cm|degrees)(?:, )?",
+    r"(?:move forward|turn left|turn right) [\d.]+ ?(?:cm|degrees)(?:, )?",
     r"You are a robot [^:\n]+: ", r"(?:system|user|assistant)\n", r"\.\nInstruction: ",
     r"\nSeen before: ", r"\nNow: "]
 QWEN_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"

@@ -170,7 +170,8 @@ def test_random_weights_walk_with_their_contract(ego, theirs, tmp_path, capsys):
     model, nav = theirs
     with pytest.raises(UserError, match="has no readable nav.json .* or --nav its contract"):
         walk_houses(ego, model, tmp_path / "no")
-    found = walk_houses(ego, model, tmp_path / "out", "--nav", nav, "--malformed", "forward")
+    found = walk_houses(ego, model, tmp_path / "out", "--nav", nav, "--malformed", "forward",
+                        "--max-actions", 4)
     rows = read_rows(tmp_path / "out" / "episodes.jsonl")
     assert len(rows) == found["episodes"] and {row["end"] for row in rows} <= {
         "stop", "malformed", "max_actions"}
@@ -185,7 +186,7 @@ def test_random_weights_walk_with_their_contract(ego, theirs, tmp_path, capsys):
         changed = {**CONTRACT, "words": {**WORDS, "system": "Walk."}}
         write_json(str(tmp_path / "other.json"), changed)
         walk_houses(ego, model, tmp_path / "out", "--nav", tmp_path / "other.json", "--malformed",
-                    "forward")
+                    "forward", "--max-actions", 4)
 
 
 def test_a_served_model_walks_as_this_process_does(ego, tmp_path):
