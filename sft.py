@@ -88,7 +88,7 @@ def parse_args(argv=None):
     add_data_args(add, "every decision of all of them once an epoch")
     add("--out", default="ckpt/sft")
     add = p.add_argument_group("data").add_argument
-    add("--prompt", choices=dict.fromkeys(name.split("-")[0] for name in POLICIES),
+    add("--prompt", choices=sorted({name.split("-")[0] for name in POLICIES}),
         default="window", help="how the past is shown")
     add("--horizon", type=positive_int, help="actions per answer; default: 6, in a dialog 3 moves")
     lsm.add_memory_args(add)

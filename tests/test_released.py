@@ -182,6 +182,7 @@ def test_random_weights_walk_with_their_contract(ego, theirs, tmp_path, capsys):
     assert (card["policy"]["temperature"], card["policy"]["top_p"]) == (0.2, 0.8)
     assert card["rules"]["early_stop"] == RELEASED["early_stop"]
     assert "temperature 0.2" in capsys.readouterr().out
+    assert "0 do not agree" in script("-m", "tools.recompute", tmp_path / "out").stdout
     with pytest.raises(UserError, match="holds another measurement .*prompt_sha256"):
         changed = {**CONTRACT, "words": {**WORDS, "system": "Walk."}}
         write_json(str(tmp_path / "other.json"), changed)
