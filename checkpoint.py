@@ -446,7 +446,7 @@ CHAT_TEMPLATE = (
 # Words are split as Qwen2 splits them, but these patterns (an option, a line of the prompt)
 # stay whole, so that a BPE learned on them makes each one token.
 ATOMIC_PATTERNS = [
-    r"[A-D]\. [^,.\n<]+(?:, )?", r"<OBJ\d+>", r"You are a helpful assistant\.",
+    r"[A-D]\. [^,.\n<]+(?:, )?", r"<OBJ\d+>| (?=<OBJ)", r"You are a helpful assistant\.",
     r"(?:move forward|turn left|turn right) [\d.]+ ?(?:cm|degrees)(?:, )?",
     r"You are a robot [^:\n]+: ", r"(?:system|user|assistant)\n", r"\.\nInstruction: ",
     r"\nSeen before: ", r"\nNow: "]

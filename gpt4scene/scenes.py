@@ -52,6 +52,7 @@ from world.robots import ROBOTS, rotation_of, yaw_of
 
 MIN_IOU = 0.5            # a proposal stands for an object from here on (their run_prepare.sh)
 VISIBLE = 0.01           # share of a frame that an object must fill to carry its mark
+PATCH = 14               # pixels: Qwen2-VL's vision tower sees patches of this size
 CLEARLY = 1.25           # the second nearest is at least so many times as far as the nearest
 NUMBERS = "zero one two three four five six seven eight nine ten".split()
 
@@ -356,12 +357,9 @@ def multi3dref_questions(facts: list[Fact], boxes: Boxes) -> Iterator[Question]:
 
 def dense_questions(facts: list[Fact], marks: list) -> Iterator[Question]:
     """One answer that says something about every mark: many bindings for few tokens."""
-    shown = sorted((mark, fact) for mark, fact in zip(marks, facts) if mark is not None)
-    for what, key in {"colour and kind": "name", "colour": "colour", "kind": "kind",
-                      "room": "room"}.items():
-        answer = ", ".join(f"<OBJ{mark:03d}> {getattr(fact, key)}" for mark, fact in shown) + "."
-        prompt = f"List all objects with their {what}."
-        yield Question("dense", what, prompt, [answer], [answer], {})
+    shown = sorted((mark, fact.name) for mark, fact in zip(marks, facts) if mark is not None)
+    answer = ", ".join(f"<OBJ{mark:03d}> {name}" for mark, name in shown) + "."
+    yield Question("dense", "all", "List all objects.", [answer], [answer], {})
 
 
 def choose_questions(rng, candidates: list[Question], course: list[str],
@@ -394,16 +392,37 @@ DIGITS = ("111101101101111", "010110010010111", "111001111100111", "111001111001
           "111101111101111", "111101111001111")
 
 
-def draw_mark(image: np.ndarray, row: int, column: int, number: int) -> None:
-    """Write a number, white on black, into a picture (h, w, 3), centred there if it fits."""
+def mark_pattern(number: int, scale: int) -> np.ndarray:
+    """A number in white on black: uint8 (7, 4 digits + 1), times `scale`."""
     digits = [np.array([*DIGITS[int(digit)]], int).reshape(5, 3) for digit in str(number)]
     pattern = np.pad(np.hstack([np.pad(digit, ((0, 0), (0, 1))) for digit in digits]),
                      ((1, 1), (1, 0)))
-    pattern = np.kron(pattern, np.full([max(1, min(image.shape[:2]) // 160)] * 2, 255))
-    (h, w), (height, width) = pattern.shape, image.shape[:2]
-    top = min(max(row - h // 2, 0), height - h)
-    left = min(max(column - w // 2, 0), width - w)
-    image[top:top + h, left:left + w] = pattern[..., None]
+    return np.kron(pattern, np.full((scale, scale), 255)).astype(np.uint8)
+
+
+def draw_marks(image: np.ndarray, shown: np.ndarray, marks: list, scale: int, least: float) -> None:
+    """Label each visible thing in a picture (h, w, 3): the patch that shows most of it and least of
+    the others takes its colour, and its number in the middle. So a number looks the same to the
+    vision tower wherever it stands, and its colour belongs to it.
+
+    shown: (h, w) the thing of each pixel, or -1; least: pixels that a marked thing must have
+    """
+    def patches(pixels: np.ndarray) -> Counter:
+        return Counter(map(tuple, (np.argwhere(pixels) // PATCH).tolist()))
+    covered, bare, taken = patches(shown >= 0), image.copy(), set()
+    for thing, mark in enumerate(marks):
+        own = patches(shown == thing)
+        free = sorted(set(own) - taken, key=lambda patch: (covered[patch] - 2 * own[patch], patch))
+        if mark is None or own.total() < least or not free:
+            continue
+        taken.add(free[0])
+        top, left = PATCH * np.array(free[0])
+        image[top:top + PATCH, left:left + PATCH] = np.median(bare[shown == thing], axis=0)
+        pattern = mark_pattern(mark, scale)
+        (h, w), (height, width) = pattern.shape, shown.shape
+        top = min(max(top + (PATCH - h) // 2, 0), height - h)
+        left = min(max(left + (PATCH - w) // 2, 0), width - w)
+        image[top:top + h, left:left + w] = pattern[..., None]
 
 
 def birds_eye(house: houses.House, marks: list, pixels: int) -> np.ndarray:
@@ -414,6 +433,7 @@ def birds_eye(house: houses.House, marks: list, pixels: int) -> np.ndarray:
     scale, lo = pixels / size.max(), lo - (size.max() - size) / 2
     rooms = {room.name: room for room in house.rooms}
     image = np.full((pixels, pixels, 3), 255, np.uint8)
+    shown, number = np.full((pixels, pixels), -1), {t.name: k for k, t in enumerate(house.things)}
     low = [box for box in house.boxes if box.role == "object"
            or box.role in ("floor", "wall") and box.lo[1] < 1]      # without what is above a door
     for box in sorted(low, key=lambda box: (box.role == "object", box.role == "wall", box.hi[1])):
@@ -424,10 +444,8 @@ def birds_eye(house: houses.House, marks: list, pixels: int) -> np.ndarray:
         (x0, z0), (x1, z1) = (((corner - lo) * scale).round().astype(int)
                               for corner in (start, end))
         image[z0:z1, x0:x1] = box.colour
-    for mark, thing in zip(marks, house.things):
-        if mark is not None:
-            column, row = (((thing.lo + thing.hi) / 2 - lo) * scale).astype(int)
-            draw_mark(image, int(row), int(column), mark)
+        shown[z0:z1, x0:x1] = number.get(box.name, -1)
+    draw_marks(image, shown, marks, 2, 1)
     return image
 
 
@@ -467,11 +485,7 @@ def draw_frames(rng, house: houses.House, marks: list, count: int, side: int) ->
     poses = viewpoints(rng, house, sim, count)
     frames = sim.render(poses)
     for frame, shown in zip(frames, visible_things(sim, house, poses)):
-        for number, mark in enumerate(marks):
-            rows, columns = np.nonzero(shown == number)
-            if mark is not None and len(rows) >= VISIBLE * shown.size:
-                k = np.hypot(rows - rows.mean(), columns - columns.mean()).argmin()
-                draw_mark(frame, int(rows[k]), int(columns[k]), mark)
+        draw_marks(frame, shown, marks, 1, VISIBLE * shown.size)
     return frames
 
 

@@ -45,7 +45,10 @@ def load(folder, name):
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
     """Scenes whose proposals are exact: then each question can be answered."""
-    return make(tmp_path_factory.mktemp("exact"), *SMALL, "--proposal-noise", 0, "--questions", 60)
+    flags = [*SMALL, "--proposal-noise", 0, "--questions", 60]
+    folder = make(tmp_path_factory.mktemp("exact"), *flags)
+    make(folder.parent / "bare", *flags, "--no-marks", "--frames", 1)
+    return folder
 
 
 def test_doctests():
@@ -61,34 +64,45 @@ def hue(pixel):
     return max(unit, key=lambda name: unit[name] @ pixel / max(1, np.linalg.norm(pixel)))
 
 
-def find_marks(image):
-    """{number: (row, column) of its upper left corner} of the marks 0..9 in a picture."""
-    windows = np.lib.stride_tricks.sliding_window_view(image.min(axis=2), (7, 5))
+def hues(image):
+    """The paint of each pixel of a picture, "" where it is too pale to be one: (h, w)"""
+    strong = image.max(axis=2) > 3.0 * np.maximum(image.min(axis=2), 1)     # no wall is
+    return np.array([[hue(pixel) if one else "" for pixel, one in zip(*rows)]
+                     for rows in zip(image, strong)])
+
+
+def find_marks(image, scale=1):
+    """{number: (row, column) of its patch} of the marks 0..9 in a picture."""
     found = {}
     for number in range(10):
-        pattern = np.zeros((7, 5, 3), np.uint8)
-        scenes.draw_mark(pattern, 3, 2, number)
-        for hit in np.argwhere((windows == pattern[..., 0]).all(axis=(2, 3))):
-            found[number] = tuple(hit)
+        pattern = scenes.mark_pattern(number, scale)
+        windows = np.lib.stride_tricks.sliding_window_view(image.min(axis=2), pattern.shape)
+        for hit in np.argwhere((windows == pattern).all(axis=(2, 3))):
+            found[number] = tuple(hit - (14 - np.array(pattern.shape)) // 2)
+            assert not np.any(np.array(found[number]) % 14)
     return found
 
 
 @functools.lru_cache(None)
 def see(folder, scene):
-    """A scene's things, from its bird's-eye view and the proposals' labels -> {mark: dict}"""
-    image = np.asarray(Image.open(f"{folder}/images_3D/{scene}.png"))
+    """A scene's things, from its bird's-eye view, with marks (their numbers and colours) and
+    without (rooms and positions), and the proposals' labels -> {mark: dict}"""
+    image, bare = (np.asarray(Image.open(f"{folder}/{path}images_3D/{scene}.png"))
+                   for path in ("", "../bare/"))
     labels, things = load(folder, "attributes_val")["proposals"][scene]["objects"], {}
-    walls = {name: np.argwhere((image == rgb).all(axis=2)) for name, rgb in WALLS.items()}
+    walls = {name: np.argwhere((bare == rgb).all(axis=2)) for name, rgb in WALLS.items()}
     rooms = {f"{name} room": (at.min(axis=0), at.max(axis=0))
              for name, at in walls.items() if len(at)}
-    for mark, (top, left) in find_marks(image).items():
-        ring = [*image[top - 1, left:left + 5], *image[top + 7, left:left + 5]]
-        room, = (name for name, (lo, hi) in rooms.items()
-                 if (lo <= (top + 3, left + 2)).all() and ((top + 3, left + 2) <= hi).all())
-        colour = Counter(map(hue, ring)).most_common(1)[0][0]
+    paints = hues(bare)
+    for mark, (top, left) in find_marks(image, 2).items():
+        colour, = {*hues(image[top:top + 14, left:left + 14]).flat} - {""}
+        at = np.argwhere(paints == colour)                  # no other thing of the house has it
+        middle = (at.min(axis=0) + at.max(axis=0)) / 2
+        room, = (name for name, (lo, hi) in rooms.items() if (lo <= middle).all()
+                 and (middle <= hi).all())
         things[f"<OBJ{mark:03d}>"] = {
             "kind": labels[mark], "colour": colour, "name": f"{colour} {labels[mark]}",
-            "room": room, "at": complex(left + 2, -top - 3),                # east, north
+            "room": room, "at": complex(*(middle * (-1, 1))[::-1]),         # east, north
             "middle": complex(*(sum(rooms[room]) / 2 * (-1, 1))[::-1])}
     return things
 
@@ -200,8 +214,8 @@ def test_every_question_can_be_answered_from_the_birds_eye_view(exact):
 
 
 def test_a_frame_marks_what_it_shows_and_nothing_else(tmp_path):
-    """Against the same frames without marks: a mark covers its thing's colour, and what fills 2% of
-    a frame has its mark unless a later one covers it."""
+    """Against the same frames without marks: a mark's patch shows its thing's colour, and what fills
+    2% of a frame has its mark, unless another took the patch."""
     seen = missed = 0
     for k in range(4):
         house = build_house(np.random.default_rng(k), 1)
@@ -211,11 +225,9 @@ def test_a_frame_marks_what_it_shows_and_nothing_else(tmp_path):
                         for which in (marks, [None] * len(marks)))
         for picture, before in zip(marked, bare):
             found = find_marks(picture)
-            strong = before.max(axis=2) > 1.7 * np.maximum(before.min(axis=2), 1)   # no wall is
-            names = np.array([[hue(p) if s else "" for p, s in zip(*rows)]
-                              for rows in zip(before, strong)])
+            names = hues(before)
             for number, (top, left) in found.items():
-                assert colours[marks.index(number)] in names[top:top + 7, left:left + 5]
+                assert colours[marks.index(number)] in names[top:top + 14, left:left + 14]
             big = {marks[colours.index(c)] for c in colours if (names == c).mean() > 0.02}
             seen, missed = seen + len(big), missed + len(big - set(found))
     assert seen > 20 and missed <= 0.1 * seen
@@ -243,12 +255,13 @@ def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
     make(tmp_path, *SMALL, "--rooms", 1, "--course", "dense", "--bev-pixels", 112)
     assert not os.path.exists(tmp_path / "scanqa_val.json")
     rows = load(tmp_path, "dense_val")
-    assert len(rows) == 4 * 8
+    assert len(rows) == 8
     for row in rows:
-        marks = find_marks(np.asarray(Image.open(f"{tmp_path}/images_3D/{row['scene_id']}.png")))
+        picture = np.asarray(Image.open(f"{tmp_path}/images_3D/{row['scene_id']}.png"))
         text, = row["ref_captions"]
-        assert re.findall(r"<OBJ(\d+)>", text) == [f"{mark:03d}" for mark in sorted(marks)]
-        assert row["template"] != "room" or len({*re.findall(r"> (\w+)", text)}) == 1
+        seen = [(f"{mark:03d}", {*hues(picture[top:top + 14, left:left + 14]).flat} - {""})
+                for mark, (top, left) in sorted(find_marks(picture, 2).items())]
+        assert [(mark, {colour}) for mark, colour in re.findall(r"<OBJ(\d+)> (\w+)", text)] == seen
     with pytest.raises(UserError, match="--rooms 3: houses of --level 1 have 1 to 2 rooms"):
         make(tmp_path, "--rooms", 3)
 
