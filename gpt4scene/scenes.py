@@ -9,17 +9,18 @@ number on all of them, and texts call them <OBJ007>. Five benchmarks ask:
     scanrefer    "Which object is this: the chair in the pink room?"             a mark
     multi3dref   "Which objects are these: red or blue things?"                  marks, or none
 Embedded: the houses of world/houses.py are the scenes; proposals are the true boxes with noise, in
-a random order. A sixth kind is ours: `dense` lists all marks in one answer. Real: the official
+a random order. The `dense` course, to begin with, lists all marks in one answer. Real: the official
 annotations, attributes (.pt) and pictures become the same files.
 
-Run it   python -m gpt4scene.scenes [--rooms 1 --course dense] [--no-marks] [--no-bev]
+Run it   python -m gpt4scene.scenes [--rooms 1] [--no-marks] [--no-bev]
          python -m gpt4scene.scenes --split val --images scannet --scanqa ScanQA_v1.0_val.json \\
              --truth scannet_val_attributes.pt --proposals scannet_mask3d_val_attributes.pt
          python -m gpt4scene.scenes --check data/scenes        # without a GPU or a model
 Writes   <out>/images_2D/<scene>/<k>.png, images_3D/<scene>.png (the bird's-eye view); per split
-         <split>.json (ShareGPT), selected_images_<split>.json, <benchmark>_<split>.json,
-         scan2cap_<split>_corpus.json, attributes_<split>.json (boxes); unique_multiple_lookup.json;
-         at last meta.json: the flags, and what blind constants reach per template
+         <split>.json (ShareGPT), dense_<split>.json (ShareGPT, the first course),
+         selected_images_<split>.json, <benchmark>_<split>.json, scan2cap_<split>_corpus.json,
+         attributes_<split>.json (boxes); unique_multiple_lookup.json; at last meta.json: the
+         flags, and what blind constants reach per template
 Expect   700 + 60 scenes in a minute on one core; the same seed gives the same files
 
 [1] GPT4Scene, https://arxiv.org/abs/2501.01428   [2] Chat-Scene (formats), arXiv 2312.08168
@@ -79,9 +80,7 @@ def parse_args(argv=None):
     add("--val-scenes", type=positive_int, default=60)
     add("--level", type=int, choices=sorted(houses.LEVELS), default=1, help="of the houses")
     add("--rooms", type=positive_int, help="of every house; default: as the level draws them")
-    add("--course", nargs="+", choices=(*NEEDS, "dense"), default=(*NEEDS,), metavar="KIND",
-        help="kinds of questions, in equal numbers; default: the five benchmarks")
-    add("--questions", type=positive_int, default=24, help="K, per scene")
+    add("--questions", type=positive_int, default=24, help="K, per scene, of all kinds alike")
     add("--frame-pixels", type=positive_int, default=56)
     add("--bev-pixels", type=positive_int, default=168)
     add("--proposal-noise", type=float, default=1.0, help="0: exact boxes, one for every object")
@@ -146,6 +145,7 @@ class Scene(NamedTuple):
     images: list                # paths, relative to --out; the bird's-eye view first
     boxes: Boxes | None
     questions: list
+    dense: list = []            # the question of the first course, of an embedded scene
 
 
 def sqa_type(question: str) -> int:
@@ -355,21 +355,19 @@ def multi3dref_questions(facts: list[Fact], boxes: Boxes) -> Iterator[Question]:
                   lambda fact, room=f"{wall} room": fact.room == room)
 
 
-def dense_questions(facts: list[Fact], marks: list) -> Iterator[Question]:
+def dense_question(facts: list[Fact], marks: list) -> Question:
     """One answer that says something about every mark: many bindings for few tokens."""
     shown = sorted((mark, fact.name) for mark, fact in zip(marks, facts) if mark is not None)
     answer = ", ".join(f"<OBJ{mark:03d}> {name}" for mark, name in shown) + "."
-    yield Question("dense", "all", "List all objects.", [answer], [answer], {})
+    return Question("dense", "all", "List all objects.", [answer], [answer], {})
 
 
-def choose_questions(rng, candidates: list[Question], course: list[str],
-                     count: int) -> list[Question]:
-    """At most `count`: the kinds of the course in turn; of a kind a template at random, of a
-    template an answer (or eval_type) at random, so that few answers are right much too often."""
-    pools, chosen = {kind: [] for kind in course}, []
+def choose_questions(rng, candidates: list[Question], count: int) -> list[Question]:
+    """At most `count`: the benchmarks in turn; of one a template at random, of a template an answer
+    (or eval_type) at random, so that few answers are right much too often."""
+    pools, chosen = {benchmark: [] for benchmark in NEEDS}, []
     for question in candidates:
-        if question.benchmark in pools:
-            pools[question.benchmark].append(question)
+        pools[question.benchmark].append(question)
     while any(pools.values()) and len(chosen) < count:
         for pool in filter(None, pools.values()):
             template = rng.choice(sorted({question.template for question in pool}))
@@ -400,10 +398,11 @@ def mark_pattern(number: int, scale: int) -> np.ndarray:
     return np.kron(pattern, np.full((scale, scale), 255)).astype(np.uint8)
 
 
-def draw_marks(image: np.ndarray, shown: np.ndarray, marks: list, scale: int, least: float) -> None:
-    """Label each visible thing in a picture (h, w, 3): the patch that shows most of it and least of
-    the others takes its colour, and its number in the middle. So a number looks the same to the
-    vision tower wherever it stands, and its colour belongs to it.
+def draw_marks(image: np.ndarray, shown: np.ndarray, marks: list, label: bool, least: float
+               ) -> None:
+    """Write each visible thing's number into a picture (h, w, 3), in the middle of the patch that
+    shows most of it and least of the others: a number looks the same to the vision tower wherever
+    it stands. label: large, and on the thing's colour, which fills the patch.
 
     shown: (h, w) the thing of each pixel, or -1; least: pixels that a marked thing must have
     """
@@ -417,8 +416,9 @@ def draw_marks(image: np.ndarray, shown: np.ndarray, marks: list, scale: int, le
             continue
         taken.add(free[0])
         top, left = PATCH * np.array(free[0])
-        image[top:top + PATCH, left:left + PATCH] = np.median(bare[shown == thing], axis=0)
-        pattern = mark_pattern(mark, scale)
+        if label:
+            image[top:top + PATCH, left:left + PATCH] = np.median(bare[shown == thing], axis=0)
+        pattern = mark_pattern(mark, 2 if label else 1)
         (h, w), (height, width) = pattern.shape, shown.shape
         top = min(max(top + (PATCH - h) // 2, 0), height - h)
         left = min(max(left + (PATCH - w) // 2, 0), width - w)
@@ -445,7 +445,7 @@ def birds_eye(house: houses.House, marks: list, pixels: int) -> np.ndarray:
                               for corner in (start, end))
         image[z0:z1, x0:x1] = box.colour
         shown[z0:z1, x0:x1] = number.get(box.name, -1)
-    draw_marks(image, shown, marks, 2, 1)
+    draw_marks(image, shown, marks, True, 1)
     return image
 
 
@@ -485,7 +485,7 @@ def draw_frames(rng, house: houses.House, marks: list, count: int, side: int) ->
     poses = viewpoints(rng, house, sim, count)
     frames = sim.render(poses)
     for frame, shown in zip(frames, visible_things(sim, house, poses)):
-        draw_marks(frame, shown, marks, 1, VISIBLE * shown.size)
+        draw_marks(frame, shown, marks, False, VISIBLE * shown.size)
     return frames
 
 
@@ -524,8 +524,7 @@ def make_scene(task: tuple) -> Scene:
     facts = read_facts(house)
     questions = choose_questions(np.random.default_rng([*draw, 1001]), [
         *scanqa_questions(facts), *sqa3d_questions(house, facts), *object_questions(facts, boxes),
-        *multi3dref_questions(facts, boxes), *dense_questions(facts, marks)],
-        args.course, args.questions)
+        *multi3dref_questions(facts, boxes)], args.questions)
     name, drawn = f"{'hu'[draw[1]]}{number:05d}", [None] * len(marks) if args.no_marks else marks
     pictures = {} if args.no_bev else {
         f"images_3D/{name}.png": birds_eye(house, drawn, args.bev_pixels)}
@@ -534,7 +533,7 @@ def make_scene(task: tuple) -> Scene:
         pictures[f"images_2D/{name}/{k}.png"] = frame
     for path, picture in pictures.items():
         houses.write_file(os.path.join(args.out, path), encode(picture, "png"))
-    return Scene(name, list(pictures), boxes, questions)
+    return Scene(name, list(pictures), boxes, questions, [dense_question(facts, marks)])
 
 
 def progress(**bar) -> dict:
@@ -683,16 +682,20 @@ def real_scenes(args) -> dict[str, list[Scene]]:
 # ---------------------------------------------------------------- the files
 
 
+def sharegpt(asked: list[tuple[Scene, Question]]) -> list[dict]:
+    """A record for each answer that is trained."""
+    return [{"conversations": [
+        {"from": "human", "value": "<image>" * len(scene.images) + question.prompt},
+        {"from": "gpt", "value": answer}], "images": scene.images}
+        for scene, question in asked for answer in question.trained]
+
+
 def write_split(out: str, split: str, scenes: list[Scene]) -> None:
     """The files of one split."""
-    records, entries, corpus = [], defaultdict(list), {}
+    entries, corpus = defaultdict(list), {}
     boxes = {scene.name: scene.boxes for scene in scenes if scene.boxes}
     for scene in scenes:
         for question in scene.questions:
-            prompt = "<image>" * len(scene.images) + question.prompt
-            records += [{"conversations": [{"from": "human", "value": prompt},
-                                           {"from": "gpt", "value": answer}],
-                         "images": scene.images} for answer in question.trained]
             rows = entries[question.benchmark]
             rows.append({"scene_id": scene.name, "qid": len(rows), "obj_id": 0, "pred_id": 0,
                          "prompt": question.prompt, "ref_captions": question.references,
@@ -707,8 +710,9 @@ def write_split(out: str, split: str, scenes: list[Scene]) -> None:
         "proposals": {name: {"locs": b.proposals.round(4).tolist(), "objects": b.proposal_labels}
                       for name, b in boxes.items()}}
     files[f"selected_images_{split}"] = {scene.name: scene.images for scene in scenes}
-    files[split] = records
-    for benchmark in {*NEEDS, "dense"} - set(entries):         # of an earlier run
+    files[split] = sharegpt([(scene, q) for scene in scenes for q in scene.questions])
+    files[f"dense_{split}"] = sharegpt([(scene, q) for scene in scenes for q in scene.dense])
+    for benchmark in set(NEEDS) - set(entries):                 # of an earlier run
         if os.path.exists(os.path.join(out, f"{benchmark}_{split}.json")):
             os.remove(os.path.join(out, f"{benchmark}_{split}.json"))
     for name, content in files.items():

@@ -251,14 +251,14 @@ def test_files_do_not_depend_on_jobs_and_ablations_ask_the_same(exact, tmp_path)
 
 
 def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
-    write_json(tmp_path / "scanqa_val.json", ["of an earlier run"])
-    make(tmp_path, *SMALL, "--rooms", 1, "--course", "dense", "--bev-pixels", 112)
-    assert not os.path.exists(tmp_path / "scanqa_val.json")
+    write_json(tmp_path / "scan2cap_val.json", ["of an earlier run"])
+    make(tmp_path, *SMALL, "--rooms", 1, "--questions", 2, "--bev-pixels", 112)
+    assert not os.path.exists(tmp_path / "scan2cap_val.json")
     rows = load(tmp_path, "dense_val")
     assert len(rows) == 8
     for row in rows:
-        picture = np.asarray(Image.open(f"{tmp_path}/images_3D/{row['scene_id']}.png"))
-        text, = row["ref_captions"]
+        picture = np.asarray(Image.open(tmp_path / row["images"][0]))
+        text = row["conversations"][1]["value"]
         seen = [(f"{mark:03d}", {*hues(picture[top:top + 14, left:left + 14]).flat} - {""})
                 for mark, (top, left) in sorted(find_marks(picture, 2).items())]
         assert [(mark, {colour}) for mark, colour in re.findall(r"<OBJ(\d+)> (\w+)", text)] == seen
