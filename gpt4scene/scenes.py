@@ -44,7 +44,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
-from gpt4scene.scores import NEEDS, SQA_TYPES, box_iou
+from gpt4scene.scores import NEEDS, SQA_TYPES, box_iou, read_attributes
 from make_data import encode
 from world import houses
 from world.episodes import read_json
@@ -580,23 +580,6 @@ def read_records(path: str, key: str | None = None, **fields: type) -> list[dict
     return rows
 
 
-def read_attributes(path: str | None, flag: str) -> dict:
-    """A .pt file {scene: {"objects": n labels, "locs": (n, 6)}} -> {scene: (labels, boxes)}"""
-    if not path:
-        raise UserError(f"questions about objects need boxes: name their .pt file with {flag}")
-    import torch  # slow to load, and needed here only
-    try:
-        scenes = torch.load(path, map_location="cpu", weights_only=True)
-        found = {name: (list(scene["objects"]), np.asarray(scene["locs"], float).reshape(-1, 6))
-                 for name, scene in scenes.items()}
-        assert all(len(labels) == len(locs) for labels, locs in found.values()), "sizes differ"
-    except Exception as error:                      # unpickling fails in many ways
-        raise UserError(f"{flag} {path} does not hold {{scene: {{objects, locs}}}} ("
-                        f"{type(error).__name__}: {str(error)[:80]}); give the official attributes"
-                        ) from None
-    return found
-
-
 def read_sqa3d(questions: str, annotations: str) -> Iterator[dict]:
     """SQA3D's two files as one: each question with its "answers", as texts."""
     answers = {row["question_id"]: [answer["answer"] for answer in row["answers"]] for row in
@@ -669,9 +652,13 @@ def real_scenes(args) -> dict[str, list[Scene]]:
         raise UserError("real questions need pictures: name their folder with --images")
     boxes, asked = {}, defaultdict(list)
     if args.scan2cap or args.scanrefer or args.multi3dref:
-        truth = read_attributes(args.truth, "--truth")
-        proposals = read_attributes(args.proposals, "--proposals")
-        boxes = {scene: pair_boxes(*truth[scene], *proposals[scene])
+        if not (args.truth and args.proposals):
+            raise UserError("questions about objects need boxes: name their .pt files with --truth "
+                            "and --proposals")
+        truth, *_ = read_attributes(args.truth).values()        # our files hold both
+        *_, proposals = read_attributes(args.proposals).values()
+        boxes = {scene: pair_boxes(*(entries[scene].get(key, []) for entries in (truth, proposals)
+                                     for key in ("objects", "locs")))
                  for scene in truth if scene in proposals}
     for scene, question in real_questions(args, boxes, np.random.default_rng(args.seed)):
         asked[scene].append(question)

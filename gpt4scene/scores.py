@@ -350,9 +350,9 @@ def object_ids(text: str) -> list[int]:
 # ---------------------------------------------------------------- annotations
 
 
-def read_boxes(path: str) -> dict[str, dict[str, np.ndarray]]:
-    """Attributes -> {"truth" or "proposals": {scene: boxes (n, 6)}}. A file holds both, or as
-    released one of the two, scannet_val_attributes.pt the truth."""
+def read_attributes(path: str) -> dict[str, dict]:
+    """{"truth" or "proposals": {scene: {"locs": (n, 6), "objects": labels}}}. A file holds both,
+    or as released one of the two, scannet_val_attributes.pt the truth."""
     try:
         if path.endswith(".pt"):
             import torch
@@ -362,7 +362,7 @@ def read_boxes(path: str) -> dict[str, dict[str, np.ndarray]]:
         if "truth" not in content:
             truth = os.path.basename(path).startswith("scannet_val_")
             content = {"truth" if truth else "proposals": content}
-        return {name: {scene: np.asarray(entry["locs"], float).reshape(-1, 6)
+        return {name: {scene: {**entry, "locs": np.asarray(entry["locs"], float).reshape(-1, 6)}
                        for scene, entry in scenes.items()} for name, scenes in content.items()}
     except UserError:
         raise
@@ -381,7 +381,7 @@ def role_of(path: str) -> str | None:
 
 def read_annotations(paths: Iterable[str]) -> dict[str, Any]:
     """Files, and folders of them -> {benchmark: records; "corpus", "lookup": the file's content;
-    "truth", "proposals": boxes}. A folder's files for training are left out."""
+    "truth", "proposals": {scene: {"locs"}}}. A folder's files for training are left out."""
     files, found = [], {}
     for path in paths:
         inside = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
@@ -392,7 +392,7 @@ def read_annotations(paths: Iterable[str]) -> dict[str, Any]:
         if not role:
             raise UserError(f"{path} is no annotation file by its name: it must begin with "
                             f"{', '.join(NEEDS)}, or hold corpus, lookup or attributes")
-        parts = read_boxes(path) if role == "attributes" else {role: read_json(path)}
+        parts = read_attributes(path) if role == "attributes" else {role: read_json(path)}
         for name, content in parts.items():
             if name in found:
                 raise UserError(f"{path} is a second file of {name}: name only one")
@@ -410,12 +410,12 @@ def is_shaped(name: str, content) -> bool:
     if name == "corpus":
         return all(isinstance(texts, list) and texts and all(isinstance(text, str)
                    for text in texts) for texts in values)
-    return all(isinstance(value, (dict, np.ndarray)) for value in values)
+    return all(isinstance(value, dict) for value in values)
 
 
 def boxes_of(files: dict, name: str, scene: str, numbers: Sequence[int] | None = None):
     """A scene's "truth" or "proposals" (n, 6): all, or those of some numbers."""
-    boxes = files[name].get(scene)
+    boxes = files[name].get(scene, {}).get("locs")
     if boxes is None or not all(0 <= one < len(boxes) for one in numbers or ()):
         raise UserError(f"the attributes have no {name} {numbers or ''} in {scene}: give the file "
                         "that belongs to the annotations")

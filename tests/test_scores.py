@@ -168,6 +168,14 @@ def test_meteor_is_the_java_program_s_aggregate(coco, scanqa, monkeypatch):
     assert round(found["METEOR"].value, 6) == 0.169362
 
 
+def test_the_table_has_meteor_where_it_can_run(coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "path", [*sys.path, coco[1]])
+    run("first-reference", write(tmp_path / "scanqa_val.json", ROWS))
+    shown = capsys.readouterr().out
+    assert re.search(r"METEOR +[01]\.\d+\n", shown) and "METEOR is blank" not in shown
+
+
 def test_intervals_draw_whole_scenes():
     """BLEU's, from texts drawn as often as their scenes are."""
     rng, scenes = np.random.default_rng(1), [f"s{i % 7}" for i in range(40)]
@@ -188,8 +196,8 @@ def test_intervals_draw_whole_scenes():
 # proposal 2 lies elsewhere.
 
 CUBES = np.array([[x, 0, 0, 1, 1, 1] for x in (0.0, 3.0, 6.0)])
-FILES = {"truth": {"a": CUBES}, "proposals": {"a": CUBES[[1, 0, 0]] + [[0] * 6, [0.4] + [0] * 5,
-                                                                      [9] + [0] * 5]},
+SHIFTED = CUBES[[1, 0, 0]] + [[0] * 6, [0.4] + [0] * 5, [9] + [0] * 5]
+FILES = {"truth": {"a": {"locs": CUBES}}, "proposals": {"a": {"locs": SHIFTED}},
          "lookup": {"a": {"0": 0, "1": 1, "2": 1}},
          "corpus": {"a|0": ["sos a red cube eos"], "a|1": ["sos a blue cube eos"],
                     "b|4": ["sos a bed by the wall eos"]}}
@@ -287,8 +295,8 @@ def test_a_paired_comparison(tmp_path, capsys):
 
 
 MULTI = {"scene_id": "a", "ref_captions": [1], "eval_type": "zt_w_d"}
-BOXES = {name: {"a": {"locs": boxes["a"].tolist()}} for name, boxes in FILES.items()
-         if name in ("truth", "proposals")}
+BOXES = {name: {"a": {"locs": FILES[name]["a"]["locs"].tolist()}}
+         for name in ("truth", "proposals")}
 
 
 @pytest.mark.parametrize("files, arguments, words", [
@@ -343,4 +351,5 @@ def test_released_boxes_are_tensors(tmp_path):
     torch.save({"a": {"locs": torch.tensor(CUBES)}},
                tmp_path / "scannet_mask3d_val_attributes.pt")
     found = scores.read_annotations([str(tmp_path)])
-    assert sorted(found) == ["proposals", "truth"] and np.array_equal(found["truth"]["a"], CUBES)
+    assert sorted(found) == ["proposals", "truth"]
+    assert np.array_equal(found["truth"]["a"]["locs"], CUBES)
