@@ -508,29 +508,27 @@ def read_released(paths: Sequence[str], files: dict) -> dict[str, dict[str, dict
     return found
 
 
-def hand_in(word: str, files: dict) -> dict[str, dict[str, dict]]:
-    """first-reference of each question that has texts as references, constant:TEXT, or
-    blind:META, a constant for each template."""
-    found, blind = {}, {}
+def hand_in(word: str, files: dict) -> dict[str, dict]:
+    """Answers that need no model, as read_lines() gives them: first-reference of each question that
+    has texts as references, constant:TEXT, or blind:META, a constant for each template."""
+    names, blind = [name for name in NEEDS if name in files], {}
+    if word == "first-reference":
+        names = [name for name in names if name in ("scanqa", "sqa3d", "scan2cap")]
     if word.startswith("blind:"):
         try:
             blind = {template: row["constant"].replace("<obj", "<OBJ") for template, row in
                      read_json(word.removeprefix("blind:"))["blind"].items()}
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{word} names no meta.json of gpt4scene.scenes: name one") from None
-    for name in [name for name in NEEDS if name in files]:
-        if word.startswith("constant:"):
-            texts = [word.removeprefix("constant:")] * len(files[name])
-        elif blind:
-            texts = [blind.get(f"{name}/{row.get('template')}", "") for row in files[name]]
-        elif name in ("scanqa", "sqa3d", "scan2cap"):
-            texts = [(row.get("ref_captions") or row.get("answers") or [None])[0]
-                     for row in files[name]]
-        else:
-            continue
-        found[name] = {f"{name}/{i}": {**row, "pred": text}
-                       for i, (row, text) in enumerate(zip(files[name], texts))}
-    return found
+
+    def answer(name: str, row: dict) -> str | None:
+        if word == "first-reference":
+            return (row.get("ref_captions") or row.get("answers") or [None])[0]
+        if word.startswith("blind:"):
+            return blind.get(f"{name}/{row.get('template')}", "")
+        return word.removeprefix("constant:")
+    return {f"{name}/{i}": {"pred": answer(name, row)}
+            for name in names for i, row in enumerate(files[name])}
 
 
 def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
@@ -540,7 +538,7 @@ def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
                     for name in ("answers*.jsonl", "predictions_chunk_*.json"))
     paths = ours or theirs or [path] * os.path.isfile(path)
     if path == "first-reference" or path.startswith(("constant:", "blind:")):
-        found = hand_in(path, files)
+        found = join(path, hand_in(path, files), files)
     elif not paths:
         raise UserError(f"{path} holds no answers*.jsonl and no predictions_chunk_*.json: name a "
                         "folder that does, or one such file")
