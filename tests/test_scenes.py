@@ -252,7 +252,7 @@ def test_files_do_not_depend_on_jobs_and_ablations_ask_the_same(exact, tmp_path)
 
 def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
     write_json(tmp_path / "scan2cap_val.json", ["of an earlier run"])
-    make(tmp_path, *SMALL, "--rooms", 1, "--questions", 2, "--bev-pixels", 112)
+    make(tmp_path, *SMALL, "--rooms", 1, "--questions", 1, "--bev-pixels", 112)
     assert not os.path.exists(tmp_path / "scan2cap_val.json")
     rows = load(tmp_path, "dense_val")
     assert len(rows) == 8
