@@ -530,6 +530,12 @@ def check_walk_row(row) -> None:
     require(labels == () or (isinstance(labels, list) and len(labels) == len(actions) and all(
         isinstance(label, str) and set(label) <= set("0123") for label in labels)),
         "'labels' must hold one text of the digits 0 to 3 for each action")
+    poses = row.get("poses", ())
+    for t, (a, b) in enumerate(zip(poses, poses[1:])):          # quaternions that turn about +y
+        turned = abs(a[4] * b[4] + a[6] * b[6]) < 1 - 1e-5
+        require(turned == (actions[t] in (LEFT, RIGHT)),
+                f"its poses say that the robot turned{'' if turned else ' not'} at step {t}, where "
+                f"'actions' has {actions[t]}: are they shifted?")
 
 
 def check_episode_row(row, walks: dict) -> None:

@@ -46,6 +46,20 @@ def kill_when(process, condition):
     process.wait()
 
 
+def is_gone(pid, within_s=10):
+    """Has the process ended? (One that its parent has not waited for is a zombie: state Z.)"""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                if file.read().rpartition(")")[2].split()[0] == "Z":
+                    return True
+        except OSError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 # ---------------------------------------------------------------- a house of two rooms
 
 ROBOT = dict(ROBOTS["houses"], width=24, height=18)

@@ -150,6 +150,24 @@ class PolicyServer:
                           "completion_tokens": len(ids)}}
 
 
+def wait_until_it_answers(url, process=None):
+    deadline = time.monotonic() + 300                           # a guard, not a measurement
+    while True:
+        assert time.monotonic() < deadline and (process is None or process.poll() is None)
+        try:
+            return urllib.request.urlopen(url + "/health", timeout=5).close()
+        except OSError:
+            time.sleep(0.1)
+
+
+def serve_process(ckpt, port):
+    """tools.serve in a process of its own, once it answers."""
+    process = subprocess.Popen([sys.executable, "-m", "tools.serve", "--ckpt", str(ckpt), "--port",
+                                str(port)], cwd=ROOT)
+    wait_until_it_answers(f"http://127.0.0.1:{port}", process)
+    return process
+
+
 # ---------------------------------------------------------------- transformers serve
 
 # What `transformers serve` needs beyond requirements.txt. torchvision's own dependency, a CUDA

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import EPISODE, ROBOT, free_port
+from helpers import EPISODE, ROBOT, free_port, is_gone
 
 import evaluate
 import make_data
@@ -31,20 +31,6 @@ PYTHON = shlex.quote(sys.executable)
 def pool(scenes):
     with SimPool("house", ROBOT, scenes, sims=2, timeout_s=30) as pool:
         yield pool
-
-
-def is_gone(pid, within_s=10):
-    """Has the process ended? (One that its parent has not waited for is a zombie: state Z.)"""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                if file.read().rpartition(")")[2].split()[0] == "Z":
-                    return True
-        except OSError:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def pool_of(command, scenes_dir, sims=1, **more):

@@ -6,7 +6,6 @@ import base64
 import concurrent.futures
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -25,7 +24,12 @@ from cli import UserError, read_rows
 pytest.importorskip("starlette", reason="needs starlette (pip install starlette uvicorn)")
 pytest.importorskip("uvicorn", reason="needs uvicorn (pip install starlette uvicorn)")
 pytest.importorskip("httpx2", reason="needs httpx2 (requirements.txt)")
-from remote_servers import house_argv, learned_checkpoint  # noqa: E402
+from remote_servers import (  # noqa: E402
+    house_argv,
+    learned_checkpoint,
+    serve_process,
+    wait_until_it_answers,
+)
 
 from tools import remote, serve  # noqa: E402
 
@@ -65,16 +69,6 @@ class Endpoint:
     def health(self):
         with urllib.request.urlopen(self.url + "/health", timeout=60) as reply:
             return json.load(reply)
-
-
-def wait_until_it_answers(url, process=None):
-    deadline = time.monotonic() + 300                           # a guard, not a measurement
-    while True:
-        assert time.monotonic() < deadline and (process is None or process.poll() is None)
-        try:
-            return urllib.request.urlopen(url + "/health", timeout=5).close()
-        except OSError:
-            time.sleep(0.1)
 
 
 def frame(seed=0, size=56):
@@ -127,25 +121,19 @@ def test_a_server_that_is_killed_and_started_again(ego, window, tmp_path, monkey
     url = f"http://127.0.0.1:{port}"
     argv = house_argv(ego, window, tmp_path / "there", "--server", url)
 
-    def start():
-        process = subprocess.Popen([sys.executable, "-m", "tools.serve", "--ckpt", window,
-                                    "--port", str(port)], cwd=ROOT)
-        wait_until_it_answers(url, process)
-        return process
-
     def kill_after_a_row():
         while not rows.exists() or not rows.read_text():
             time.sleep(0.005)
         process.send_signal(signal.SIGKILL)
 
-    process = start()
+    process = serve_process(window, port)
     killer = threading.Thread(target=kill_after_a_row)
     killer.start()
     with pytest.raises((SystemExit, UserError), match="failed"):
         evaluate.main(evaluate.parse_args(argv))
     killer.join()
     process.wait()
-    process = start()
+    process = serve_process(window, port)
     try:
         evaluate.main(evaluate.parse_args(argv))
     finally:

@@ -605,6 +605,12 @@ def check_episodes(episodes: list[dict], truths: dict | None, source: str) -> No
         if truths is not None and str(episode["episode_id"]) not in truths:
             raise UserError(f"episode {episode['episode_id']} of {source} has no ground truth to "
                             "measure by: copy the _gt.json.gz of the same release")
+        truth = (truths or {}).get(str(episode["episode_id"]))
+        apart = math.dist(truth["locations"][0], episode["start_position"]) if truth else 0
+        if apart > 1:
+            raise UserError(f"the ground truth starts {apart:.1f} m from the start of episode "
+                            f"{episode['episode_id']} of {source}: it is another split's, or one "
+                            "of the two has its axes in another order; copy both of one release")
 
 
 def success_radius(episodes: list[dict]) -> float:
