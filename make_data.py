@@ -530,12 +530,14 @@ def check_walk_row(row) -> None:
     require(labels == () or (isinstance(labels, list) and len(labels) == len(actions) and all(
         isinstance(label, str) and set(label) <= set("0123") for label in labels)),
         "'labels' must hold one text of the digits 0 to 3 for each action")
-    poses = row.get("poses", ())
-    for t, (a, b) in enumerate(zip(poses, poses[1:])):          # quaternions that turn about +y
+    poses = row.get("poses", [])
+    require(isinstance(poses, list) and all(isinstance(p, list) and len(p) == 7 and all(
+        type(v) in (int, float) for v in p) for p in poses), "'poses' must hold lists of 7 numbers")
+    for t, (action, a, b) in enumerate(zip(actions, poses, poses[1:])):     # x, y, z, qx, qy, ..
         turned = abs(a[4] * b[4] + a[6] * b[6]) < 1 - 1e-5
-        require(turned == (actions[t] in (LEFT, RIGHT)),
-                f"its poses say that the robot turned{'' if turned else ' not'} at step {t}, where "
-                f"'actions' has {actions[t]}: are they shifted?")
+        require(turned == (action in (LEFT, RIGHT)),
+                f"the robot turned{'' if turned else ' not'} between poses {t} and {t + 1}, and "
+                f"action {t} is {action}: are the actions shifted?")
 
 
 def check_episode_row(row, walks: dict) -> None:
