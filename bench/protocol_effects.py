@@ -3,12 +3,14 @@ What the details of a protocol are worth: one fixed policy, one detail changed a
 
 Changes of the robot (camera angle, turn angle, sliding) walk all episodes again with the policy as
 it is: its prompt goes on to name the turns that it was trained with, which is what happens when an
-evaluator's robot is not that of the training data. The other changes (step cap, radius, nDTW,
-what becomes of episodes without a result) follow from the episodes of the first run. Differences
-are paired: the same episodes, the same policy, greedy. Intervals: a bootstrap over scenes.
+evaluator's robot is not that of the training data. With --sim-command habitat-sim walks some of
+the episodes as well. The other changes (step cap, radius, nDTW, what becomes of episodes without a
+result) follow from the episodes of the first run. Differences are paired: the same episodes, the
+same policy, greedy. Intervals: a bootstrap over scenes.
 
 Run it   python bench/protocol_effects.py --ckpt ckpt/sft --out results/effects
          python bench/protocol_effects.py .. --doc docs/protocol_effects.md       # write the page
+         python bench/protocol_effects.py .. --sim-command "$HABITAT -m world.worker"
 Writes   --out: a results folder per robot; the same command goes on after a kill
 Expect   a table. 1,200 walks of the demo's policy take some 3 minutes of one core, times four
 """
@@ -26,7 +28,7 @@ import evaluate  # noqa: E402
 from cli import DefaultsFormatter, positive_int, read_json, run_cli, write_text  # noqa: E402
 from evaluate import AT_RADIUS, evenly_spaced, known_rows  # noqa: E402
 from tools.report import paired_difference  # noqa: E402
-from world.episodes import read_ground_truth  # noqa: E402
+from world.episodes import read_ground_truth, scenes_of  # noqa: E402
 from world.protocol import format_card  # noqa: E402
 
 CAP = 501                                    # the first run's; the largest cap of docs/protocols
@@ -63,20 +65,25 @@ def parse_args(argv=None):
     p.add_argument("--split", default="val_unseen")
     p.add_argument("--limit", type=positive_int, default=1200)
     p.add_argument("--sims", type=positive_int, default=8)
+    p.add_argument("--sim-command", metavar="CMD", help="how a habitat-sim is started, as in "
+                   "docs/habitat.md: adds its row")
+    p.add_argument("--habitat-limit", type=positive_int, default=200, help="episodes of that row, "
+                   "evenly spaced")
     p.add_argument("--out", default="results/effects")
     p.add_argument("--doc", metavar="FILE.md", help="also write the page of docs/")
     return p.parse_args(argv)
 
 
-def walk(args, name: str, changes: dict) -> dict[str, dict]:
+def walk(args, name: str, changes: dict, *flags) -> dict[str, dict]:
     """Evaluate with a changed robot -> rows by id. evaluate.py refuses a robot that is not the
-    checkpoint's, so this replaces the function that chooses it."""
+    checkpoint's, so this replaces the function that chooses it. flags: of evaluate.py, also."""
     chosen, out = evaluate.choose_robot, os.path.join(args.out, name)
     evaluate.choose_robot = lambda *given: {**chosen(*given), **changes}
     try:
         evaluate.main(evaluate.parse_args([
             "--ckpt", args.ckpt, "--episodes", args.episodes, "--split", args.split, "--limit",
-            str(args.limit), "--sims", str(args.sims), "--max-actions", str(CAP), "--out", out]))
+            str(args.limit), "--sims", str(args.sims), "--max-actions", str(CAP), "--out", out,
+            *flags]))
     finally:
         evaluate.choose_robot = chosen
     return known_rows(out)
@@ -166,6 +173,12 @@ def main(args):
     base = walk(args, "base", {})
     rows = {name: row for name, row in base.items() if "success" in row}
     changes = {title: walk(args, "_".join(change), change) for title, change in ROBOTS.items()}
+    if args.sim_command:
+        found = walk(args, "habitat", {}, "--sim", "habitat", "--sim-command", args.sim_command,
+                     "--scenes", os.path.abspath(scenes_of(args.episodes)), "--sims", "2",
+                     "--limit", str(args.habitat_limit))
+        name = read_json(os.path.join(args.out, "habitat", "simulator.json"))["simulator"]
+        changes[f"{name}, not our simulator ({len(found):,} episodes)"] = found
     run = read_json(os.path.join(args.out, "base", "run.json"))
     truths = read_ground_truth(args.episodes, args.split, run["role"])
     changes |= changed_rows(rows, truths, run["radius_m"])

@@ -4,6 +4,7 @@ import pytest
 from helpers import FakePool, write_plane
 
 import evaluate
+from cli import read_json
 from evaluate import ndtw
 
 
@@ -56,12 +57,17 @@ def test_the_whole_of_it(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(evaluate, "parse_args", lambda argv: parse([*argv, "--agent", "oracle"]))
     args = protocol_effects.parse_args([
         "--episodes", write_plane(tmp_path / "data"), "--split", "val", "--out",
-        str(tmp_path / "out"), "--doc", str(tmp_path / "effects.md")])
+        str(tmp_path / "out"), "--doc", str(tmp_path / "effects.md"), "--sim-command", "habitat",
+        "--habitat-limit", "4"])
+    monkeypatch.setattr(evaluate, "scenes_used", lambda *given: {"count": 1, "sha256": "0"})
     table = protocol_effects.main(args)
     base, *changed = robots
     assert [{key for key in base if base[key] != robot[key]} for robot in changed] == [
-        {"hfov_deg"}, {"turn_deg"}, {"sliding"}]
-    assert len(table.splitlines()) == 3 + 3 + 6
+        {"hfov_deg"}, {"turn_deg"}, {"sliding"}, set()]
+    assert len(table.splitlines()) == 3 + 4 + 6
+    assert "| a fake, not our simulator (4 episodes) | 0 | 0 | 0 | 0 | 0 |" in table
+    held = read_json(tmp_path / "out" / "habitat" / "run.json")
+    assert (held["sim"], held["episodes"]) == ("habitat", 4)
     assert table in (tmp_path / "effects.md").read_text()
     assert "| HFOV 79 degrees, not 90 | 0 | 0 | 0 | 0 | 0 |" in table
     walked = len(robots)
