@@ -688,6 +688,10 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
     refused("1 scenes are missing below .* give the folder", "--scenes", str(tmp_path))
     refused("episode 77 .*has no ground truth", episodes=write_plane(
         tmp_path / "d2", **{"1": {"episode_id": 77}}))
+    refused("ground truth starts 3.0 m from the start of episode 1 of .* copy both of one release",
+            episodes=write_plane(tmp_path / "d4", **{"1": {"start_position": [0, 3, 0]}}))
+    refused("walks where the robot does not face .only 13% of its moves", episodes=write_plane(
+        tmp_path / "d5", **{str(i): {"start_rotation": [0, 1, 0, 0]} for i in range(8)}))
     refused("no common radius", episodes=write_plane(
         tmp_path / "d3", **{"1": {"goals": [{"position": [0, 0, 0], "radius": 2.0}]}}))
     evaluate_plane(monkeypatch, data, tmp_path / "out")

@@ -361,6 +361,23 @@ def test_damaged_recording(world, pool):
         assert f.read() == whole
 
 
+@pytest.mark.parametrize("change, sentence", [
+    (lambda row: row.update(actions=row["actions"][1:] + [0]),
+     "line 1: the robot turned( not)? between poses .*: are the actions shifted"),
+    (lambda row: row.update(poses=row["poses"][1:] + [[0, 0]]), "'poses' must hold lists of 7")])
+def test_a_recording_whose_actions_do_not_fit_its_poses(world, pool, change, sentence):
+    """Each frame would be trained with the label of another."""
+    data = record(world, world / "out")
+    with open(f"{data.folder}/walks.jsonl") as f:
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        change(row)
+    with open(f"{data.folder}/walks.jsonl", "w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    with pytest.raises(UserError, match=sentence):
+        VlnEgo(data.folder)
+
+
 def pictures_jpg():
     buffer = io.BytesIO()
     noise = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)

@@ -611,6 +611,12 @@ def check_episodes(episodes: list[dict], truths: dict | None, source: str) -> No
             raise UserError(f"the ground truth starts {apart:.1f} m from the start of episode "
                             f"{episode['episode_id']} of {source}: it is another split's, or one "
                             "of the two has its axes in another order; copy both of one release")
+    walks = paired(episodes, truths or {})
+    fit = turn_fit(walks[:200], walked_turn_deg(walks, 30))
+    if fit is not None and fit < 0.5:
+        raise UserError(f"the ground truth of {source} walks where the robot does not face (only "
+                        f"{fit:.0%} of its moves fit any turn angle): start_rotation is mirrored, "
+                        "or has another order or zero; copy both of one release")
 
 
 def success_radius(episodes: list[dict]) -> float:

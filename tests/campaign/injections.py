@@ -25,7 +25,6 @@ from remote_servers import PolicyServer
 import model
 from checkpoint import load_policy, save_policy
 from cli import read_json, read_rows, write_json, write_lines
-from tools import remote
 
 EXIT = {"refused": 2, "found": 1, "named": 0}
 
@@ -65,144 +64,113 @@ class Case:
         change(content)
         path.write_bytes(gzip.compress(json.dumps(content).encode()))
 
-    def edit_episode(self, **values):
-        """Fields of the first episode; those that are functions change the value that is there."""
-        def change(content):
-            episode = content["episodes"][0]
-            episode.update({key: value(episode[key]) if callable(value) else value
-                            for key, value in values.items()})
-        self.edit(change)
 
-    def edit_rows(self, change: Callable):
-        rows = read_rows(self.out / "episodes.jsonl")
-        change(rows)
-        write_lines(self.out / "episodes.jsonl", rows)
-
-
-# ---------------------------------------------------------------- episodes and ground truth
-
-
-def half_an_episode_file(case):
-    path = case.houses / "val_unseen" / "val_unseen.json.gz"
+def halve(path: Path):
     path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    return case.walk()
 
 
-def ground_truth_of_another_split(case):
-    """With the ids that are asked for, so that every episode finds one."""
+# ---------------------------------------------------------------- ways to inject
+
+
+def flags(*given, who="walk"):
+    return lambda case: getattr(case, who)(*given)
+
+
+def again(*given, who="walk"):
+    """A second run in the folder of the first, with other flags."""
+    return lambda case: (getattr(case, who)(), getattr(case, who)(*given))[1]
+
+
+def edited(change: Callable, ending=""):
+    """change(content) of the episode file, or of its ground truth."""
+    return lambda case: (case.edit(change, ending=ending), case.walk())[1]
+
+
+def first_episode(**values):
+    return edited(lambda content: content["episodes"][0].update(values))
+
+
+def each_episode(change: Callable):
+    return edited(lambda content: [change(episode) for episode in content["episodes"]])
+
+
+def damaged(change: Callable, then: str, before: str | None = None):
+    """change(case) of its files, between two of its commands."""
+    def inject(case):
+        if before:
+            getattr(case, before)()
+        change(case)
+        return getattr(case, then)()
+    return inject
+
+
+def changed_rows(change: Callable, then: str, before: str):
+    """change(rows) of a results folder."""
+    def change_file(case):
+        rows = read_rows(case.out / "episodes.jsonl")
+        change(rows)
+        write_lines(case.out / "episodes.jsonl", rows)
+    return damaged(change_file, then, before)
+
+
+def changed_weights(change: Callable, before: str | None = None):
+    """change(policy) in place, in the same folder."""
+    def change_file(case):
+        policy = load_policy(str(case.ckpt))
+        with torch.no_grad():
+            change(policy)
+        save_policy(policy, str(case.ckpt))
+    return damaged(change_file, "policy", before)
+
+
+# ---------------------------------------------------------------- changes that need some lines
+
+
+def turn_by_w(episode):
+    """w, x, y, z for x, y, z, w."""
+    episode["start_rotation"] = [episode["start_rotation"][i] for i in (3, 0, 1, 2)]
+
+
+def mirror(episode):
+    """Right is taken for left."""
+    episode["start_rotation"][1] *= -1
+
+
+def turn_z_up(episode):
+    x, y, z = episode["start_position"]
+    episode["start_position"] = [x, -z, y]
+
+
+def truth_of_val_seen(case):
+    """Under the ids that are asked for, so that every episode finds one."""
     found = []
     case.edit(lambda truths: found.extend(truths.values()), "val_seen", "_gt")
     case.edit(lambda truths: truths.update(zip(truths, found)), ending="_gt")
-    return case.walk()
 
 
-def equal_keys_in_the_ground_truth(case):
-    path = case.houses / "val_unseen" / "val_unseen_gt.json.gz"
-    text = gzip.decompress(path.read_bytes()).decode()
-    path.write_bytes(gzip.compress((text[:-1] + ', "1": {}, "1": {}}').encode()))
-    return case.walk()
-
-
-def duplicate_ids(case):
-    case.edit(lambda content: content["episodes"][1].update(
-        episode_id=content["episodes"][0]["episode_id"]))
-    return case.walk()
-
-
-def two_radii(case):
-    case.edit_episode(goals=lambda goals: [{**goals[0], "radius": 2.0}])
-    return case.walk()
-
-
-def another_radius(case):
-    def change(content):
-        for episode in content["episodes"]:
-            episode["goals"][0]["radius"] = 3.0
-    case.edit(change)
-    return case.walk()
-
-
-def mirrored_headings(case):
-    """Right is taken for left: all start rotations are turned the other way."""
-    def change(content):
-        for episode in content["episodes"]:
-            episode["start_rotation"][1] *= -1
-    case.edit(change)
-    return case.walk()
-
-
-def vertical_axis_z(case):
-    def change(content):
-        for episode in content["episodes"]:
-            x, y, z = episode["start_position"]
-            episode["start_position"] = [x, -z, y]
-    case.edit(change)
-    return case.walk()
-
-
-def no_ground_truth(case):
-    os.remove(case.houses / "val_unseen" / "val_unseen_gt.json.gz")
-    return case.walk()
-
-
-# ---------------------------------------------------------------- scenes
-
-
-def stale_scenes(case):
+def exchange_scenes(case):
     one, other = case.scene("u00000").read_bytes(), case.scene("u00001").read_bytes()
     case.scene("u00000").write_bytes(other)
     case.scene("u00001").write_bytes(one)
-    return case.walk()
+
+
+def without_hashes(case):
+    """As R2R's files are."""
+    case.edit(lambda content: content.pop("scenes"))
 
 
 def other_scenes_when_it_goes_on(case):
-    """An episode file without hashes, as R2R's, and another scene between two runs."""
-    case.edit(lambda content: content.pop("scenes"))
+    without_hashes(case)
     case.walk()
-    case.scene("u00000").write_bytes(case.scene("u00001").read_bytes())
+    exchange_scenes(case)
     return case.walk()
 
 
-def half_a_scene(case):
-    case.edit(lambda content: content.pop("scenes"))
-    path = case.scene("u00000")
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    return case.walk()
-
-
-# ---------------------------------------------------------------- recordings
-
-
-def shifted_labels(case):
-    """The actions of every walk moved by one step: each frame gets the next frame's label."""
+def shift_labels(case):
+    """Each frame gets the label of the next one."""
     rows = read_rows(case.ego / "walks.jsonl")
     write_lines(case.ego / "walks.jsonl", [
         {**row, "actions": row["actions"][1:] + [0]} for row in rows])
-    return case.train()
-
-
-def half_a_frame_store(case):
-    path = next((case.ego / "frames").iterdir())
-    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
-    return case.train()
-
-
-# ---------------------------------------------------------------- policy, server and simulator
-
-
-def mixed_dtypes(case):
-    case.policy()
-    return case.policy("--dtype", "bfloat16")
-
-
-def other_weights(case):
-    """The same folder, trained further, while its results folder goes on."""
-    case.policy()
-    policy = load_policy(str(case.ckpt))
-    with torch.no_grad():
-        next(policy.parameters()).add_(0.01)
-    save_policy(policy, str(case.ckpt))
-    return case.policy()
 
 
 def edited_prompt(case):
@@ -215,20 +183,9 @@ def edited_prompt(case):
         model.window_prompt = known
 
 
-def weights_that_give_no_numbers(case):
-    policy = load_policy(str(case.ckpt))
-    with torch.no_grad():
-        for weight in policy.parameters():
-            weight.mul_(1e17)
-    save_policy(policy, str(case.ckpt))
-    return case.policy()
-
-
-def unreadable_answers(case):
-    """Of an untrained policy."""
+def untrained(case):
     contract = load_policy(str(case.ckpt)).contract
     save_policy(load_policy("tiny", contract=contract, texts=["go"]), str(case.ckpt))
-    return case.policy()
 
 
 def another_prompt_at_the_server(case):
@@ -236,67 +193,27 @@ def another_prompt_at_the_server(case):
         return case.policy("--server", server.url, "--served-model", "it")
 
 
-def a_server_that_fails(case):
-    """It answers the check, and no request after it."""
-    remote.JsonClient.first_wait_s, wait_s = 0.01, remote.JsonClient.first_wait_s
-    try:
-        with PolicyServer(str(case.ckpt), lambda n, body: n and (500, "full", ())) as server:
-            return case.policy("--server", server.url, "--served-model", "it")
-    finally:
-        remote.JsonClient.first_wait_s = wait_s
-
-
-def a_simulator_of_other_code(case):
+def simulator_of_other_code(case):
     for name in ("cli.py", "reward.py", "world"):
         source = Path(ROOT) / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, case.folder / name)
     with open(case.folder / "world" / "house_sim.py", "a") as file:
         file.write("\nCONTACT_M = 1e-3\n")
-    return case.walk("--sim-command", f"sh -c 'cd {case.folder} && {sys.executable} -m "
-                                      "world.worker'")
+    return case.walk("--sim-command",
+                     f"sh -c 'cd {case.folder} && {sys.executable} -m world.worker'")
 
 
-def a_simulator_of_another_version(case):
-    case.walk("--max-actions", 9)
-    simulator = read_json(case.out / "simulator.json")
-    write_json(case.out / "simulator.json", {**simulator, "simulator": "house_sim 1"})
-    case.edit_rows(lambda rows: rows.pop())
-    return case.walk("--max-actions", 9)
+def another_simulator(case):
+    path = case.out / "simulator.json"
+    write_json(path, {**read_json(path), "simulator": "house_sim 1"})
+    path = case.out / "episodes.jsonl"
+    write_lines(path, read_rows(path)[:-1])
 
 
-# ---------------------------------------------------------------- results folders
-
-
-def again(*flags):
-    """A second run with other flags in the folder of the first."""
-    def inject(case):
-        case.walk()
-        return case.walk(*flags)
-    return inject
-
-
-def changed_results(change: Callable):
-    """change(rows) of a complete folder, which is then recomputed."""
-    def inject(case):
-        case.walk(agent="oracle")
-        case.edit_rows(change)
-        return case.recompute()
-    return inject
-
-
-def half_a_row(case):
-    """The last row is cut, as by a kill."""
-    case.walk()
+def cut_row(case):
+    """The last one, as a kill may do."""
     path = case.out / "episodes.jsonl"
     path.write_bytes(path.read_bytes()[:-20])
-    return case.walk()
-
-
-def a_damaged_row(case):
-    case.walk()
-    path = case.out / "episodes.jsonl"
-    path.write_bytes(path.read_bytes().replace(b'"end"', b'"end', 1))
-    return case.walk()
 
 
 def two_processes_in_one_folder(case):
@@ -323,101 +240,88 @@ class Injection(NamedTuple):
     words: str                  # which the answer must hold, a pattern
 
 
-def flags_given(*flags, who="walk"):
-    return lambda case: getattr(case, who)(*flags)
-
-
-def episode_with(**values):
-    def inject(case):
-        case.edit_episode(**values)
-        return case.walk()
-    return inject
-
-
-NAN, FAR = float("nan"), [500.0, 0.0, 500.0]
-INJECTIONS = [
-    Injection("half an episode file", half_an_episode_file, "refused", "is truncated"),
-    Injection("NaN in a start position", episode_with(start_position=[NAN, 0, 0]), "refused",
-              "invalid 'start_position'"),
-    Injection("NaN in a goal", episode_with(goals=[{"position": [NAN, 0, 0], "radius": 1.0}]),
-              "named", "1 unreachable"),
-    Injection("a goal that no path reaches", episode_with(goals=[{
-        "position": FAR, "radius": 1.0}]), "named", "1 unreachable"),
-    Injection("rotations in the order w, x, y, z", episode_with(
-        start_rotation=lambda q: [q[3], *q[:3]]), "refused", "invalid 'start_rotation'"),
-    Injection("duplicate ids", duplicate_ids, "refused", "not unique"),
-    Injection("equal keys in the ground truth", equal_keys_in_the_ground_truth, "refused",
-              "there twice"),
-    Injection("ground truth of another split", ground_truth_of_another_split, "refused",
-              "ground truth starts"),
-    Injection("ground truth of fewer episodes", lambda case: case.edit(
-        lambda truths: truths.popitem(), ending="_gt") or case.walk(), "refused",
-        "no ground truth to measure by"),
-    Injection("no ground truth", no_ground_truth, "named", "nDTW and SDTW are not measured"),
-    Injection("headings mirrored", mirrored_headings, "refused", "ground truth"),
-    Injection("start positions with z up", vertical_axis_z, "refused", "ground truth starts"),
-    Injection("goals of two radii", two_radii, "refused", "no common radius"),
-    Injection("another radius", another_radius, "named", r"success_m 3\.0 \(there 1\.0\)"),
-    Injection("a split that is not there", flags_given("--split", "val"), "refused",
-              "no episodes of split 'val'"),
-    Injection("stale scenes", stale_scenes, "refused", "one world on scenes of another"),
-    Injection("other scenes when a run goes on", other_scenes_when_it_goes_on, "refused",
-              "other scenes"),
-    Injection("half a scene", half_a_scene, "refused", "is truncated"),
-    Injection("a robot of another turn angle", flags_given("--robot", "r2r"), "refused",
-              "walked with turns of 30"),
-    Injection("another turn angle than the policy's", flags_given(
-        "--turn-deg", 15, who="policy"), "refused", "trained with turn_deg = 30"),
-    Injection("another HFOV than the policy's", flags_given(
-        "--hfov-deg", 79, who="policy"), "refused", "trained with hfov_deg = 90"),
-    Injection("another HFOV for a baseline", flags_given("--hfov-deg", 79), "named",
-              r"hfov_deg 79\.0 \(there 90\)"),
-    Injection("another step cap", flags_given("--max-actions", 400), "named",
-              r"max_actions 400 \(there 500\)"),
-    Injection("black frames", flags_given("--blank-frames", who="policy"), "named",
-              "control run: blank frames"),
-    Injection("shifted labels in a recording", shifted_labels, "refused",
-              "actions shifted"),
-    Injection("half a file of frames", half_a_frame_store, "refused", "missing or truncated"),
-    Injection("mixed dtypes in one folder", mixed_dtypes, "refused", "of other dtype"),
-    Injection("other weights in one folder", other_weights, "refused", "of other weights"),
-    Injection("an edited prompt in one folder", edited_prompt, "refused", "other prompt_sha256"),
-    Injection("another split in one folder", again("--split", "val_seen"), "refused",
-              "another measurement .*split"),
-    Injection("another cap in one folder", again("--max-actions", 400), "refused",
-              "of other max_actions"),
-    Injection("weights that give no numbers", weights_that_give_no_numbers, "refused",
-              "not finite"),
-    Injection("unreadable answers", unreadable_answers, "named", "100.0% .* plans unreadable"),
-    Injection("another prompt at the server", another_prompt_at_the_server, "refused",
-              "prompt tokens"),
-    Injection("a server that fails", a_server_that_fails, "refused", "failed 2 walks in a row"),
-    Injection("a simulator of other code", a_simulator_of_other_code, "refused",
-              "runs other code"),
-    Injection("a simulator of another version", a_simulator_of_another_version, "refused",
-              "begun with house_sim 1"),
-    Injection("half a row", half_a_row, "named", "walks 1 episodes"),
-    Injection("a damaged row", a_damaged_row, "refused", "is damaged"),
-    Injection("two processes in one folder", two_processes_in_one_folder, "refused",
-              "being written by another process"),
-    Injection("a success that was changed", changed_results(
-        lambda rows: rows[0].update(success=1 - rows[0]["success"])), "found", "success of"),
-    Injection("a row taken out", changed_results(lambda rows: rows.pop()), "found", "episodes: 4"),
-    Injection("a row twice", changed_results(lambda rows: rows.append(rows[0])), "found",
-              "scored: 4 is recorded, 5"),
-    Injection("a comparison of other episodes", comparison_of_other_episodes, "refused",
-              "did not measure the same thing"),
-]
+NAN = float("nan")
+INJECTIONS = [Injection(*row) for row in (
+    ("half an episode file", damaged(lambda case: halve(
+        case.houses / "val_unseen" / "val_unseen.json.gz"), "walk"), "refused", "is truncated"),
+    ("NaN in a start position", first_episode(start_position=[NAN, 0, 0]), "refused",
+     "invalid 'start_position'"),
+    ("NaN in a goal", first_episode(goals=[{"position": [NAN, 0, 0], "radius": 1.0}]), "named",
+     "1 unreachable"),
+    ("a goal that no path reaches", first_episode(goals=[{
+        "position": [500.0, 0.0, 500.0], "radius": 1.0}]), "named", "1 unreachable"),
+    ("rotations as w, x, y, z", each_episode(turn_by_w), "refused", "invalid 'start_rotation'"),
+    ("headings mirrored", each_episode(mirror), "refused", "where the robot does not face"),
+    ("positions with z up", each_episode(turn_z_up), "refused", "ground truth starts"),
+    ("duplicate ids", edited(lambda content: content["episodes"][1].update(
+        episode_id=content["episodes"][0]["episode_id"])), "refused", "not unique"),
+    ("ground truth of another split", damaged(truth_of_val_seen, "policy"), "refused",
+     "ground truth starts"),
+    ("ground truth of fewer episodes", edited(lambda truths: truths.popitem(), "_gt"), "refused",
+     "no ground truth to measure by"),
+    ("no ground truth", damaged(lambda case: os.remove(
+        case.houses / "val_unseen" / "val_unseen_gt.json.gz"), "walk"), "named",
+     "nDTW and SDTW are not measured"),
+    ("goals of two radii", first_episode(goals=[{"position": [0, 0, 0], "radius": 2.0}]),
+     "refused", "no common radius"),
+    ("another radius", each_episode(lambda episode: episode["goals"][0].update(radius=3.0)),
+     "named", r"success_m 3\.0 \(there 1\.0\)"),
+    ("stale scenes", damaged(exchange_scenes, "walk"), "refused", "one world on scenes of another"),
+    ("other scenes when a run goes on", other_scenes_when_it_goes_on, "refused", "other scenes"),
+    ("half a scene", damaged(lambda case: (without_hashes(case), halve(case.scene("u00000"))),
+                             "walk"), "refused", "is truncated"),
+    ("another turn angle, a baseline", flags("--robot", "r2r"), "refused",
+     "walked with turns of 30"),
+    ("another turn angle, a policy", flags("--turn-deg", 15, who="policy"), "refused",
+     "trained with turn_deg = 30"),
+    ("another HFOV, a baseline", flags("--hfov-deg", 79), "named", r"hfov_deg 79\.0 \(there 90\)"),
+    ("another HFOV, a policy", flags("--hfov-deg", 79, who="policy"), "refused",
+     "trained with hfov_deg = 90"),
+    ("another step cap", flags("--max-actions", 400), "named", r"max_actions 400 \(there 500\)"),
+    ("black frames", flags("--blank-frames", who="policy"), "named", "control run: blank frames"),
+    ("shifted labels in a recording", damaged(shift_labels, "train"), "refused",
+     "actions shifted"),
+    ("half a file of frames", damaged(lambda case: halve(next((case.ego / "frames").iterdir())),
+                                      "train"), "refused", "missing or truncated"),
+    ("mixed dtypes in one folder", again("--dtype", "bfloat16", who="policy"), "refused",
+     "of other dtype"),
+    ("other weights in one folder", changed_weights(
+        lambda policy: next(policy.parameters()).add_(0.01), "policy"), "refused",
+     "of other weights"),
+    ("an edited prompt in one folder", edited_prompt, "refused", "other prompt_sha256"),
+    ("another split in one folder", again("--split", "val_seen"), "refused",
+     "another measurement .*split"),
+    ("another cap in one folder", again("--max-actions", 400), "refused", "of other max_actions"),
+    ("weights that give no numbers", changed_weights(
+        lambda policy: [weight.mul_(1e17) for weight in policy.parameters()]), "refused",
+     "not finite"),
+    ("unreadable answers", damaged(untrained, "policy"), "named", "100.0% .* plans unreadable"),
+    ("another prompt at the server", another_prompt_at_the_server, "refused", "prompt tokens"),
+    ("a simulator of other code", simulator_of_other_code, "refused", "runs other code"),
+    ("another simulator in one folder", damaged(another_simulator, "walk", "walk"), "refused",
+     "begun with house_sim 1"),
+    ("half a row", damaged(cut_row, "walk", "walk"), "named", "walks 1 episodes"),
+    ("two processes in one folder", two_processes_in_one_folder, "refused",
+     "being written by another process"),
+    ("a success that was changed", changed_rows(lambda rows: rows[0].update(
+        success=1 - rows[0]["success"]), "recompute", "walk"), "found", "success of episode"),
+    ("a row taken out", changed_rows(lambda rows: rows.pop(), "recompute", "walk"), "found",
+     "episodes: 4 is recorded, 3"),
+    ("a row twice", changed_rows(lambda rows: rows.append(rows[0]), "recompute", "walk"), "found",
+     "scored: 4 is recorded, 5"),
+    ("a comparison of other episodes", comparison_of_other_episodes, "refused",
+     "did not measure the same thing"),
+)]
 
 
 def line_with(words: str, text: str) -> str:
-    """The line that holds the pattern, from 30 letters before it; else the last line."""
+    """The line that holds the pattern, from some letters before it; else the last line."""
     for line in text.splitlines():
         found = re.search(words, line)
         if found:
-            start = max(0, min(found.start() - 30, len(line) - 100))
-            return ".." * bool(start) + line[start:start + 100].strip()
-    return (text.strip().splitlines() or [""])[-1][:100]
+            start = max(0, min(found.start() - 20, len(line) - 90))
+            return ".." * bool(start) + line[start:start + 90].strip()
+    return (text.strip().splitlines() or [""])[-1][:90]
 
 
 def main(ego: str, folder: str) -> int:
@@ -428,10 +332,10 @@ def main(ego: str, folder: str) -> int:
         place = Path(folder) / str(number)
         shutil.rmtree(place, ignore_errors=True)
         done = inject(Case(ego, place))
-        text = done.stdout + done.stderr
+        text = (done.stdout + done.stderr).replace(f"{place}{os.sep}", "")
         good = done.returncode == EXIT[answer] and re.search(words, text) is not None
         wrong += not good
-        print(f"| {name} | {answer if good else 'NOT ' + answer} | {done.returncode} | "
+        print(f"| {name} | {answer if good else 'NOT ' + answer} | {int(done.returncode)} | "
               f"{line_with(words, text)} |", flush=True)
         shutil.rmtree(place)
     print(f"{len(INJECTIONS) - wrong} of {len(INJECTIONS)} injections are refused, found or named")
