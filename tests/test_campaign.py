@@ -25,16 +25,16 @@ def campaign(ego):
 def test_killed_simulators_cost_no_episode(campaign, monkeypatch, capsys):
     monkeypatch.setattr(script, "TARGETS", ("simulator",))
     script.kills(campaign)
-    told = capsys.readouterr().out
-    assert "2 kills in " in told and "0 episodes lost, scored twice or different" in told
+    printed = capsys.readouterr().out
+    assert "2 kills in " in printed and "0 episodes lost, scored twice or different" in printed
     assert campaign.failed == 0
 
 
 def test_evaluations_in_a_loop_lose_nothing(campaign, capsys):
     script.hour(campaign)
-    told = capsys.readouterr().out
-    assert " 0 episodes lost or different, 0 scored twice\n" in told
-    assert "slopes an hour after the first sixth: RSS " in told         # too short to hold them
+    printed = capsys.readouterr().out
+    assert " 0 episodes lost or different, 0 scored twice\n" in printed
+    assert "slopes an hour after the first sixth: RSS " in printed         # too short to hold them
 
 
 def test_what_is_different_is_noticed(campaign):

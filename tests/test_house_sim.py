@@ -137,6 +137,9 @@ def test_a_goal_without_a_way_is_infinitely_far_and_said_so(scenes):
             house.expert_action()
     with pytest.raises(SimError, match="two.glb.*inside an obstacle"):
         house.reset(dict(EPISODE, start_position=[-2.1, 0, 0.95]))
+    for wrong in ({"start_position": [-3, 1, 0]}, {"goals": [{"position": [3.2, -0.6, 0]}]}):
+        with pytest.raises(SimError, match="is not on the floor, where y is 0"):
+            house.reset({**EPISODE, **wrong})
     house.reset({key: EPISODE[key] for key in EPISODE if key != "goals"})
     assert house.state()["distance_to_goal"] is None
 

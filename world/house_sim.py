@@ -497,9 +497,13 @@ class HouseSim:
         self.fields = {}
 
     def reset(self, episode: dict) -> None:
-        """Load the episode's scene and stand at its start. SimError if either cannot be done."""
+        """Load the episode's scene and stand at its start. SimError if either cannot be done, or if
+        a goal is not on the floor."""
         self.load(episode["scene_id"])
         self.goals = [goal["position"] for goal in episode.get("goals") or []]
+        off = [p for p in (episode["start_position"], *self.goals) if abs(p[1]) > 0.5]
+        if off:                                             # its axes are in another order
+            raise SimError(f"{self.scene.path}: {off[0]} is not on the floor, where y is 0")
         self.set_pose(episode["start_position"], episode["start_rotation"])
         # A goal straight behind is as near by left turns as by right ones. "Always left" would be a
         # rule that no picture shows, so a hash of the start decides.

@@ -137,8 +137,14 @@ def mirror(episode):
 
 
 def turn_z_up(episode):
-    x, y, z = episode["start_position"]
-    episode["start_position"] = [x, -z, y]
+    for record, key in ((episode, "start_position"), (episode["goals"][0], "position")):
+        x, y, z = record[key]
+        record[key] = [x, -z, y]
+
+
+def z_up_without_ground_truth(case):
+    os.remove(case.houses / "val_unseen" / "val_unseen_gt.json.gz")
+    return each_episode(turn_z_up)(case)
 
 
 def truth_of_val_seen(case):
@@ -253,6 +259,8 @@ INJECTIONS = [Injection(*row) for row in (
     ("rotations as w, x, y, z", each_episode(turn_by_w), "refused", "invalid 'start_rotation'"),
     ("headings mirrored", each_episode(mirror), "refused", "where the robot does not face"),
     ("positions with z up", each_episode(turn_z_up), "refused", "ground truth starts"),
+    ("positions with z up, no ground truth", z_up_without_ground_truth, "named",
+     "episodes are invalid .* not on the floor"),
     ("duplicate ids", edited(lambda content: content["episodes"][1].update(
         episode_id=content["episodes"][0]["episode_id"])), "refused", "not unique"),
     ("ground truth of another split", damaged(truth_of_val_seen, "policy"), "refused",
