@@ -26,7 +26,7 @@ def test_killed_simulators_cost_no_episode(campaign, monkeypatch, capsys):
     monkeypatch.setattr(script, "TARGETS", ("simulator",))
     script.kills(campaign)
     printed = capsys.readouterr().out
-    assert "2 kills in " in printed and "0 episodes lost, scored twice or different" in printed
+    assert "2 kills in " in printed and " 0 episodes lost, scored twice or different" in printed
     assert campaign.failed == 0
 
 

@@ -160,7 +160,7 @@ class Disturbed:
 
     def __init__(self, campaign: Campaign, target: str, number: int, moments: list[float]):
         self.campaign, self.target, self.moments = campaign, target, moments
-        self.name, self.runs, self.errors = f"killed_{target}_{number}", 0, 0
+        self.name, self.runs, self.again = f"killed_{target}_{number}", 0, set()
         self.out, self.rng = campaign.folder(self.name), random.Random(f"{target} {number}")
         self.port, self.server, self.said = free_port(), None, []
 
@@ -193,7 +193,7 @@ class Disturbed:
             except subprocess.TimeoutExpired:
                 self.kill(process, self.moments.pop(0))
         status = process.wait(timeout=1200)
-        self.errors += len(self.rows()) - len(self.finished())
+        self.again |= {row["episode_id"] for row in self.rows() if row["end"] == "error"}
         return status
 
     def kill(self, process, after_s: float):
@@ -231,7 +231,7 @@ def kills(campaign: Campaign):
     print(f"\nkill -9 of ..  at (seed {campaign.args.seed})")
     for target in TARGETS:
         moments = [rng.uniform(0, campaign.seconds / 2) for _ in range(campaign.args.kills)]
-        runs = lost = errors = number = 0
+        runs = lost = again = number = 0
         while moments:
             now, moments = moments[:5], moments[5:]
             walk = Disturbed(campaign, target, number, now)
@@ -240,10 +240,10 @@ def kills(campaign: Campaign):
             differ = campaign.differing(walk.name)
             print(f"{target:12}  {', '.join(walk.said)}" + campaign.check(once and not differ),
                   flush=True)
-            runs, lost, errors = runs + walk.runs, lost + differ, errors + walk.errors
+            runs, lost, again = runs + walk.runs, lost + differ, again + len(walk.again)
         print(f"{target:12}  {campaign.args.kills} kills in {number} evaluations, {runs} starts: "
-              f"{errors} walks without a result were walked again; {lost} episodes lost, scored "
-              "twice or different")
+              f"{again} episodes without a result were walked again by the same command; {lost} "
+              "episodes lost, scored twice or different")
 
 
 # ---------------------------------------------------------------- hour
@@ -286,7 +286,7 @@ def hour(campaign: Campaign):
             try:
                 campaign.evaluate("hour", "--sims", 3)
                 break
-            except (UserError, SystemExit):                     # killed while it started, or thrice
+            except (UserError, SystemExit):                     # while it starts, or 3 times in a walk
                 counts["starts again"] += 1
         timing = read_json(os.path.join(out, "timing.json"))
         counts.update(evaluations=1, episodes=len(campaign.expected.splitlines()),
