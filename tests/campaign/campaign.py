@@ -286,7 +286,7 @@ def hour(campaign: Campaign):
             try:
                 campaign.evaluate("hour", "--sims", 3)
                 break
-            except (UserError, SystemExit):                     # while it starts, or 3 times in a walk
+            except (UserError, SystemExit):                     # at its start, or thrice
                 counts["starts again"] += 1
         timing = read_json(os.path.join(out, "timing.json"))
         counts.update(evaluations=1, episodes=len(campaign.expected.splitlines()),
