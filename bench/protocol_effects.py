@@ -41,17 +41,22 @@ PAGE = """# What are we benchmarking?
 How much do the details of a protocol change the result of one and the same policy? One policy
 of the houses (SFT, tiny, on a CPU), the same episodes, greedy; one detail changed at a time,
 and the difference to the first run, with its 95% interval (a bootstrap over houses).
-`bench/protocol_effects.py` walks and prints all of it. [evaluation.md](evaluation.md) says
-which published protocol has which detail. The houses are small and these figures hold for them;
-on R2R, where walks are longer and rooms are cluttered, the same details can be worth more or
-less.
+[evaluation.md](evaluation.md) says which published protocol has which detail. The houses are
+small and these figures hold for them; on R2R, where walks are longer and rooms are cluttered,
+the same details can be worth more or less.
+
+```bash
+{command}
+```
 
 <!-- protocol-effects -->
 {table}
 <!-- /protocol-effects -->
 
 The policy's prompt goes on to name turns of 30 degrees where the simulator turns 15: that is
-what a mismatch between training data and evaluator does. Episodes without a result are not an
+what a mismatch between training data and evaluator does. The row of habitat-sim has the same
+robot and the same rules; what differs is how pixels are rendered and how a body slides along a
+wall ([habitat.md](habitat.md) has both in numbers). Episodes without a result are not an
 effect of the policy at all: their rows show what becomes of the means if 2% of the episodes,
 evenly spaced, were lost and then counted.
 """
@@ -169,6 +174,14 @@ def make_table(rows: dict[str, dict], changes: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+def command_of(args) -> str:
+    """The command that writes the page."""
+    flags = ["--ckpt", args.ckpt, "--episodes", args.episodes, "--limit", str(args.limit)]
+    if args.sim_command:
+        flags += ["--sim-command", '"$HABITAT -m world.worker"']
+    return " ".join(["python bench/protocol_effects.py", *flags, "--doc", args.doc])
+
+
 def main(args):
     base = walk(args, "base", {})
     rows = {name: row for name, row in base.items() if "success" in row}
@@ -186,7 +199,8 @@ def main(args):
     print(table)
     if args.doc:
         card = format_card(read_json(os.path.join(args.out, "base", "protocol.json")))
-        write_text(args.doc, PAGE.format(table=f"{table}\n\n```\n{card}\n```"))
+        write_text(args.doc, PAGE.format(table=f"{table}\n\n```\n{card}\n```",
+                                         command=command_of(args)))
     return table
 
 
