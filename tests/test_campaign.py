@@ -17,13 +17,12 @@ import injections  # noqa: E402
 @pytest.fixture(scope="module")
 def campaign(ego):
     root = os.path.dirname(os.path.dirname(ego))                # holds houses and ego
-    args = script.parse_args(["kills", "hour", "--kills", "2", "--minutes", "0.1", "--every-s",
-                              "0.3", "--out", root])
+    args = script.parse_args(["kills", "hour", "--kills", "2", "--minutes", "0.05", "--every-s",
+                              "0.5", "--targets", "simulator", "--out", root])
     return script.Campaign(args)
 
 
-def test_killed_simulators_cost_no_episode(campaign, monkeypatch, capsys):
-    monkeypatch.setattr(script, "TARGETS", ("simulator",))
+def test_killed_simulators_cost_no_episode(campaign, capsys):
     script.kills(campaign)
     printed = capsys.readouterr().out
     assert "2 kills in " in printed and " 0 episodes lost, scored twice or different" in printed
