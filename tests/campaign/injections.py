@@ -323,12 +323,14 @@ INJECTIONS = [Injection(*row) for row in (
 
 
 def line_with(words: str, text: str) -> str:
-    """The line that holds the pattern, from some letters before it; else the last line."""
+    """90 letters of the line that holds the pattern, from whole words before it; else of the last
+    line."""
     for line in text.splitlines():
+        line = re.sub(r"^\S+: error: ", "", line)
         found = re.search(words, line)
         if found:
-            start = max(0, min(found.start() - 20, len(line) - 90))
-            return ".." * bool(start) + line[start:start + 90].strip()
+            start = line.rfind(" ", 0, max(0, min(found.start() - 15, len(line) - 90))) + 1
+            return ".. " * bool(start) + line[start:start + 90].strip()
     return (text.strip().splitlines() or [""])[-1][:90]
 
 
