@@ -163,6 +163,7 @@ class Disturbed:
         self.campaign, self.target, self.moments = campaign, target, moments
         self.name, self.runs, self.again = f"killed_{target}_{number}", 0, set()
         self.out, self.rng = campaign.folder(self.name), random.Random(f"{target} {number}")
+        self.timing = os.path.join(self.out, "timing.json")
         self.port, self.server, self.said = free_port(), None, []
 
     def run(self):
@@ -177,11 +178,13 @@ class Disturbed:
             if self.server:
                 self.server.kill()
                 self.server.wait()
-        walks = read_json(os.path.join(self.out, "timing.json"))["walks"]
+        walks = read_json(self.timing)["walks"] if os.path.exists(self.timing) else 0
         return self.known + walks == len(self.campaign.expected.splitlines())
 
     def run_once(self, flags: list) -> int:
         """The same command once -> its exit status."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(self.timing)                              # of a run that was killed at its end
         self.known, self.runs = len(self.finished()), self.runs + 1
         process = subprocess.Popen([sys.executable, "evaluate.py", *self.campaign.argv(
             self.name, *flags)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
