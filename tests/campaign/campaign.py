@@ -184,7 +184,7 @@ class Disturbed:
     def run_once(self, flags: list) -> int:
         """The same command once -> its exit status."""
         with contextlib.suppress(FileNotFoundError):
-            os.remove(self.timing)                              # of a run that was killed at its end
+            os.remove(self.timing)                              # of a run killed at its end
         self.known, self.runs = len(self.finished()), self.runs + 1
         process = subprocess.Popen([sys.executable, "evaluate.py", *self.campaign.argv(
             self.name, *flags)], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
