@@ -258,6 +258,7 @@ def test_a_start_in_a_wall_is_named_once_and_not_walked_again(houses, tmp_path, 
         if episode["episode_id"] == 1:
             episode["start_position"] = inside_a_thing(houses, episode)
     edit_episodes(houses, "val_unseen", in_a_wall)
+    os.remove(houses / "val_unseen" / "val_unseen_gt.json.gz")          # it starts elsewhere
     found = walk_stop(houses, tmp_path / "y")
     assert (found["invalid"], found["errors"], found["scored"]) == (1, 0, 3)
     told = capsys.readouterr().out
