@@ -315,6 +315,7 @@ class RolloutEnv:
         source = args.episodes or EPISODES.get(policy.contract["dataset"], EPISODES["houses"])
         self.episodes = read_episodes(source, split, args.role, args.languages)
         self.truths = read_ground_truth(source, split, args.role)
+        check_episodes(self.episodes, self.truths, f"{source} ({split})")
         self.scenes = args.scenes or scenes_of(source)
         self.robot = choose_robot(args, args.init, policy.contract, dataset_of(self.episodes[0]))
         if args.episode_list and split == args.split:
@@ -322,7 +323,6 @@ class RolloutEnv:
                                                     f"{source} ({split})")
             self.truths |= {name: {**self.truths[name], "actions": actions}
                             for name, actions in listed.items() if name in self.truths}
-        check_episodes(self.episodes, self.truths, f"{source} ({split})")
         check_context(policy, [e["instruction"]["instruction_text"] for e in self.episodes],
                       self.robot)
         scenes_used(args, self.robot, self.scenes, self.episodes)
