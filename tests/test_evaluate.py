@@ -128,6 +128,17 @@ def test_a_walk_around_a_corner_by_hand():
     assert ndtw(path, reference, success_distance=1.0) == pytest.approx(math.exp(-2 / 3))
 
 
+def test_a_pose_that_moved_by_less_than_a_micrometre_adds_no_point_to_the_path():
+    """Against a wall; tools.recompute, which knows the recorded places only, agrees."""
+    walk = EpisodeState(fake_episode("1"), "Go.")
+    places = [[0, 0, 0], [0, 0, -1], *([k * 1e-9, 0, -1] for k in range(1, 20)), [0, 0, -2]]
+    walk.states = [{"position": place, "rotation": [0, 0, 0, 1], "collided": False,
+                    "distance_to_goal": 2.0 + place[2]} for place in places]
+    walk.actions, walk.end = [1] * (len(places) - 1) + [0], "stop"
+    row = evaluate.episode_record(walk, [[0, 0, 0], [0, 0, -1], [0, 0, -2]], 1.0, 3.0)
+    assert row["ndtw"] == 1.0
+
+
 def test_oracle_success_counts_the_start_and_spl_is_finite_without_a_step():
     metrics = functools.partial(episode_metrics, stopped=True, radius=1.0)
     assert metrics([0.5, 4.0], 4.0)["oracle_success"] == 1.0
