@@ -230,7 +230,7 @@ def check_flags(args, contract: dict) -> None:
 def main(args):
     # 1. read and check
     args = argparse.Namespace(**vars(args) | {          # what evaluate.py has as flags of its own
-        "agent": "policy", "ckpt": args.policy, "server": None, "malformed": "stop",
+        "agent": "policy", "ckpt": args.policy, "nav": None, "server": None, "malformed": "stop",
         "blank_frames": False, "dtype": None, "threads": 1})
     ckpt, contract = choose_ckpt(args)
     check_flags(args, contract)
