@@ -265,18 +265,30 @@ class Cache(NamedTuple):
                              values=[v.detach() for v in self.values])
 
 
+def branch_visibility(branch: Tensor, t: int) -> Callable:
+    """Which of the last t tokens see which: sees(row, head, query, key) -> bool, of numbers or of
+    index tensors. A token sees what is common or of its own branch, no later than itself.
+
+    branch (N, P + T): of all keys. (What padded queries see does not matter.)
+    """
+    past = branch.shape[1] - t
+
+    def sees(row, head, query, key):
+        seen = branch[row, key]
+        return ((seen == COMMON) | (seen == branch[row, past + query])) & (key <= past + query)
+    return sees
+
+
 class DecoderPass:
     """What decoder_attention() knows about one pass, and the keys and values that it leaves.
 
     Linear layers, norms and MLPs run on the X real tokens of all rows, one after another. Only
     attention needs rows: there the X tokens are put at their places, `real`, in (N, T).
 
-    real: int64 (X,), None if nothing is padded; mask: (N, 1, R * T, P + T) added to the scores
-    (0 or minus infinity), once for each of the R heads that share keys; None: causal.
+    real: int64 (X,), None if nothing is padded; mask: what Qwen._mask made; None: causal.
     """
 
-    def __init__(self, n: int, t: int, real: Tensor | None, mask: Tensor | None,
-                 past: Cache | None):
+    def __init__(self, n: int, t: int, real: Tensor | None, mask, past: Cache | None):
         self.n, self.t, self.real, self.mask, self.past = n, t, real, mask, past
         self.keys, self.values = [], []
 
@@ -322,6 +334,9 @@ def decoder_attention(module, query, key, value, attention_mask, scaling=None, d
         # Nothing is cached and padding is on the right: all that a token must not see comes later.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling,
                                            enable_gqa=kv_heads < q.shape[1])
+    elif not torch.is_tensor(mask):
+        y = block_attention()(q, k, v, block_mask=mask, scale=scaling,
+                              enable_gqa=kv_heads < q.shape[1])
     else:
         # Heads that share keys become rows of one head: kernels with a mask know no grouped heads,
         # and copies of k and v for each would be kept for the backward pass.
@@ -329,6 +344,16 @@ def decoder_attention(module, query, key, value, attention_mask, scaling=None, d
                                            attn_mask=mask, scale=scaling)
         y = y.unflatten(2, (-1, decoder_pass.t)).flatten(1, 2)
     return decoder_pass.packed(y), None
+
+
+BLOCK = 128                      # tokens a side; a block that no query sees is not computed
+
+
+@lru_cache(maxsize=1)
+def block_attention() -> Callable:
+    """flex_attention, compiled once for all lengths and masks."""
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=True)
 
 
 def vision_attention(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_q=None,
@@ -417,6 +442,7 @@ class Qwen(nn.Module):
     """
 
     base: str | None = None         # folder of the frozen model, if only an adapter is trained
+    block_masks = False             # compile_layers
 
     def __init__(self, model: nn.Module, processor: dict):
         super().__init__()
@@ -459,11 +485,13 @@ class Qwen(nn.Module):
 
     def compile_layers(self, backend: str | Callable = "inductor"):
         """torch.compile attention's projections, MLP and norms of each layer: one graph serves all
-        layers of a kind and all lengths. It is made in the first pass that needs it.
+        layers of a kind and all lengths. It is made in the first pass that needs it. On a GPU long
+        passes get flex_attention with block masks, which only a compiler makes fast.
 
         A layer as a whole would not do: transformers checkpoints inside of it, and nothing is
         compiled within checkpoint() where a graph has a break, as attention is one.
         """
+        self.block_masks = self.device.type == "cuda"
         torch.compiler.config.recompile_limit = 64     # one file's models count together
         for layer in self.layers:
             for part in layer.children():
@@ -556,14 +584,14 @@ class Qwen(nn.Module):
         return embeds.index_copy(0, where, first), deepstack
 
     def decode(self, segments: list[Segment], past: Cache | None = None,
-               before: list[float] | None = None, attn_mask: Tensor | None = None
+               before: list[float] | None = None, sees: Callable | None = None
                ) -> tuple[Tensor, Cache]:
         """Run a segment for each row over that row's cache, in one pass of transformers' decoder ->
         hidden (N, T, H) after the last norm, padded on the right, and the Cache of P + T tokens.
 
-        past: of N rows; attn_mask (N, T, T) bool: which new tokens see which, default: those
-        before them that are common or of their own branch; before: the number of cached tokens
-        that a segment's tokens see (for the count of FLOPs only).
+        past: of N rows; before: the number of cached tokens that a segment's tokens see (for the
+        count of FLOPs only); sees(row, head, query, key): which new tokens see which (without
+        past), default: branch_visibility().
         A token never sees padding, a rejected draft, another row, or another answer's branch.
         """
         lengths = torch.tensor([len(segment.ids) for segment in segments])
@@ -577,28 +605,26 @@ class Qwen(nn.Module):
         embeds, deepstack = self.embed(torch.tensor([i for s in segments for i in s.ids]),
                                        [f for s in segments for f in s.features])
         positions = torch.cat([s.positions for s in segments], dim=1).to(self.device)    # (3, X)
-        state = DecoderPass(n, t, real, self._mask(branch, past, attn_mask, segments), past)
+        seen = branch if past is None else torch.cat((past.branch, branch), dim=1)
+        causal = past is None and sees is None and not any(s.branch for s in segments)
+        mask = None if causal else self._mask(sees or branch_visibility(seen, t), seen.shape, t)
+        state = DecoderPass(n, t, real, mask, past)
         hidden = self.lm(inputs_embeds=embeds[None], position_ids=positions[:, None],
                          use_cache=False, decoder_pass=state, **deepstack).last_hidden_state[0]
         if real is not None:
             hidden = hidden.new_zeros(n * t, hidden.shape[-1]).index_copy(0, real, hidden)
-        seen = branch if past is None else torch.cat((past.branch, branch), dim=1)
         return hidden.view(n, t, -1), Cache(state.keys, state.values, seen)
 
-    def _mask(self, branch: Tensor, past: Cache | None, attn_mask: Tensor | None,
-              segments: list[Segment]) -> Tensor | None:
-        """DecoderPass's mask, one for all layers; None where causal attention does."""
-        if past is None and attn_mask is None and not any(s.branch for s in segments):
-            return None
-
-        def sees(keys):          # what padded queries see does not matter
-            return (keys[:, None] == COMMON) | (keys[:, None] == branch[..., None])
-        t = branch.shape[1]
-        if attn_mask is None:
-            attn_mask = torch.ones(t, t, dtype=torch.bool, device=branch.device).tril()
-        mask = attn_mask & sees(branch)
-        if past is not None:
-            mask = torch.cat((sees(past.branch), mask), dim=-1)
+    def _mask(self, sees: Callable, shape: tuple[int, int], t: int):
+        """One mask for all layers: a BlockMask, or (N, 1, R * T, P + T), added to the scores (0 or
+        minus infinity), once for each of the R heads that share keys. shape: (N, P + T)."""
+        if self.block_masks and t >= BLOCK:          # below, the mask is small
+            from torch.nn.attention.flex_attention import create_block_mask
+            return create_block_mask(sees, shape[0], None, t, shape[1], device=self.device,
+                                     BLOCK_SIZE=BLOCK)
+        row, query, key = (torch.arange(size, device=self.device)
+                           for size in (shape[0], t, shape[1]))
+        mask = sees(row[:, None, None], 0, query[:, None], key)
         added = torch.zeros(mask.shape, dtype=self.dtype, device=mask.device)
         added = added.masked_fill_(~mask, -math.inf)
         repeats = self.lm.config.num_attention_heads // self.lm.config.num_key_value_heads

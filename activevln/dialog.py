@@ -307,14 +307,15 @@ class DialogPolicy(Policy):
             for part, more in zip(joined[row], (ids, [positions], features)):
                 part.extend(more)
 
-        # 3. One mask (rows, T, T) for all. Both ranges lie in the token's own segment, and
-        #    positions restart with each, so a token sees what it would see in a row of its own.
-        start, since, upto = bounds.to(self.device)[..., None]                     # (rows, T, 1)
-        column = torch.arange(width, device=self.device)
-        attn_mask = ((column >= since) & (column <= column[:, None])) | ((column >= start)
-                                                                         & (column < upto))
+        # 3. Both ranges lie in the token's own segment, and positions restart with each, so a
+        #    token sees what it would see in a row of its own.
+        start, since, upto = bounds.to(self.device)
+
+        def sees(row, head, query, key):
+            return ((key >= since[row, query]) & (key <= query)
+                    | (key >= start[row, query]) & (key < upto[row, query]))
         hidden, _ = self.decode([Segment(ids, torch.cat(positions, dim=1), features)
-                                 for ids, positions, features in joined], attn_mask=attn_mask)
+                                 for ids, positions, features in joined], sees=sees)
         return hidden, where
 
     # ------------------------------------------------------------ acting: cached turns

@@ -21,6 +21,7 @@ from test_model import CONTRACT30, PLANS, other_transformers
 
 import checkpoint
 import model
+import qwen
 from activevln.dialog import DIALOG, Dialog
 from checkpoint import TINY, load_policy, save_policy
 from cli import UserError
@@ -242,6 +243,59 @@ def test_compiled_layers_equal_the_others(name, backend):
         # the tower's.
         assert n_calls > 2 * 5 * len(policy.lm.layers) * (1 + policy.checkpointing)
     assert len(made) == before < 30
+
+
+def block_masks_equal_the_others(policy, runs, monkeypatch):
+    """flex_attention, as GPUs run long passes under --compile. Uncompiled it does on a CPU what the
+    kernel does on a GPU; only a check of the device stands before its backward pass."""
+    from torch.nn.attention import flex_attention as flex
+
+    def results():
+        numbers = [logps() for logps in runs]
+        return [(x.detach(), gradient(policy.model, x.sum())) for x in numbers]
+    want, empty = results(), []
+    monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
+    monkeypatch.setattr(qwen, "BLOCK", 16)
+    monkeypatch.setattr(qwen, "block_attention", lambda: lambda *args, **kwargs: (
+        empty.append(kwargs["block_mask"].sparsity()) or flex.flex_attention(*args, **kwargs)))
+    monkeypatch.setattr(policy, "block_masks", True)
+    for (logps, grad), (want_logps, want_grad) in zip(results(), want):
+        close(logps, want_logps)
+        assert relative(grad, want_grad) < 1e-5
+    assert len(empty) >= 2 * len(policy.lm.layers) and max(empty) > 10, "% of the blocks"
+
+
+def test_block_masks_of_shared_prompts(policy, monkeypatch):
+    def logps(n, group_size):
+        prompts, ids, mask = prompts_and_answers(policy)
+        return policy.logps(prompts[:n], ids, mask, group_size)
+    block_masks_equal_the_others(policy, [lambda: logps(4, 1), lambda: logps(2, 2)], monkeypatch)
+
+
+def test_block_masks_of_packed_dialogs(talker, monkeypatch):
+    dialogs, frames = dialogs_of(talker)
+    other = talker._encode(ANSWERS[0]) + [talker.end_token]
+    branches = [[(1, other), (1, other)], [(0, other)], []]
+    block_masks_equal_the_others(talker, [lambda: talker(dialogs, frames),
+                                          lambda: talker(dialogs, frames, branches)], monkeypatch)
+
+
+@torch.no_grad()
+def test_block_masks_compiled(monkeypatch):
+    """The kernel itself, forward, as inductor makes it for a CPU: one for all lengths."""
+    if not shutil.which(os.environ.get("CXX", "g++")):
+        pytest.skip("inductor needs a C++ compiler, and there is no g++")
+    policy = perturbed("tiny", CONTRACT30, atomic_patterns=[])
+    prompts = [make_prompt(policy, pictures(n, 84, 140)) for n in (10, 12, 11)]
+    ids, mask = policy.answers([write_plan(p, policy.phrases) for p in PLANS[:3]])
+    want = [policy.logps(prompts[:n], ids[:n], mask[:n]) for n in (3, 2)]
+    compiled, calls = qwen.block_attention(), []
+    monkeypatch.setattr(qwen, "block_attention", lambda: lambda *args, **kwargs: (
+        calls.append(args[0].shape[2]) or compiled(*args, **kwargs)))
+    policy.block_masks = True
+    for n, logps in zip((3, 2), want):
+        close(policy.logps(prompts[:n], ids[:n], mask[:n]), logps)
+    assert len(calls) == 2 * len(policy.lm.layers) and min(calls) >= qwen.BLOCK
 
 
 def test_answers_of_one_token_need_no_pass_of_their_own(policy):
