@@ -35,17 +35,10 @@ from PIL import Image
 from torch import Tensor
 
 from cli import UserError
+from costs import activation_bytes
+from decoding import AnswerTree, FixedPasses, accept, draw_tokens, next_segments, uniform_numbers
 from lsm import pick_frames
-from qwen import (
-    COMMON,
-    HIDDEN,
-    Cache,
-    Qwen,
-    Segment,
-    activation_bytes,
-    fit_pixels,
-    mrope_positions,
-)
+from qwen import COMMON, HIDDEN, Cache, Qwen, Segment, fit_pixels, mrope_positions
 from reward import (
     FORWARD,
     MAX_ANSWER_TOKENS,
@@ -129,46 +122,6 @@ class Rollout(NamedTuple):
     completion_mask: Tensor   # (N, C) bool
     texts: list[str]
     passes: int               # decoder passes after the prompt
-
-
-def forced_tokens(node: dict) -> tuple[list[int], dict]:
-    """The tokens that follow a node of a tree {token: node} without a fork, and the node there."""
-    tokens = []
-    while len(node) == 1:
-        (token, node), = node.items()
-        tokens.append(token)
-    return tokens, node
-
-
-def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """The likeliest tokens that together have at least the mass top_p; the others get 0. (X, V)
-
-    >>> nucleus(torch.tensor([[0.3, 0.5, 0.2]]), 0.6)
-    tensor([[0.3000, 0.5000, 0.0000]])
-    """
-    ordered, index = probabilities.sort(dim=-1, descending=True)
-    kept = ordered * (ordered.cumsum(dim=-1) - ordered < top_p)     # the mass before it
-    return torch.zeros_like(probabilities).scatter(-1, index, kept)
-
-
-def accept(drawn: list[list[int]], proposals: list[list[int]], answers: list[list[int]],
-           done: list[bool], end_token: int, limit: int) -> list[int]:
-    """Extend the answers by what was drawn, up to the first token that differs from its proposal,
-    that one included -> how many of each answer's proposed tokens were drawn as well.
-
-    drawn: one token more than proposed for each answer that is not done.
-    """
-    accepted = [0] * len(answers)
-    for i, answer in enumerate(answers):
-        if done[i]:
-            continue
-        for j, token in enumerate(drawn[i]):
-            answer.append(token)
-            done[i] = token == end_token or len(answer) == limit
-            if done[i] or j == len(proposals[i]) or token != proposals[i][j]:
-                break
-        accepted[i] = j
-    return accepted
 
 
 class Policy(Qwen):
@@ -468,11 +421,13 @@ class Policy(Qwen):
         cache: of B rows. The Cache returned has read all but the last id of each answer: the G of
         a prompt are branches 1 .. G of its row.
         """
-        uniforms = self._uniforms(seeds, len(start), group_size, max_new_tokens, temperature)
+        uniforms = uniform_numbers(seeds, len(start), group_size, max_new_tokens, temperature)
         n = len(start) * group_size
         answers, done, passes = [[] for _ in range(n)], [False] * n, 0
         proposals, hidden = [[] for _ in range(n)], hidden[:, None]
         places = [[(i // group_size, 0)] for i in range(n)]   # rows, columns of hidden (B, T, H)
+        fixed = (None if self.fixed_passes is None
+                 else FixedPasses.over(self, cache, self.fixed_passes))
         while True:
             # 1. Draw one token at each place of an answer that was run: one more than proposed. The
             #    state at place j has seen the first j proposed tokens, so its draw is a sample of
@@ -491,35 +446,14 @@ class Policy(Qwen):
             # 3. Propose the tokens that the grammar forces, and run them with the last token.
             proposals = [self.draft(a)[:max(max_new_tokens - len(a) - 1, 0)] if draft and not d
                          else [] for a, d in zip(answers, done)]
-            segments, places = self._next_segments(answers, proposals, done, start)
+            segments, places = next_segments(answers, proposals, done, start)
             own = sum(map(len, answers)) / n - 1
-            hidden, cache = self.decode(segments, cache, [length + own for length in before])
+            before_each = [length + own for length in before]
+            if fixed and fixed.has_room(segments):
+                hidden, cache = fixed(segments, before_each)
+            else:
+                fixed, (hidden, cache) = None, self.decode(segments, cache, before_each)
             passes += 1
-
-    def _next_segments(self, answers, proposals, done, start) -> tuple[list[Segment], list]:
-        """The last token of each answer that is not done, and its proposed ones -> a Segment for
-        each prompt, and per answer the (row, column) of these tokens."""
-        places, group_size = [[] for _ in answers], len(answers) // len(start)
-        segments = [Segment([], [], [], []) for _ in start]
-        for i in (i for i, d in enumerate(done) if not d):
-            (row, g), length = divmod(i, group_size), 1 + len(proposals[i])
-            ids, positions, _, branch = segments[row]
-            now = start[row] + len(answers[i]) - 1
-            places[i] = [(row, len(ids) + j) for j in range(length)]
-            ids += [answers[i][-1], *proposals[i]]
-            positions += range(now, now + length)
-            branch += [g + 1] * length
-        return [s._replace(positions=torch.tensor(s.positions, dtype=torch.long).expand(3, -1))
-                for s in segments], places
-
-    def _uniforms(self, seeds, n_prompts, group_size, length, temperature) -> Tensor | None:
-        """Uniform numbers (B*G, length) from each prompt's own stream; None if greedy."""
-        if temperature == 0:
-            return None
-        seeds = seeds if seeds is not None else torch.randint(2 ** 62, (n_prompts,)).tolist()
-        return torch.cat([torch.rand(group_size, length, dtype=torch.float64,
-                                     generator=torch.Generator().manual_seed(seed))
-                          for seed in seeds])
 
     def _sample(self, hidden, places, temperature, uniforms, lengths, top_p=1.0
                 ) -> list[list[int]]:
@@ -533,57 +467,21 @@ class Policy(Qwen):
         logits = self._logits(hidden[row, column], temperature or 1.0)                 # (X, V)
         # Stays on the device: to read it here would be to wait for the GPU once more a pass.
         self.nan_logits = self.nan_logits | ~logits.amax(dim=-1).isfinite().all()
-        if uniforms is None:
-            tokens = logits.argmax(dim=-1)
-        else:
-            probabilities = logits.double().softmax(dim=-1)
-            if top_p < 1:
-                probabilities = nucleus(probabilities, top_p)
-            cdf = probabilities.cumsum(dim=-1)
+        u = None
+        if uniforms is not None:
             last = uniforms.shape[1] - 1
             u = uniforms[tuple(torch.tensor(
                 [(i, min(length + j, last)) for i, (some, length) in enumerate(zip(places, lengths))
                  for j in range(len(some))]).T)].to(self.device)
-            tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True
-                                        ).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-        tokens = iter(tokens.tolist())
+        tokens = iter(draw_tokens(logits, u, top_p).tolist())
         return [[next(tokens) for _ in some] for some in places]
 
     def draft(self, answer: list[int], guess: int = 8) -> list[int]:
-        """The tokens that must follow `answer` if it is to become a plan; often none.
-
-        The grammar is the set of all valid answers, tokenized once into a tree: where the tree does
-        not fork, the next token is forced. At a fork the guess is that the last action is repeated,
-        for up to `guess` tokens: robots mostly do, and a wrong guess costs little. An answer that
-        has left the tree is found again where it looks like the second action of a plan. It is no
-        plan any more, but it will go on in phrases, and without a draft this one row would keep its
-        whole batch waiting.
-        """
+        """AnswerTree.draft() of all valid answers."""
         if self._grammar is None:
-            self._grammar = self._build_grammar()
-            ends = [forced_tokens(first)[1] for first in self._grammar.values()]
-            self._second = next((node for node in ends if node), {})        # behind a first action
-        node, last = self._grammar, None         # last: which branch was taken at the last fork
-        for token in answer:
-            before, node = node, node.get(token) or self._second.get(token) or {}
-            if len(before) > 1 and token in before:
-                last = list(before).index(token)
-        tokens, node = forced_tokens(node)
-        most = len(tokens) + guess
-        while last is not None and len(node) > last and len(tokens) < most:
-            token = list(node)[last]
-            more, node = forced_tokens(node[token])
-            tokens += [token, *more]
-        return tokens[:most]
-
-    def _build_grammar(self) -> dict:
-        """All valid answers as a tree of tokens, {token: {token: ..}}."""
-        root = {}
-        for text in self._answer_texts():
-            node = root
-            for token in self._encode(text) + [self.end_token]:
-                node = node.setdefault(token, {})
-        return root
+            self._grammar = AnswerTree([self._encode(text) + [self.end_token]
+                                        for text in self._answer_texts()])
+        return self._grammar.draft(answer, guess)
 
     def _answer_texts(self) -> list[str]:
         """All plans of `horizon` actions in which only stops follow a stop."""

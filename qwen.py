@@ -16,7 +16,6 @@ all of it with the library's own models.
 Read it in this order
     frames      uint8 pictures -> patches                              fit_pixels, patchify
     positions   M-RoPE of words and images                             mrope_positions
-    costs       FLOPs and bytes of a pass                              vision_flops, decoder_flops
     attention   what transformers calls in each layer                  decoder_attention
     passes      patches -> features; tokens -> hidden states           Qwen.encode, Qwen.decode
     checks      what a folder must hold for this pass to be right      load_model
@@ -40,6 +39,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from costs import decoder_flops, vision_flops
 
 # ---------------------------------------------------------------- frames: pictures -> patches
 
@@ -141,95 +142,6 @@ def mrope_positions(runs: tuple) -> Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=1))
 
 
-# ---------------------------------------------------------------- costs
-
-
-class TowerSizes(NamedTuple):
-    """A vision tower by its sizes: `mlp` is the width between an MLP's `mlp_products` products, and
-    `mergers` turn patches into features of width `out`."""
-    width: int
-    mlp: int
-    mlp_products: int
-    mergers: int
-    out: int
-
-
-def tower_sizes(config) -> TowerSizes:
-    """transformers' vision config -> its sizes. Qwen2-VL names them in its own way; Qwen2.5-VL's
-    MLP has a gate; Qwen3-VL has a merger for each deepstack level beside the last."""
-    if hasattr(config, "embed_dim"):
-        return TowerSizes(config.embed_dim, int(config.embed_dim * config.mlp_ratio), 2, 1,
-                          config.hidden_size)
-    products = 3 if hasattr(config, "window_size") else 2
-    mergers = 1 + len(getattr(config, "deepstack_visual_indexes", ()))
-    return TowerSizes(config.hidden_size, config.intermediate_size, products, mergers,
-                      config.out_hidden_size)
-
-
-def vision_flops(config, patches: int) -> float:
-    """FLOPs of one frame's forward pass through the tower. Only matrix products and attention
-    count, a multiplication with its addition as two; config: transformers' vision config. Windows
-    (Qwen2.5-VL) count as whole ones, those at a frame's edge too.
-
-    One block of width 2 and a fourfold MLP has 4*4 + 2*2*8 = 48 weights, the patches 3*14*14*2, the
-    merger, of 4 patches to a token, 8*8 + 8*3; attention is 2 products of 4 x 4 x 2:
-    >>> from types import SimpleNamespace as C
-    >>> vision_flops(C(depth=1, embed_dim=2, mlp_ratio=4, hidden_size=3, patch_size=14,
-    ...                spatial_merge_size=2), 4) == 2 * (4 * (1176 + 48) + 88) + 2 * 2 * 32
-    True
-    """
-    e, mlp, products, mergers, out = tower_sizes(config)
-    merged = e * config.spatial_merge_size ** 2
-    weights = 3 * config.patch_size ** 2 * e + config.depth * (4 * e * e + products * e * mlp)
-    merger = mergers * (merged * merged + merged * out) / config.spatial_merge_size ** 2
-    whole = len(getattr(config, "fullatt_block_indexes", range(config.depth)))
-    window = (getattr(config, "window_size", 0) // config.patch_size) ** 2
-    seen = whole * patches + (config.depth - whole) * min(window, patches)  # keys of all blocks
-    return 2 * patches * (weights + merger) + 4 * patches * seen * e
-
-
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def decoder_flops(config, new: int, before: float = 0) -> float:
-    """FLOPs of `new` tokens' forward pass through the decoder's layers, over `before` cached ones;
-    without the vocabulary. config: transformers' text config. A token sees half of the new ones on
-    average.
-
-    One layer of width 2, one head, a MLP of 3: 4 * 2*2 + 3 * 2*3 = 34 weights; 5 tokens after 10:
-    >>> from types import SimpleNamespace as C
-    >>> tiny = C(hidden_size=2, num_attention_heads=1, num_key_value_heads=1, intermediate_size=3,
-    ...          num_hidden_layers=1)
-    >>> decoder_flops(tiny, 5, 10) == 2 * 5 * 34 + 2 * 2 * 5 * 2 * (10 + 2.5)
-    True
-    """
-    h, heads, kv_heads = (config.hidden_size, config.num_attention_heads,
-                          config.num_key_value_heads)
-    weights = 2 * h * (heads + kv_heads) * head_size(config) + 3 * h * config.intermediate_size
-    attention = 4 * heads * head_size(config) * new * (before + new / 2)
-    return config.num_hidden_layers * (2 * new * weights + attention)
-
-
-def activation_bytes(config, tokens: int, patches: int, answers: int, itemsize: int,
-                     checkpointing: bool = False) -> float:
-    """Bytes kept for the backward pass of decoder tokens and vision patches: an estimate, within a
-    fifth of what autograd keeps (tests/test_bench.py). answers: tokens of which log-probabilities
-    are taken; their logits are fp32, kept once and there three more times in passing.
-    """
-    text, vision = config.text_config, config.vision_config
-    tower = tower_sizes(vision)
-    token = 15 * text.hidden_size + 4 * text.intermediate_size
-    patch = 14 * tower.width + 3 * tower.mlp
-    logits = 4 * 4 * answers * text.vocab_size
-    if checkpointing:            # each layer's input; and one layer whole, when it is recomputed
-        return logits + itemsize * (
-            tokens * (text.num_hidden_layers * text.hidden_size + token)
-            + patches * (vision.depth * tower.width + patch))
-    return logits + itemsize * (tokens * text.num_hidden_layers * token
-                                + patches * vision.depth * patch)
-
-
 # ---------------------------------------------------------------- attention
 
 COMMON, HIDDEN = 0, -1           # values of a token's `branch`; an answer's tokens have 1, 2, ..
@@ -265,14 +177,12 @@ class Cache(NamedTuple):
                              values=[v.detach() for v in self.values])
 
 
-def branch_visibility(branch: Tensor, t: int) -> Callable:
-    """Which of the last t tokens see which: sees(row, head, query, key) -> bool, of numbers or of
-    index tensors. A token sees what is common or of its own branch, no later than itself.
+def branch_visibility(branch: Tensor, past: int) -> Callable:
+    """Which tokens behind `past` cached ones see which: sees(row, head, query, key) -> bool, of
+    numbers or of index tensors. A token sees what is common or of its own branch, up to itself.
 
     branch (N, P + T): of all keys. (What padded queries see does not matter.)
     """
-    past = branch.shape[1] - t
-
     def sees(row, head, query, key):
         seen = branch[row, key]
         return ((seen == COMMON) | (seen == branch[row, past + query])) & (key <= past + query)
@@ -442,7 +352,7 @@ class Qwen(nn.Module):
     """
 
     base: str | None = None         # folder of the frozen model, if only an adapter is trained
-    block_masks = False             # compile_layers
+    block_masks, fixed_passes = False, None     # set by compile_layers() on GPUs
 
     def __init__(self, model: nn.Module, processor: dict):
         super().__init__()
@@ -486,12 +396,13 @@ class Qwen(nn.Module):
     def compile_layers(self, backend: str | Callable = "inductor"):
         """torch.compile attention's projections, MLP and norms of each layer: one graph serves all
         layers of a kind and all lengths. It is made in the first pass that needs it. On a GPU long
-        passes get flex_attention with block masks, which only a compiler makes fast.
+        passes get flex_attention with block masks, and short ones become CUDA graphs (decoding.py).
 
         A layer as a whole would not do: transformers checkpoints inside of it, and nothing is
         compiled within checkpoint() where a graph has a break, as attention is one.
         """
-        self.block_masks = self.device.type == "cuda"
+        if self.device.type == "cuda":
+            self.block_masks, self.fixed_passes = True, {}
         torch.compiler.config.recompile_limit = 64     # one file's models count together
         for layer in self.layers:
             for part in layer.children():
@@ -601,13 +512,14 @@ class Qwen(nn.Module):
             [b for s in segments for b in s.branch or [COMMON] * len(s.ids)])).to(self.device)
         # What is not padded does not need to be moved: index None.
         real = None if there.all() else there.flatten().nonzero().squeeze(1).to(self.device)
-        self._count_decoder_flops(segments, before or [0] * n)
+        self.count_decoder_flops(segments, before or [0] * n)
         embeds, deepstack = self.embed(torch.tensor([i for s in segments for i in s.ids]),
                                        [f for s in segments for f in s.features])
         positions = torch.cat([s.positions for s in segments], dim=1).to(self.device)    # (3, X)
         seen = branch if past is None else torch.cat((past.branch, branch), dim=1)
         causal = past is None and sees is None and not any(s.branch for s in segments)
-        mask = None if causal else self._mask(sees or branch_visibility(seen, t), seen.shape, t)
+        mask = None if causal else self._mask(
+            sees or branch_visibility(seen, seen.shape[1] - t), seen.shape, t)
         state = DecoderPass(n, t, real, mask, past)
         hidden = self.lm(inputs_embeds=embeds[None], position_ids=positions[:, None],
                          use_cache=False, decoder_pass=state, **deepstack).last_hidden_state[0]
@@ -616,12 +528,16 @@ class Qwen(nn.Module):
         return hidden.view(n, t, -1), Cache(state.keys, state.values, seen)
 
     def _mask(self, sees: Callable, shape: tuple[int, int], t: int):
-        """One mask for all layers: a BlockMask, or (N, 1, R * T, P + T), added to the scores (0 or
-        minus infinity), once for each of the R heads that share keys. shape: (N, P + T)."""
-        if self.block_masks and t >= BLOCK:          # below, the mask is small
-            from torch.nn.attention.flex_attention import create_block_mask
-            return create_block_mask(sees, shape[0], None, t, shape[1], device=self.device,
-                                     BLOCK_SIZE=BLOCK)
+        """One mask for all layers: a BlockMask for long passes on a GPU, or a dense one."""
+        if not self.block_masks or t < BLOCK:
+            return self.dense_mask(sees, shape, t)
+        from torch.nn.attention.flex_attention import create_block_mask
+        return create_block_mask(sees, shape[0], None, t, shape[1], device=self.device,
+                                 BLOCK_SIZE=BLOCK)
+
+    def dense_mask(self, sees: Callable, shape: tuple[int, int], t: int) -> Tensor:
+        """shape (N, P + T) of the keys -> (N, 1, R * T, P + T), added to the scores (0 or minus
+        infinity), once for each of the R heads that share keys."""
         row, query, key = (torch.arange(size, device=self.device)
                            for size in (shape[0], t, shape[1]))
         mask = sees(row[:, None, None], 0, query[:, None], key)
@@ -630,7 +546,7 @@ class Qwen(nn.Module):
         repeats = self.lm.config.num_attention_heads // self.lm.config.num_key_value_heads
         return (added.repeat(1, repeats, 1) if repeats > 1 else added)[:, None]
 
-    def _count_decoder_flops(self, segments: list[Segment], before: list[float]):
+    def count_decoder_flops(self, segments: list[Segment], before: list[float]):
         new = sum(len(segment.ids) for segment in segments)
         pairs = 0                                   # of a token and a key that it sees
         for segment, cached in zip(segments, before):

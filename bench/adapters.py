@@ -23,9 +23,9 @@ from common import QWEN2, make_world, parser, qwen_tokenizer, script, shaped
 import checkpoint
 import engine
 import lora
+from costs import activation_bytes
 from make_data import VlnEgo
 from model import CONTRACT
-from qwen import activation_bytes
 
 PLAN, PROMPT, FRAME = 54, 87, 70                   # tokens; docs/training.md
 RUNS = {"full": [], "LoRA 16": ["--lora-rank", 16]}

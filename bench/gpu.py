@@ -4,6 +4,7 @@ What a GPU makes of the policy, against plain transformers: is it right in bf16,
     bash bench/gpu.sh                                  # an H100 or H200, all of it in nine minutes
     python bench/gpu.py --shape 2B --device cuda       # one shape
     python bench/gpu.py                                # tiny, on a CPU: a dry run (a test)
+    python bench/gpu.py --compile                      # our layers compiled, as sft.py --compile
 
 No data, no checkpoint, no network, no DeepSpeed: weights and pictures are random, both sides share
 the same weights, and one process trains with torch's AdamW (`--shape 7B`: gradients only, for its
@@ -51,6 +52,8 @@ def parse_args(argv=None):
     p.add_argument("--rows", type=int, help="decisions per forward of ours; default: 4, 7B 2")
     p.add_argument("--peer-rows", type=int, help="the same of the peer; default: 2, 7B 1")
     p.add_argument("--prompts", type=int, help="per GRPO step; default: 2, 7B 1")
+    p.add_argument("--compile", action="store_true", help="compile our layers; on a GPU also block "
+                   "masks for long passes and CUDA graphs for short ones")
     p.add_argument("--write", metavar="DIR", help="measure nothing: write the policy and a "
                    "recording of random pictures there, for sft.py and grpo.py")
     args = p.parse_args(argv)
@@ -102,6 +105,8 @@ def make_policy(args):
             plain_config(policy), attn_implementation="sdpa", dtype=args.dtype)
     share_weights(policy, plain)
     policy.__class__, policy.rng = Scripted, np.random.default_rng(0)
+    if args.compile:
+        policy.compile_layers()
     return policy, plain
 
 
@@ -202,6 +207,8 @@ def check_family(args, name):
     plain = AutoModelForImageTextToText.from_config(plain_config(policy),
                                                     attn_implementation="sdpa").to(args.device)
     share_weights(policy, plain)
+    if args.compile:
+        policy.compile_layers()
     some = walk(policy, (1, 3), 56, 84) if args.shape == "tiny" else walk(policy, (3, 20), 168, 224)
     (a, grad_a), (b, grad_b) = both_sides(policy, plain, *some)
     drafted = same_drafted(policy, *some)
@@ -260,7 +267,8 @@ def row(args, name, n, ours, peer, flops, matmul, what):
     """n things of ours and the peer's a call; ours, peer: (seconds, peak GB) of Timer."""
     (a, a_gb), (b, b_gb) = ours, peer
     tflops = [flops / s / 1e12 for s in a]
-    add_row(args, f"{name}, {args.shape}", [n[0] / s for s in a], [n[1] / s for s in b],
+    name = f"{name}, {args.shape}" + ", compiled" * args.compile
+    add_row(args, name, [n[0] / s for s in a], [n[1] / s for s in b],
             "plain transformers", f"{what}/s", None, "see the checks above",
             f"peak {a_gb:.1f} GB against {b_gb:.1f}; {sorted(tflops)[len(tflops) // 2]:.3g} TFLOP/s"
             f", {sorted(tflops)[len(tflops) // 2] / matmul:.0%} of a matrix product's {matmul:.3g}",
@@ -420,8 +428,9 @@ def main(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if args.shape in ("tiny", "2B"):                      # once for all shapes
         right = [check_family(args, name) for name in TINY]
-        add_row(args, "families checked", [sum(right)], [len(right)], "plain transformers", "",
-                all(right), "log-probabilities and gradients in fp32 and bf16, drafted samples",
+        add_row(args, "families checked" + ", compiled" * args.compile, [sum(right)], [len(right)],
+                "plain transformers", "", all(right),
+                "log-probabilities and gradients in fp32 and bf16, drafted samples",
                 "the three tiny families", higher_is_better=True)
     matmul = matmul_tflops(args.device)
     policy, plain = make_policy(args)

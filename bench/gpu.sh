@@ -61,6 +61,9 @@ run() {
   if has trl && [ "$device" = cuda ]; then
     run 120 "$python" bench/grpo_step.py --device cuda --shape "$shape" --results "$rows"
   fi
+  if [ "$device" = cuda ] && [ $SECONDS -lt 380 ]; then
+    run 150 "$python" bench/gpu.py --device cuda --shape "$shape" --compile --results "$rows"
+  fi
   [ ! -s "$rows" ] || "$python" bench/common.py "$rows" "$out/results_gpu.json"
   exit $failed
 } 2>&1 | tee "$log"

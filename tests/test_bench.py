@@ -10,7 +10,6 @@ import sys
 from types import SimpleNamespace
 
 import common
-import decoding
 import evaluation
 import numpy as np
 import pytest
@@ -20,14 +19,15 @@ from conftest import ROOT
 from policies import Decision, learn_plans, make_prompt, pictures, texts
 
 import checkpoint
+import decoding
 import engine
 import evaluate
 import grpo
 from checkpoint import load_policy
+from costs import decoder_flops, vision_flops
 from lsm import pick_frames
 from make_data import VlnEgo
 from model import CONTRACT, Policy
-from qwen import decoder_flops, vision_flops
 from reward import write_plan
 
 torch.set_num_threads(1)

@@ -18,8 +18,10 @@ from conftest import ROOT, in_process
 from PIL import Image
 from policies import Decision, launch, log_of, make_prompt, pictures, texts
 from test_model import CONTRACT30, PLANS, other_transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import decoding
 import model
 import qwen
 from activevln.dialog import DIALOG, Dialog
@@ -353,6 +355,44 @@ def test_drafted_samples_are_the_undrafted(policy):
     assert alone.texts == a.texts[16:]
 
 
+@pytest.mark.parametrize("room", [1024, 64])
+def test_passes_of_a_fixed_shape_write_the_same(policy, monkeypatch, room):
+    """As they run on a GPU, here without its graph: buffers that do not grow are used again, for
+    other prompts too, and where they are full the rest is run as ever."""
+    prompts = [make_prompt(policy, f) for f in SETS[:3]]
+    runs = [dict(prompts=prompts[:2], group_size=4, temperature=0.8, seeds=[3, 4]),
+            dict(prompts=prompts[1:], group_size=4, temperature=0.8, seeds=[5, 6]),
+            dict(prompts=prompts, draft=False, max_new_tokens=20)]
+    want = [policy.generate(**run) for run in runs]
+    monkeypatch.setattr(decoding, "ROOM", room)
+    monkeypatch.setattr(policy, "fixed_passes", {})
+    for run, expected in zip(runs, want):
+        got = policy.generate(**run)
+        assert torch.equal(got.completion_ids, expected.completion_ids)
+        assert got.passes == expected.passes
+    assert [n for n, _ in policy.fixed_passes] == [2, 3]
+    assert all(passes.graphs for passes in policy.fixed_passes.values())
+
+
+def test_a_pass_of_a_fixed_shape_never_waits_for_the_device(policy, monkeypatch):
+    """A CUDA graph cannot be made of a pass that reads a number back from the device, or whose
+    shapes depend on one."""
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            used.append(op.overloadpacket.__name__)
+            return op(*args, **(kwargs or {}))
+    used, run = [], decoding.FixedPasses._pass
+
+    def watched(self, *inputs):
+        with Watch():
+            return run(self, *inputs)
+    monkeypatch.setattr(decoding.FixedPasses, "_pass", watched)
+    monkeypatch.setattr(policy, "fixed_passes", {})
+    policy.generate([make_prompt(policy, SETS[0])], 2, 0.8, [1])
+    assert "mm" in used or "addmm" in used
+    assert not {"_local_scalar_dense", "item", "nonzero", "masked_select", "is_nonzero"} & set(used)
+
+
 # ---------------------------------------------------------------- dialogs
 
 ANSWERS = ["turn left 60 degrees, move forward 25 cm", "move forward 75 cm", "stop"]
@@ -389,10 +429,12 @@ def test_packed_dialogs_and_branches_equal_separate_ones(talker, plain_talker):
         close(row[:len(other)], talker([went], frames)[0][-len(other):])
 
 
+@pytest.mark.parametrize("fixed", [False, True])
 @torch.no_grad()
-def test_cached_turns_equal_whole_dialogs(talker, plain_talker):
+def test_cached_turns_equal_whole_dialogs(talker, plain_talker, monkeypatch, fixed):
     """Two dialogs at different turns, three answers each: greedy ones as generate() writes them
-    over the whole, sampled ones without regard to their company."""
+    over the whole, sampled ones without regard to their company. fixed: passes of a fixed shape."""
+    monkeypatch.setattr(talker, "fixed_passes", {} if fixed else None)
     caches, given = [None, None], [[], []]
     features = talker.encode_frames(pictures(4))
     for k in range(2):

@@ -20,9 +20,9 @@ from activevln.dialog import Dialog, merged_phrases
 from activevln.released import RELEASED, WordedPolicy
 from checkpoint import load_policy, save_policy
 from cli import UserError, read_json, read_rows, write_json
+from decoding import nucleus
 from evaluate import EpisodeState, forced_stop
 from make_data import VlnEgo, read_lines
-from model import nucleus
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world.robots import ROBOTS
 
