@@ -64,7 +64,8 @@ class Plain:
         self.encode_frames, self.resize, self.text, self.actions = (
             policy.encode_frames, policy.resize, policy.text, policy.actions)
 
-    def generate_turn(self, caches, instructions, features, group_size, temperature, seeds):
+    def generate_turn(self, caches, instructions, features, group_size, temperature, seeds,
+                      top_p=1.0):
         policy, segments, starts, known = self.policy, [], [], []
         for cache, instruction, feature in zip(caches, instructions, features):
             seen, answered = cache.pending_ids if cache else ((), ())
@@ -77,7 +78,7 @@ class Plain:
         hidden, cache = policy.decode(segments)
         hidden = hidden[range(len(segments)), [n - 1 for n in lengths]]
         answers, _, _ = policy._decode_loop(hidden, cache, starts, lengths, 1, temperature, seeds,
-                                            True, 48)
+                                            True, 48, top_p)
         nothing = torch.zeros(1, 1, 0, 1)
         return [[answer] for answer in answers], [
             DialogCache(nothing, (seen, (*answered, answer)), 0)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import common
 import evaluation
 import numpy as np
+import passes
 import pytest
 import recording
 import torch
@@ -19,7 +20,6 @@ from conftest import ROOT
 from policies import Decision, learn_plans, make_prompt, pictures, texts
 
 import checkpoint
-import decoding
 import engine
 import evaluate
 import grpo
@@ -84,7 +84,7 @@ def test_an_answer_that_left_the_grammar_is_drafted_again(wordy):
 
 def test_passes_fall_and_plans_stay(wordy):
     learn_plans(wordy)
-    drafted, plain, same = decoding.count(wordy, [make_prompt(wordy, pictures(2))])
+    drafted, plain, same = passes.count(wordy, [make_prompt(wordy, pictures(2))])
     assert same and drafted[0] <= 8 < 40 < plain[0]
 
 
@@ -267,7 +267,7 @@ def test_rows_become_a_table(tmp_path, capsys):
 def test_every_bench_is_run_and_parses():
     with open(os.path.join(ROOT, "bench", "run.sh"), encoding="utf-8") as f:
         script = f.read()
-    for name in ("grpo_step", "sft_step", "scenes", "evaluation", "decoding", "recording",
+    for name in ("grpo_step", "sft_step", "scenes", "evaluation", "passes", "recording",
                  "simulators", "rollouts", "utilisation"):
         assert f"bench/{name}.py" in script
         if name == "rollouts":                     # a dialog policy names its own data

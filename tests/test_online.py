@@ -657,7 +657,7 @@ def test_the_agent_of_evaluate_obeys_malformed(policy):
         text, actions, encode_frames = policy.text, policy.actions, policy.encode_frames
         resize = policy.resize
         agent = DialogPolicy.agent
-        def generate_turn(self, caches, *_):
+        def generate_turn(self, caches, *_, **__):
             return [[[5, 6]]] * len(caches), [DialogCache(torch.zeros(1, 1, 1, 1), [6], 0)]
     walk = EpisodeState({"episode_id": 1}, "go")
     walk.frames = [np.zeros((56, 56, 3), np.uint8)]

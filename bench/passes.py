@@ -1,8 +1,8 @@
 """
 Passes through the decoder for one plan: drafted by the grammar, against token by token.
 
-    python bench/decoding.py                        # a policy with Qwen2-sized words
-    python bench/decoding.py --ckpt ckpt/sft        # a checkpoint of yours
+    python bench/passes.py                        # a policy with Qwen2-sized words
+    python bench/passes.py --ckpt ckpt/sft        # a checkpoint of yours
 
 Greedy, one prompt at a time. A checkpoint of `tiny` has one token for a phrase, nothing to draft:
 the row to look at is that of a policy that splits phrases, as every Qwen2-VL does.
