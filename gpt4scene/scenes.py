@@ -73,7 +73,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("files").add_argument
     add("--out", default="data/scenes")
     add("--seed", type=int, default=0)
-    add("--frames", type=positive_int, default=8, help="per scene; the paper's 32")
+    add("--frames", type=int, default=8, help="per scene; the paper's 32; 0: the view alone")
     add("--no-bev", action="store_true", help="without the bird's-eye view")
     add = p.add_argument_group("embedded scenes").add_argument
     add("--train-scenes", type=positive_int, default=700)
@@ -529,7 +529,7 @@ def make_scene(task: tuple) -> Scene:
     pictures = {} if args.no_bev else {
         f"images_3D/{name}.png": birds_eye(house, drawn, args.bev_pixels)}
     for k, frame in enumerate(draw_frames(np.random.default_rng([*draw, 1002]), house, drawn,
-                                          args.frames, args.frame_pixels)):
+                                          args.frames, args.frame_pixels) if args.frames else ()):
         pictures[f"images_2D/{name}/{k}.png"] = frame
     for path, picture in pictures.items():
         houses.write_file(os.path.join(args.out, path), encode(picture, "png"))
@@ -638,7 +638,7 @@ def find_pictures(args, scene: str) -> list[str]:
     above = sorted(glob.glob(os.path.join(args.images, "images_3D", scene + ".*")))
     frames = sorted(glob.glob(os.path.join(args.images, "images_2D", scene, "*.*")),
                     key=lambda path: [int(n) for n in re.findall(r"\d+", os.path.basename(path))])
-    if not frames or not (above or args.no_bev):
+    if (args.frames and not frames) or not (above or args.no_bev):
         raise UserError(f"--images {args.images} lacks images_2D/{scene}/ or images_3D/{scene}.png"
                         " (or .jpg); copy them, or leave the view out with --no-bev")
     steps = np.linspace(0, len(frames) - 1, min(args.frames, len(frames))).round().astype(int)
@@ -783,6 +783,9 @@ def check(args) -> None:
 def main(args) -> None:
     if args.check:
         return check(args)
+    if args.frames < args.no_bev:
+        raise UserError(f"--frames {args.frames} shows nothing: give 0 or more, with --no-bev at "
+                        "least 1")
     lock_folder(args.out)
     meta = os.path.join(args.out, "meta.json")
     if os.path.exists(meta):

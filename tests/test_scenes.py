@@ -47,7 +47,7 @@ def exact(tmp_path_factory):
     """Scenes whose proposals are exact: then each question can be answered."""
     flags = [*SMALL, "--proposal-noise", 0, "--questions", 60]
     folder = make(tmp_path_factory.mktemp("exact"), *flags)
-    make(folder.parent / "bare", *flags, "--no-marks", "--frames", 1)
+    make(folder.parent / "bare", *flags, "--no-marks", "--frames", 0)
     return folder
 
 
@@ -262,6 +262,8 @@ def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
         seen = [(f"{mark:03d}", {*hues(picture[top:top + 14, left:left + 14]).flat} - {""})
                 for mark, (top, left) in sorted(find_marks(picture, 2).items())]
         assert [(mark, {colour}) for mark, colour in re.findall(r"<OBJ(\d+)> (\w+)", text)] == seen
+    with pytest.raises(UserError, match="--frames 0 shows nothing"):
+        make(tmp_path, "--frames", 0, "--no-bev")
     with pytest.raises(UserError, match="--rooms 3: houses of --level 1 have 1 to 2 rooms"):
         make(tmp_path, "--rooms", 3)
 
