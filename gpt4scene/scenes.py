@@ -359,7 +359,8 @@ def dense_question(facts: list[Fact], marks: list) -> Question:
     """One answer that says something about every mark: many bindings for few tokens."""
     shown = sorted((mark, fact.name) for mark, fact in zip(marks, facts) if mark is not None)
     answer = ", ".join(f"<OBJ{mark:03d}> {name}" for mark, name in shown) + "."
-    return Question("dense", "all", "List all objects.", [answer], [answer], {})
+    prompt = "List all objects with their colour and kind."
+    return Question("dense", "all", prompt, [answer], [answer], {})
 
 
 def choose_questions(rng, candidates: list[Question], count: int) -> list[Question]:
