@@ -70,7 +70,7 @@ def test_answers_are_those_of_transformers(world, alone):
                        len(found), "cut": int(found[-1]) != policy.end_token}
 
 
-def test_two_ranks_share_the_scenes(world, alone, tmp_path):
+def test_two_ranks_share_the_scenes(world, alone, tmp_path, monkeypatch):
     """And a run without a launcher's help, as srun starts it: each rank for itself."""
     done = launch(["torch.distributed.run", "--standalone", "--nproc_per_node=2"],
                   *command(world, tmp_path / "two"))
@@ -79,11 +79,10 @@ def test_two_ranks_share_the_scenes(world, alone, tmp_path):
     parts = [read_rows(str(tmp_path / f"two/answers.{rank}.jsonl")) for rank in (0, 1)]
     assert sorted(map(len, parts)) == [40, 60]
     ends = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
-        done = subprocess.run(
-            [sys.executable, *command(world, tmp_path / "srun")], cwd=ROOT, check=True, text=True,
-            capture_output=True, env=dict(os.environ, RANK=rank, WORLD_SIZE="2"))
-        ends.append(done.stdout.splitlines()[-1])
+        monkeypatch.setenv("RANK", rank)
+        ends.append(in_process(*command(world, tmp_path / "srun")).stdout.splitlines()[-1])
     assert ends[0].startswith("rank 0 is done; 40 answers of other ranks")
     assert ends[1].startswith("all 100 questions are answered")
     assert answers_of(tmp_path / "srun") == alone

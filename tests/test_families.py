@@ -360,8 +360,7 @@ def test_drafted_samples_are_the_undrafted(policy):
     assert alone.texts == a.texts[16:]
 
 
-@pytest.mark.parametrize("room", [1024, 64])
-def test_passes_of_a_fixed_shape_write_the_same(policy, monkeypatch, room):
+def test_passes_of_a_fixed_shape_write_the_same(policy, monkeypatch):
     """As they run on a GPU, here without its graph: buffers that do not grow are used again, for
     other prompts too, and where they are full the rest is run as ever."""
     prompts = [make_prompt(policy, f) for f in SETS[:3]]
@@ -369,7 +368,7 @@ def test_passes_of_a_fixed_shape_write_the_same(policy, monkeypatch, room):
             dict(prompts=prompts[1:], group_size=4, temperature=0.8, seeds=[5, 6]),
             dict(prompts=prompts, draft=False, max_new_tokens=20)]
     want = [policy.generate(**run) for run in runs]
-    monkeypatch.setattr(decoding, "ROOM", room)
+    monkeypatch.setattr(decoding, "ROOM", 64)          # for two passes or so
     monkeypatch.setattr(policy, "fixed_passes", {})
     for run, expected in zip(runs, want):
         got = policy.generate(**run)
