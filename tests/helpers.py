@@ -9,6 +9,7 @@ import socket
 import time
 
 import numpy as np
+import pytest
 import trimesh
 from conftest import GLB
 from PIL import Image
@@ -20,6 +21,8 @@ from reward import FORWARD, LEFT, RIGHT, STOP
 from world import SimDied, SimError
 from world.pool import SimPool
 from world.robots import ROBOTS
+
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="takes a minute: SLOW=1 runs it")
 
 
 def write_gz(path, data):

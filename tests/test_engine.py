@@ -11,6 +11,7 @@ import common
 import numpy as np
 import pytest
 import torch
+from helpers import slow
 from policies import Decision, launch, log_of, run_on_two_ranks, texts
 from test_grpo import flags, make_world
 from test_sft import TINY
@@ -182,6 +183,7 @@ def untied(world, folder):
     return folder
 
 
+@slow
 def test_bf16_with_untied_weights_learns_what_fp32_learns(world, tmp_path):
     """SFT on two ranks at stages 2 and 3, a decision at a time: what a GPU runs, on a CPU."""
     def argv(name, *more):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import kill_when
+from helpers import kill_when, slow
 from PIL import Image
 from policies import (
     gradients,
@@ -428,6 +428,7 @@ def test_refill_draws_from_other_prompts_and_groups_keep_their_plans(policy, wor
     assert mask.shape == roll.completion_mask[:8].shape and not mask[:4, 2:].any()
 
 
+@slow
 def test_refill_is_the_same_when_resumed_and_on_two_ranks(world):
     more = ["--refill=2", "--reward=uniform", "--group-size=2", "--loss=dapo", "--kl-coef=0",
             "--scale-rewards=batch", "--lr=2e-5", "--save-every=1", "--max-steps=2"]

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from helpers import slow
 from policies import (
     Decision,
     hf_logps,
@@ -200,6 +201,7 @@ def test_grpo_on_an_adapter_goes_on_from_it_and_keeps_it_as_the_reference(world,
     torch.testing.assert_close(reference, merged.logps(prompts[1:], ids, mask), atol=2e-5, rtol=0)
 
 
+@slow
 def test_compiled_layers_learn_what_the_others_do(world, adapter, monkeypatch):
     """Sampling, the start adapter as the reference, recomputed layers, ZeRO-2."""
     monkeypatch.setattr(Policy.compile_layers, "__defaults__", ("aot_eager",))

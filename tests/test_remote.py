@@ -13,7 +13,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from helpers import FakePool, write_plane
+from helpers import FakePool, slow, write_plane
 
 import evaluate
 from cli import UserError, read_rows
@@ -253,6 +253,7 @@ def test_transformers_serve_walks_as_this_process_does(ego, ckpt, packages, tmp_
     assert here == there and sum(row["malformed"] for row in there) < 3
 
 
+@slow
 def test_transformers_serve_and_the_evaluation_may_be_killed(ego, window, packages, tmp_path):
     """First the server in mid-run, then evaluate.py; each time the same command goes on."""
     evaluate.main(evaluate.parse_args(house_argv(ego, window, tmp_path / "here")))
