@@ -187,8 +187,7 @@ def walk_shards(args, out: str, shards: dict, settings: dict, scenes: str, suffi
     """Walk and write these shards."""
     episodes = [walk["episode"] for walks in shards.values() for walk in walks]
     texts = [episode["instruction"]["instruction_text"] for episode in episodes]
-    policy = load_agent(args, {**settings, "contract": choose_ckpt(args)[1]}, texts)
-    agent = mixed_agent(policy, args.expert_share, args.seed)
+    agent = mixed_agent(load_agent(args, settings, texts), args.expert_share, args.seed)
     walks = deque(EpisodeState(*pair, keep_video=True) for pair in zip(episodes, texts))
     sims = min(args.sims, len(walks))
     with SimPool(args.sim, settings["robot"], scenes, sims, simulator_commands(args),
@@ -255,8 +254,8 @@ def main(args):
 
     # 3. walk
     if todo:
-        walk_shards(args, out, {name: shards[name] for name in todo}, {**settings, "robot": robot},
-                    scenes, suffix)
+        walk_shards(args, out, {name: shards[name] for name in todo},
+                    {**settings, "robot": robot, "contract": contract}, scenes, suffix)
 
     # 4. write one table out of many
     write_tables(out, walks, shards, rows, {
