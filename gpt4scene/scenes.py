@@ -355,12 +355,17 @@ def multi3dref_questions(facts: list[Fact], boxes: Boxes) -> Iterator[Question]:
                   lambda fact, room=f"{wall} room": fact.room == room)
 
 
-def dense_question(facts: list[Fact], marks: list) -> Question:
-    """One answer that says something about every mark: many bindings for few tokens."""
-    shown = sorted((mark, fact.name) for mark, fact in zip(marks, facts) if mark is not None)
-    answer = ", ".join(f"<OBJ{mark:03d}> {name}" for mark, name in shown) + "."
-    prompt = "List all objects with their colour and kind."
-    return Question("dense", "all", prompt, [answer], [answer], {})
+def dense_questions(facts: list[Fact], marks: list) -> list[Question]:
+    """Answers that say something about every mark: many bindings for few tokens. One goes from
+    marks to things, the other from colours to marks."""
+    shown = [(f"<OBJ{mark:03d}>", fact) for mark, fact in zip(marks, facts) if mark is not None]
+    lists = {"List all objects with their colour and kind.":
+             [f"{mark} {fact.name}" for mark, fact in sorted(shown)],
+             "List all colours with their objects.":
+             sorted(f"{fact.colour} {mark}" for mark, fact in shown)}
+    answers = {prompt: f"{', '.join(parts)}." for prompt, parts in lists.items()}
+    return [Question("dense", "all", prompt, [answer], [answer], {})
+            for prompt, answer in answers.items()]
 
 
 def choose_questions(rng, candidates: list[Question], count: int) -> list[Question]:
@@ -534,7 +539,7 @@ def make_scene(task: tuple) -> Scene:
         pictures[f"images_2D/{name}/{k}.png"] = frame
     for path, picture in pictures.items():
         houses.write_file(os.path.join(args.out, path), encode(picture, "png"))
-    return Scene(name, list(pictures), boxes, questions, [dense_question(facts, marks)])
+    return Scene(name, list(pictures), boxes, questions, dense_questions(facts, marks))
 
 
 def progress(**bar) -> dict:

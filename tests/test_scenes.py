@@ -255,13 +255,15 @@ def test_a_dense_course_in_one_room_lists_every_mark(tmp_path):
     make(tmp_path, *SMALL, "--rooms", 1, "--questions", 1, "--bev-pixels", 112)
     assert not os.path.exists(tmp_path / "scan2cap_val.json")
     rows = load(tmp_path, "dense_val")
-    assert len(rows) == 8
-    for row in rows:
-        picture = np.asarray(Image.open(tmp_path / row["images"][0]))
-        text = row["conversations"][1]["value"]
+    assert len(rows) == 2 * 8
+    for by_mark, by_colour in zip(rows[::2], rows[1::2]):
+        picture = np.asarray(Image.open(tmp_path / by_mark["images"][0]))
         seen = [(f"{mark:03d}", {*hues(picture[top:top + 14, left:left + 14]).flat} - {""})
                 for mark, (top, left) in sorted(find_marks(picture, 2).items())]
-        assert [(mark, {colour}) for mark, colour in re.findall(r"<OBJ(\d+)> (\w+)", text)] == seen
+        pairs = re.findall(r"<OBJ(\d+)> (\w+)", by_mark["conversations"][1]["value"])
+        assert [(mark, {colour}) for mark, colour in pairs] == seen
+        found = re.findall(r"(\w+) <OBJ(\d+)>", by_colour["conversations"][1]["value"])
+        assert found == sorted((colour, mark) for mark, colour in pairs)
     with pytest.raises(UserError, match="--frames 0 shows nothing"):
         make(tmp_path, "--frames", 0, "--no-bev")
     with pytest.raises(UserError, match="--rooms 3: houses of --level 1 have 1 to 2 rooms"):
