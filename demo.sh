@@ -58,7 +58,7 @@ stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --mem
 stage own_walks python make_data.py --policy ckpt/sft --limit 1000 --max-actions 60 --sims 8 \
   --device cpu --out data/own
 stage grpo $TRAIN grpo.py --init ckpt/sft --data data/own/train --val-data data/vln_ego/val_seen \
-  --out ckpt/grpo --lr 1e-4 --gamma 0.5 --scale-rewards none --prompts 6400 --batch-size 64 \
+  --out ckpt/grpo --lr 3e-4 --gamma 0.5 --scale-rewards none --prompts 6400 --batch-size 64 \
   --val-every 50 --save-every 50 $CPU
 
 # 4. Evaluate. SFT and GRPO walk 1,200 episodes in houses never seen, since 200 cannot show a

@@ -48,13 +48,16 @@ ROWS = {
     "dagger_low": f"sft.py --data {EXPERT} {{own}} --lr 1e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
     "expert_low": f"grpo.py --data {EXPERT} --lr 3e-5 --prompts 6400 {GRPO}",
+    "expert_high": f"grpo.py --data {EXPERT} --lr 3e-4 --prompts 6400 {GRPO}",
     "own_low": f"grpo.py --data {{own}} --lr 3e-5 --prompts 6400 {GRPO}",
-    "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 1e-4 --prompts 6400 {GRPO}",
+    "own_high": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
+    "own_high_long": f"grpo.py --data {{own}} --lr 3e-4 --prompts 19200 {GRPO}",
+    "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
 }
-# The paper's ablations of stage two: the reward, and plans per prompt (row own: tdr and 8).
-ROWS |= {f"own_{reward}": f"{ROWS['own']} --reward {reward}"
+# The paper's ablations of stage two: the reward, and plans per prompt (own_high: tdr and 8).
+ROWS |= {f"reward_{reward}": f"{ROWS['own_high']} --reward {reward}"
          for reward in ("uniform", "linear", "hard")}
-ROWS |= {f"own_group{n}": f"{ROWS['own']} --group-size {n}" for n in (2, 4, 16)}
+ROWS |= {f"group_{n}": f"{ROWS['own_high']} --group-size {n}" for n in (2, 4, 16)}
 # The ablation of memories: SFT on walks to another room and back (houses of level 4).
 MEMORIES = {
     "memory_lsm": "--memory lsm --memory-budget 8 --memory-recent 4",
@@ -66,8 +69,8 @@ MEMORIES = {
 # The ablation of actions per answer: SFT on the houses of the other rows.
 HORIZONS = {f"horizon_{n}": n for n in (1, 3, 6, 8)}
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
-FURTHER = {"own2": ("own", ROWS["own"]), "own3": ("own2", ROWS["own"]),
-           "dagger_own": ("dagger", ROWS["own"])}
+FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
+           "dagger_own": ("dagger", ROWS["own_high"])}
 
 
 class Job(NamedTuple):
