@@ -18,7 +18,7 @@ for row in ${@:-view view_no_marks frames_2 frames_4 frames_8 frames_8_no_view};
     --shares 30 1 --val-data "$data/dense_val.json" --out "$ckpt/course" --steps-per-walk 2 \
     --batch-size 40 --schedule constant --max-steps 500
   [ -e "$ckpt/scenes/nav.json" ] || $TRAIN --model "$ckpt/course" --data "$data/train.json" \
-    --out "$ckpt/scenes" --steps-per-walk 6 --batch-size 96 --max-steps 800
+    --out "$ckpt/scenes" --steps-per-walk 6 --batch-size 96 --max-steps 600
   python -m gpt4scene.answer "$data" --ckpt "$ckpt/scenes" --device cpu --out "$out"
   echo "$row: ${ROWS[$row]}"
   python -m gpt4scene.scores "$out" "$data" | grep -E "^  (EM|CIDEr@0.5|Acc@0.5|F1@0.5)  "
