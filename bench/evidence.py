@@ -68,6 +68,13 @@ MEMORIES = {
 }
 # The ablation of actions per answer: SFT on the houses of the other rows.
 HORIZONS = {f"horizon_{n}": n for n in (1, 3, 6, 8)}
+# The transfer: to RxR's camera, longer sentences and more rooms, with a tenth of the walks.
+TARGET = "evidence/target_ego/train"
+TRANSFERS = {
+    "transfer_sft": f"sft.py --data {TARGET} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN} --model",
+    "transfer_expert": f"grpo.py --data {TARGET} --lr 3e-4 --prompts 6400 {GRPO} --init",
+    "transfer_own": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO} --init",
+}
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
 FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
            "dagger_own": ("dagger", ROWS["own_high"])}
@@ -79,17 +86,18 @@ class Job(NamedTuple):
     command: str
 
 
-def own_walks(name: str, policy: str, needs: str, seed: int, walks: int = 1500) -> Job:
+def own_walks(name: str, policy: str, needs: str, seed: int, walks: int = 1500,
+              houses: str = "houses") -> Job:
     """Record greedy walks of a policy, labelled by the expert at every pose."""
-    return Job(name, [needs], f"make_data.py --policy {policy} --episodes evidence/houses --split "
-               f"train --limit {walks} --max-actions 60 --seed {seed} --out evidence/{name} "
-               "--device cpu")
+    return Job(name, [needs], f"make_data.py --policy {policy} --episodes evidence/{houses} "
+               f"--split train --limit {walks} --max-actions 60 --seed {seed} --device cpu "
+               f"--out evidence/{name}")
 
 
-def evaluation(run: str, ckpt: str, needs: str) -> Job:
-    """The 1,200 walks on which a checkpoint is evaluated."""
-    return Job(f"walk_{run}", [needs, "unseen"], f"evaluate.py --ckpt {ckpt} --episodes "
-               "evidence/unseen --split val_unseen --device cpu --sims 8 --max-actions 150 "
+def evaluation(run: str, ckpt: str, needs: str, houses: str = "unseen") -> Job:
+    """The walks on which a checkpoint is evaluated: 1,200 in 300 houses, if they are `unseen`."""
+    return Job(f"walk_{run}", [needs, houses], f"evaluate.py --ckpt {ckpt} --episodes "
+               f"evidence/{houses} --split val_unseen --device cpu --sims 8 --max-actions 150 "
                f"--out evidence/results/{run}")
 
 
@@ -110,8 +118,9 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
-                jobs += memory_jobs(row, s) if row in MEMORIES else horizon_jobs(
-                    row, s) if row in HORIZONS else stage_two(row, s, seed)
+                jobs += (memory_jobs(row, s) if row in MEMORIES else
+                         horizon_jobs(row, s) if row in HORIZONS else
+                         transfer_jobs(row, s) if row in TRANSFERS else stage_two(row, s, seed))
     return list({job.name: job for job in jobs}.values())
 
 
@@ -144,9 +153,7 @@ def memory_jobs(row: str, s: int) -> list[Job]:
             f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
         Job(run, [f"look4_{s}"], f"sft.py --model {look} --data {data} --out evidence/ckpt/{run} "
             f"{MEMORIES[row]} --lr 1e-3 --max-steps 1000 --seed {s} {LEARN}"),
-        Job(f"walk_{run}", [run], f"evaluate.py --ckpt evidence/ckpt/{run} --episodes "
-            "evidence/houses4 --split val_unseen --device cpu --sims 8 --max-actions 150 "
-            f"--out evidence/results/{run}")]
+        evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
 def horizon_jobs(row: str, s: int) -> list[Job]:
@@ -160,6 +167,29 @@ def horizon_jobs(row: str, s: int) -> list[Job]:
             f"--out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 --max-steps 1000 "
             f"--seed {s} {LEARN}"),
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
+
+
+def transfer_jobs(row: str, s: int) -> list[Job]:
+    """Adapt SFT policy s to the target, and evaluate it there, and where it came from (kept_..)."""
+    run, start, own = f"{row}_{s}_0", f"transfer_start_{s}_0", f"target_own{s}"
+    kept = run.replace("transfer", "kept")
+
+    def with_camera_of(data: str, name: str, ckpt: str, needs: list[str]) -> Job:
+        """The same weights with the camera of a recording: sft.py takes it from the data."""
+        return Job(name, needs, f"sft.py --model evidence/ckpt/{ckpt} --data {data} --out "
+                   f"evidence/ckpt/{name} {MEMORY} {LEARN} --max-steps 1 --lr 1e-12")
+    return [
+        Job("target", [], "-m world.houses --level 2 --out evidence/target --seed 7000 "
+            "--train-houses 50 --unseen-houses 150 --val-episodes 600 --jobs 1"),
+        Job("target_record", ["target"], "make_data.py --episodes evidence/target --split train "
+            "--noise 0.1 --hfov-deg 79 --camera-height-m 0.88 --out evidence/target_ego"),
+        with_camera_of(TARGET, start, f"sft{s}", [f"sft{s}", "target_record"]),
+        own_walks(own, f"evidence/ckpt/{start}", start, s, houses="target"),
+        evaluation(start, f"evidence/ckpt/{start}", start, "target"),
+        Job(run, [own], f"{TRANSFERS[row]} evidence/ckpt/{start} --out evidence/ckpt/{run}".format(
+            own=f"evidence/{own}/train")),
+        evaluation(run, f"evidence/ckpt/{run}", run, "target"),
+        with_camera_of(EXPERT, kept, run, [run]), evaluation(kept, f"evidence/ckpt/{kept}", kept)]
 
 
 def keep_rows(run: str):
@@ -249,7 +279,7 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Run the study of stage two.")
-    every = [*ROWS, *FURTHER, *MEMORIES, *HORIZONS]
+    every = [*ROWS, *FURTHER, *MEMORIES, *HORIZONS, *TRANSFERS]
     p.add_argument("--rows", nargs="+", choices=every, default=every)
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")

@@ -37,15 +37,17 @@ def read_run(folder: str, name: str) -> dict[str, dict]:
 
 def read_rows(folder: str) -> dict[str, list[tuple[str, str]]]:
     """{row of the table: [(run, the one that it is compared with), ..]}: stage two with its SFT
-    policy, an ablation of SFT with the paper's choice and the same seed."""
+    policy, an ablation of SFT with the paper's choice and the same seed, the transfer with the
+    policy before it (kept_..: where that policy came from)."""
     names = sorted(name.removesuffix(".jsonl.gz") for name in os.listdir(folder)
                    if name.endswith(".jsonl.gz"))
     table = defaultdict(list)
     for name in names:
         if not name.startswith("start_"):
             row, sft_seed, _ = name.rsplit("_", 2)
-            paper = {"memory": f"memory_lsm_{sft_seed}_0", "horizon": f"horizon_6_{sft_seed}_0"}
-            table[row].append((name, paper.get(row.partition("_")[0], f"start_{sft_seed}")))
+            other = {"memory": f"memory_lsm_{sft_seed}_0", "horizon": f"horizon_6_{sft_seed}_0",
+                     "transfer": f"transfer_start_{sft_seed}_0"}
+            table[row].append((name, other.get(row.partition("_")[0], f"start_{sft_seed}")))
     return table
 
 
