@@ -37,15 +37,16 @@ walk() {
 
 # 1. Data: 500 houses to train in, 200 others, and walks in them with instructions.
 stage houses python -m world.houses --train-houses 500 --unseen-houses 200 --val-episodes 1200
-stage record python make_data.py --split train --noise 0.1
 stage record_val python make_data.py --split val_seen --limit 200
 
 # The first pictures: what the expert does, and what a policy does that has learned nothing.
-stage untrained python sft.py --model tiny --out ckpt/untrained --max-steps 1 $LEARN
+stage untrained python sft.py --model tiny --data data/vln_ego/val_seen --out ckpt/untrained \
+  --max-steps 1 $LEARN
 FIRST="--split val_unseen --limit 8 --pictures 4"
 stage first_oracle walk first_oracle $FIRST --agent oracle
 stage first_untrained walk first_untrained $FIRST --ckpt ckpt/untrained
 echo "the first pictures: results/first_oracle/pictures, results/first_untrained/pictures"
+stage record python make_data.py --split train --noise 0.1
 
 # 2. SFT, in two stages: first without memory (short prompts, so several times as many decisions
 #    per minute), then with the frames that Long-Short Memory keeps.
@@ -58,7 +59,7 @@ stage sft $TRAIN sft.py --model ckpt/look --out ckpt/sft --memory-budget 4 --mem
 stage own_walks python make_data.py --policy ckpt/sft --limit 1000 --max-actions 60 --sims 8 \
   --device cpu --out data/own
 stage grpo $TRAIN grpo.py --init ckpt/sft --data data/own/train --val-data data/vln_ego/val_seen \
-  --out ckpt/grpo --lr 3e-4 --gamma 0.5 --scale-rewards none --prompts 6400 --batch-size 64 \
+  --out ckpt/grpo --lr 1e-4 --gamma 0.5 --scale-rewards none --prompts 6400 --batch-size 64 \
   --val-every 50 --save-every 50 $CPU
 
 # 4. Evaluate. SFT and GRPO walk 1,200 episodes in houses never seen, since 200 cannot show a
