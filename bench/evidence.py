@@ -244,18 +244,21 @@ class Lanes:
                 self.lock.notify_all()
 
     def execute(self, job: Job) -> tuple[int, dict]:
-        """CPU minutes are those of the process and its children: another load does not count."""
+        """CPU minutes are those of the process and its children: another load does not count.
+        None for a job that goes on after an interruption, whose first part was not measured."""
         env = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-        begin = time.monotonic()
-        with open(os.path.join(WORK, "logs", f"{job.name}.log"), "a") as log:
+        begin, path = time.monotonic(), os.path.join(WORK, "logs", f"{job.name}.log")
+        resumed = os.path.exists(path)
+        with open(path, "a") as log:
             process = subprocess.Popen([sys.executable, *job.command.split()], cwd=ROOT, env=env,
                                        stdout=log, stderr=log)
             _, status, usage = os.wait4(process.pid, 0)
         if not status and job.name.startswith("walk_"):
             keep_rows(job.name.removeprefix("walk_"))
+        cpu = None if resumed else round((usage.ru_utime + usage.ru_stime) / 60, 2)
         return status, {"job": job.name, "minutes": round((time.monotonic() - begin) / 60, 2),
-                        "cpu_minutes": round((usage.ru_utime + usage.ru_stime) / 60, 2)}
+                        "cpu_minutes": cpu}
 
 
 def main(args):
@@ -272,8 +275,8 @@ def main(args):
     for thread in threads:
         thread.join()
     with open(os.path.join(OUT, "minutes.json"), "w") as file:
-        json.dump({name: row["cpu_minutes"] for name, row in sorted(lanes.minutes.items())}, file,
-                  indent=1)
+        json.dump({name: row["cpu_minutes"] for name, row in sorted(lanes.minutes.items())
+                   if row["cpu_minutes"]}, file, indent=1)
     sys.exit(bool(lanes.failed))
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import math
 import os
 import random
 from collections import defaultdict
@@ -90,6 +91,7 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
         spl.append(mean(one["spl"] for one in b.values()))
         steps.append(mean(one["steps"] for one in b.values()))
     each = [round(y - x, 4) for x, y in zip(before, after)]
+    known = [minutes[run] for run, _ in pairs if run in minutes]    # not of runs that were resumed
     return {"name": row, "runs": len(pairs), "episodes": len(a), "houses": len(houses),
             "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
             "sr_before_of_runs": [round(x, 4) for x in before],
@@ -97,7 +99,7 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
             "both_ci": bootstrap(by_house, draw_runs=True) if len(pairs) > 1 else None,
             "diff_of_runs": each,
             "spl_after": round(mean(spl), 4), "steps_after": round(mean(steps), 2),
-            "minutes": round(mean(minutes.get(run, 0) for run, _ in pairs), 2)}
+            "minutes": round(mean(known), 2) if known else None}
 
 
 def main(args):
@@ -112,7 +114,7 @@ def main(args):
         both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
         print(f"{r['name']:12s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
               f"{r['diff']:+10.3f} [{low:+.3f}, {high:+.3f}]     {both:>16s}  "
-              f"{r['spl_after']:.3f}  {r['steps_after']:5.1f}  {r['minutes']:7.1f}")
+              f"{r['spl_after']:.3f}  {r['steps_after']:5.1f}  {r['minutes'] or math.nan:7.1f}")
     if args.out:
         os.makedirs(os.path.dirname(args.out), exist_ok=True)
         with open(args.out, "w") as file:
