@@ -9,6 +9,7 @@ to its own file, and any number of them takes up what others left.
 Run it   python -m gpt4scene.answer data/scenes --ckpt ckpt/scenes
          torchrun --nproc_per_node 8 -m gpt4scene.answer data/scenes --ckpt ckpt/scenes
          python -m gpt4scene.answer data/scenes --ckpt ckpt/scenes --pictures blank   # a control
+         python -m gpt4scene.answer data/scenes --ckpt ckpt/scenes --server URL --served-model NAME
 Reads    annotations, known by their names (gpt4scene/scores.py), each record with "scene_id" and
          "prompt"; --images {scene: [pictures]}
 Writes   --out   run.json (settings), answers[.<rank>].jsonl: {"key": "scanqa/17", "pred": "Brown.",
@@ -27,8 +28,9 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ from cli import (
     write_lines,
 )
 from engine import check_lengths, prefetch
-from evaluate import fingerprint, open_out
+from evaluate import check_server_flags, fingerprint, open_out
 from gpt4scene.chat import ChatPolicy, ScenePrefix
 from gpt4scene.scores import NEEDS, read_annotations, read_lines
 from make_data import decode
@@ -69,6 +71,11 @@ def parse_args(argv=None):
     p.add_argument("--together", type=positive_int, default=16,
                    help="questions that are answered in one pass")
     p.add_argument("--max-new-tokens", type=positive_int, help="of an answer; default: 128")
+    p.add_argument("--server", metavar="URL", help="an OpenAI-compatible server that runs the "
+                   "model of --ckpt, as http://127.0.0.1:8000/v1")
+    p.add_argument("--served-model", metavar="NAME", help="the model's name there")
+    p.add_argument("--server-timeout", type=float, default=120,
+                   help="seconds for a request's answer")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=("cpu", "cuda"))
     p.add_argument("--dtype", choices=("float32", "bfloat16"),
@@ -136,8 +143,9 @@ def read_scenes(args) -> list[Scene]:
 
 
 def load_chat_policy(args, scenes: list[Scene]) -> ChatPolicy:
+    """The policy of --ckpt; without weights, if a server has them."""
     local_rank = os.environ.get("LOCAL_RANK", 0)
-    device = f"cuda:{local_rank}" if args.device == "cuda" else "cpu"
+    device = "meta" if args.server else f"cuda:{local_rank}" if args.device == "cuda" else "cpu"
     dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     policy = load_policy(args.ckpt, device=device, dtype=dtype).eval()
     if not isinstance(policy, ChatPolicy):
@@ -163,7 +171,7 @@ def load_pictures(policy: ChatPolicy, scene: Scene, others: dict[str, Scene], ki
 
 @torch.no_grad()
 def answer_scene(policy: ChatPolicy, frames: list[np.ndarray], questions: dict[str, str],
-                 together: int):
+                 together: int) -> Iterator[list[dict]]:
     """Yield groups of rows {"key", "pred", "tokens", "cut"}: the pictures are run once for all."""
     prompt = policy.picture_prompt(policy.encode_frames(frames))
     cache, keys = policy.run_pictures([ScenePrefix(prompt, [])]), list(questions)
@@ -177,8 +185,47 @@ def answer_scene(policy: ChatPolicy, frames: list[np.ndarray], questions: dict[s
                 "cut": ids[-1] != policy.end_token} for key, ids in zip(some, answers)]
 
 
-def answer_all(args, policy: ChatPolicy, scenes: list[Scene], todo: list[Scene], path: str) -> None:
-    """Answer the questions of todo; each group is on the disk before the next one is asked."""
+def scene_request(server, frames: list[np.ndarray], question: str) -> dict:
+    from tools.remote import content_parts, picture_url  # it needs httpx2
+    content = content_parts("<image>" * len(frames) + question, map(picture_url, frames))
+    return {**server.request, "messages": [{"role": "user", "content": content}]}
+
+
+def connect(args, policy: ChatPolicy, scene: Scene, out: str) -> Any:
+    """The server of --server, after a first request, about a scene (server.json)."""
+    from tools.remote import ChatServer, JsonClient
+    client = JsonClient(args.server, args.server_timeout, os.environ.get("SERVER_TOKEN"))
+    server = ChatServer(client, args.served_model, policy, policy.contract["max_new_tokens"])
+    frames, question = load_pictures(policy, scene, {}, "own"), next(iter(scene.questions.values()))
+    features = policy._blank_features(dict(enumerate(frames)))
+    ours = policy.prompt("<image>" * len(frames) + question, [*features.values()])
+    write_json(os.path.join(out, "server.json"), server.check_request(
+        scene_request(server, frames, question), len(ours.ids)))
+    return server
+
+
+def ask_scene(server, frames: list[np.ndarray], questions: dict[str, str], together: int
+              ) -> Iterator[list[dict]]:
+    """answer_scene() by a server: a request for each question. All of a scene begin with its
+    pictures, which the server's prefix cache keeps."""
+    from tools.remote import ServerFailed, read_answer
+    keys = list(questions)
+    for k in range(0, len(keys), together):
+        asked = {key: server.client.submit(server.client.post(
+            "/chat/completions", scene_request(server, frames, questions[key])))
+            for key in keys[k:k + together]}
+        try:
+            found = {key: read_answer(future.result()) for key, future in asked.items()}
+        except ServerFailed as error:
+            raise UserError(f"{error}: start the server again; the same command goes on") from None
+        yield [{"key": key, "pred": text, "tokens": usage.get("completion_tokens"), "cut": cut}
+               for key, (text, cut, usage) in found.items()]
+
+
+def answer_all(args, policy: ChatPolicy, answer: Callable, scenes: list[Scene], todo: list[Scene],
+               path: str) -> None:
+    """Answer the questions of todo; each group is on the disk before the next one is asked.
+    answer: answer_scene() or ask_scene(), with its first argument"""
     ordered = sorted(scenes, key=lambda scene: scene.name)
     others = {scene.name: other for scene, other in zip(ordered, ordered[1:] + ordered[:1])}
 
@@ -188,7 +235,7 @@ def answer_all(args, policy: ChatPolicy, scenes: list[Scene], todo: list[Scene],
     with open(path, "a") as file, tqdm(total=total, unit="question", mininterval=1 if
                                        sys.stderr.isatty() else 30) as bar:
         for k, frames, _ in prefetch(load, range(len(todo))):
-            for rows in answer_scene(policy, frames, todo[k].questions, args.together):
+            for rows in answer(frames, todo[k].questions, args.together):
                 file.writelines(json.dumps(row) + "\n" for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
@@ -236,6 +283,7 @@ def check_coverage(out: str, scenes: list[Scene], mine: list[Scene], rank: int) 
 def main(args):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(args.threads)
+    check_server_flags(argparse.Namespace(agent="policy", **vars(args)))
 
     # 1. what is asked, and which answers are there already
     scenes, ckpt = read_scenes(args), os.path.normpath(args.ckpt)
@@ -244,8 +292,9 @@ def main(args):
     policy = load_chat_policy(args, scenes)
     asked = json.dumps(sorted([s.name, s.questions, s.pictures] for s in scenes))
     open_out(out, {"ckpt": ckpt, "weights": fingerprint(ckpt), "contract": policy.contract,
-                   "dtype": str(policy.dtype), "pictures": args.pictures,
-                   "asked": hashlib.sha256(asked.encode()).hexdigest()[:16]})
+                   "dtype": None if args.server else str(policy.dtype), "pictures": args.pictures,
+                   "asked": hashlib.sha256(asked.encode()).hexdigest()[:16],
+                   **({"served_model": args.served_model} if args.server else {})})
     path = os.path.join(out, f"answers.{rank}.jsonl" if world_size > 1 else "answers.jsonl")
     if os.path.exists(path):
         write_lines(path, read_rows(path))                  # without a line that a kill cut short
@@ -261,7 +310,11 @@ def main(args):
           f"questions of {len(todo)} scenes", flush=True)
 
     # 2. answer, 3. check
-    naming_failures(out, rank, lambda: answer_all(args, policy, scenes, todo, path))
+    def work():
+        answer = partial(ask_scene, connect(args, policy, scenes[-1], out)) if args.server else (
+            partial(answer_scene, policy))
+        answer_all(args, policy, answer, scenes, todo, path)
+    naming_failures(out, rank, work)
     check_coverage(out, scenes, mine, rank)
 
 

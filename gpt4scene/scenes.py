@@ -9,8 +9,8 @@ number on all of them, and texts call them <OBJ007>. Five benchmarks ask:
     scanrefer    "Which object is this: the chair in the pink room?"             a mark
     multi3dref   "Which objects are these: red or blue things?"                  marks, or none
 Embedded: the houses of world/houses.py are the scenes; proposals are the true boxes with noise, in
-a random order. The `dense` course, to begin with, lists all marks in one answer. Real: the official
-annotations, attributes (.pt) and pictures become the same files.
+a random order. The `dense` course, to begin with, lists all marks, in two answers. Real: the
+official annotations, attributes (.pt) and pictures become the same files.
 
 Run it   python -m gpt4scene.scenes [--rooms 1] [--no-marks] [--no-bev]
          python -m gpt4scene.scenes --split val --images scannet --scanqa ScanQA_v1.0_val.json \\
@@ -145,7 +145,7 @@ class Scene(NamedTuple):
     images: list                # paths, relative to --out; the bird's-eye view first
     boxes: Boxes | None
     questions: list
-    dense: list = []            # the question of the first course, of an embedded scene
+    dense: list = []            # the questions of the first course, of an embedded scene
 
 
 def sqa_type(question: str) -> int:

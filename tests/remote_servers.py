@@ -140,7 +140,8 @@ class PolicyServer:
         with self.lock, torch.no_grad():
             prompt = self.policy.prompt(texts[-1][1], self.policy.encode_frames(frames),
                                         tuple(texts[:-1]))
-            found = self.policy.generate([prompt], max_new_tokens=body["max_tokens"])
+            found = self.policy.generate([prompt], max_new_tokens=body["max_tokens"],
+                                         draft="chat" not in self.policy.contract["prompt"])
         assert sorted(map(int, body["logit_bias"])) == sorted(self.policy.banned.tolist())
         ids = found.completion_ids[0][found.completion_mask[0]].tolist()
         ended = ids[-1] == self.policy.end_token

@@ -70,6 +70,33 @@ def test_answers_are_those_of_transformers(world, alone):
                        len(found), "cut": int(found[-1]) != policy.end_token}
 
 
+def test_a_server_gives_the_same_answers(world, alone, tmp_path, monkeypatch):
+    """One that serves each request by itself, and fails now and then."""
+    pytest.importorskip("httpx2", reason="needs httpx2 (requirements.txt)")
+    from remote_servers import PolicyServer
+
+    from tools import remote
+    monkeypatch.setattr(remote.JsonClient, "first_wait_s", 0.01)
+    busy = (503, "busy", [])
+    with PolicyServer(world / "ckpt", lambda n, body: busy if n % 9 == 4 else None) as server:
+        flags = ["--server", server.url, "--served-model", "it"]
+        done = in_process(*command(world, tmp_path / "served", *flags))
+        assert "all 100 questions are answered" in done.stdout
+        assert len(server.bodies) == 101 + len(range(4, len(server.bodies), 9))
+        again = in_process(*command(world, tmp_path / "served"), check=False)
+        assert again.returncode == 2 and "served_model" in again.stderr
+    assert answers_of(tmp_path / "served") == alone
+    with PolicyServer(world / "ckpt", more_tokens=1) as server:
+        other = in_process(*command(world, tmp_path / "other", "--server", server.url,
+                                    "--served-model", "it"), check=False)
+    assert other.returncode == 2 and "prompt tokens and we count" in other.stderr
+    with PolicyServer(world / "ckpt", lambda n, body: busy if n > 40 else None) as server:
+        flags = ["--server", server.url, "--served-model", "it"]
+        ended = in_process(*command(world, tmp_path / "failed", *flags), check=False)
+        assert ended.returncode == 2 and "the same command goes on" in ended.stderr
+    assert 0 < len(answers_of(tmp_path / "failed")) < 41
+
+
 def test_two_ranks_share_the_scenes(world, alone, tmp_path, monkeypatch):
     """And a run without a launcher's help, as srun starts it: each rank for itself."""
     done = launch(["torch.distributed.run", "--standalone", "--nproc_per_node=2"],

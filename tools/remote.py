@@ -17,7 +17,7 @@ The endpoint of tools/serve.py, which keeps the walks' memory itself, is asked i
 
 Read it in this order
     transport  one POST, its retries and what ends the run       JsonClient
-    requests   a walk -> messages, an answer -> actions          ChatPolicy, RobotPolicy
+    requests   a walk -> messages, an answer -> actions          ChatServer, ChatPolicy, RobotPolicy
     the loop   simulators and answers, whichever comes first     RemoteLoop
 
 Needs    httpx2 (requirements.txt)
@@ -189,36 +189,31 @@ def content_parts(text: str, pictures: Iterable[str]) -> list[dict]:
     return parts
 
 
-class ChatPolicy:
-    """The policy of a checkpoint folder, run by a server of chat completions.
+def picture_url(frame: np.ndarray) -> str:
+    return "data:image/png;base64," + png(frame)
+
+
+class ChatServer:
+    """A server of chat completions that runs the model of a checkpoint folder.
 
     policy: its contract, prompt and tokenizer; its weights are not needed (device "meta").
-    execute, malformed, blank, temperature, seed: as for Policy.agent().
     """
 
     # vLLM and SGLang know these, and take the checkpoint's own values without them; transformers
     # serve refuses them.
     extra = {"top_k": -1, "repetition_penalty": 1.0}
 
-    def __init__(self, client: JsonClient, model: str, policy: Policy, execute: int = 3,
-                 malformed: str = "stop", blank: bool = False, temperature: float = 0.0,
-                 seed: int = 0):
-        self.client, self.policy, self.execute, self.blank = client, policy, execute, blank
-        self.fallback = [STOP if malformed == "stop" else FORWARD]
-        self.temperature, self.seed, self.dialog = temperature, seed, policy.whole_walks
+    def __init__(self, client: JsonClient, model: str, policy: Policy, max_tokens: int,
+                 temperature: float = 0.0):
+        self.client, self.policy = client, policy
         self.request = {"model": model, "temperature": float(temperature),
                         "top_p": policy.contract.get("sampling", {}).get("top_p", 1.0),
-                        "max_tokens": 48 if self.dialog else MAX_ANSWER_TOKENS,
+                        "max_tokens": max_tokens,
                         "logit_bias": {str(token): -100.0 for token in policy.banned.tolist()}}
 
-    # ------------------------------------------------------------ before the first walk
-
-    def check(self, instruction: str, height: int, width: int) -> dict:
-        """Ask once, with a black frame -> what was found, for server.json. UserError if the server
-        does not read the prompt as we do."""
-        walk = EpisodeState({}, instruction, name="check")
-        walk.frames.append(np.zeros((height, width, 3), dtype=np.uint8))
-        body, ours = self.body(walk), self.prompt_tokens(instruction, height, width)
+    def check_request(self, body: dict, ours: int) -> dict:
+        """Send a request of `ours` prompt tokens -> what was found, for server.json. UserError if
+        the server does not read the prompt as we do."""
         try:
             reply = self.first_reply(body)
         except ServerFailed as error:
@@ -261,6 +256,31 @@ class ChatPolicy:
                 f"generation_config.json asks for {held['repetition_penalty']}, which changes the "
                 "answers: set it to 1 in the folder that is served")
 
+    def close(self):
+        self.client.close()
+
+
+class ChatPolicy(ChatServer):
+    """The policy of a checkpoint folder, run by a server of chat completions.
+
+    execute, malformed, blank, temperature, seed: as for Policy.agent().
+    """
+
+    def __init__(self, client: JsonClient, model: str, policy: Policy, execute: int = 3,
+                 malformed: str = "stop", blank: bool = False, temperature: float = 0.0,
+                 seed: int = 0):
+        self.dialog = policy.whole_walks
+        super().__init__(client, model, policy, 48 if self.dialog else MAX_ANSWER_TOKENS,
+                         temperature)
+        self.execute, self.blank, self.temperature, self.seed = execute, blank, temperature, seed
+        self.fallback = [STOP if malformed == "stop" else FORWARD]
+
+    def check(self, instruction: str, height: int, width: int) -> dict:
+        """check_request() with a walk's first request and a black frame."""
+        walk = EpisodeState({}, instruction, name="check")
+        walk.frames.append(np.zeros((height, width, 3), dtype=np.uint8))
+        return self.check_request(self.body(walk), self.prompt_tokens(instruction, height, width))
+
     def prompt_tokens(self, instruction: str, height: int, width: int) -> int:
         """Of a walk's first request."""
         text = self.policy.instruction_prompt(instruction, 0)
@@ -289,8 +309,8 @@ class ChatPolicy:
     def body(self, walk: EpisodeState) -> dict:
         """The request for a walk's next plan. Its features are its frames as data URLs."""
         frames = walk.frames[-1:] if self.dialog else walk.frames
-        walk.features += ["data:image/png;base64," + png(
-            self.policy.resize(np.zeros_like(f) if self.blank else f)) for f in frames]
+        walk.features += [picture_url(self.policy.resize(np.zeros_like(f) if self.blank else f))
+                          for f in frames]
         seed = random.Random(f"{self.seed} {walk.name} {len(walk.actions)}").getrandbits(31)
         return {**self.request, "messages": self.messages(walk),
                 **({"seed": seed} if self.temperature > 0 else {})}
@@ -311,9 +331,6 @@ class ChatPolicy:
         text = self.policy.instruction_prompt(walk.instruction, len(past))
         return [{"role": "user",
                  "content": content_parts(text, [walk.features[i] for i in (*past, t)])}]
-
-    def close(self):
-        self.client.close()
 
 
 def read_answer(reply: dict) -> tuple[str, bool, dict]:
