@@ -115,12 +115,13 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
                  Job(f"sft{s}", [f"look{s}"], f"sft.py --model {look} --data {EXPERT} --out {sft} "
                      f"{MEMORY} --lr 1e-3 --max-steps 2000 --seed {s} {LEARN}"),
                  own_walks(f"own{s}", sft, f"sft{s}", s), evaluation(f"start_{s}", sft, f"sft{s}")]
+    makers = (dict.fromkeys(MEMORIES, memory_jobs) | dict.fromkeys(HORIZONS, horizon_jobs)
+              | dict.fromkeys(TRANSFERS, transfer_jobs))
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
-                jobs += (memory_jobs(row, s) if row in MEMORIES else
-                         horizon_jobs(row, s) if row in HORIZONS else
-                         transfer_jobs(row, s) if row in TRANSFERS else stage_two(row, s, seed))
+                make = makers.get(row)
+                jobs += make(row, s) if make else stage_two(row, s, seed)
     return list({job.name: job for job in jobs}.values())
 
 

@@ -13,7 +13,7 @@ TRAIN="python sft.py --prompt chat --device cpu --lr 2e-3 --beta2 0.99"
 for row in ${@:-view view_no_marks frames_2 frames_4 frames_8 frames_4_no_view}; do
   data=data/ablation/$row ckpt=ckpt/ablation/$row out=results/ablation/$row
   [ -e "$data/meta.json" ] || python -m gpt4scene.scenes --out "$data" --train-scenes 2000 \
-    --val-scenes 60 --rooms 1 --bev-pixels 112 ${ROWS[$row]} > /dev/null
+    --rooms 1 --bev-pixels 112 ${ROWS[$row]} > /dev/null
   [ -e "$ckpt/course/nav.json" ] || $TRAIN --model tiny --data "$data"/{dense_train,train}.json \
     --shares 30 1 --val-data "$data/dense_val.json" --out "$ckpt/course" --steps-per-walk 2 \
     --batch-size 40 --schedule constant --max-steps 500

@@ -185,22 +185,23 @@ def answer_scene(policy: ChatPolicy, frames: list[np.ndarray], questions: dict[s
                 "cut": ids[-1] != policy.end_token} for key, ids in zip(some, answers)]
 
 
-def scene_request(server, frames: list[np.ndarray], question: str) -> dict:
-    from tools.remote import content_parts, picture_url  # it needs httpx2
-    content = content_parts("<image>" * len(frames) + question, map(picture_url, frames))
+def scene_request(server, pictures: list[str], question: str) -> dict:
+    """pictures: as data URLs"""
+    from tools.remote import content_parts
+    content = content_parts("<image>" * len(pictures) + question, pictures)
     return {**server.request, "messages": [{"role": "user", "content": content}]}
 
 
 def connect(args, policy: ChatPolicy, scene: Scene, out: str) -> Any:
     """The server of --server, after a first request, about a scene (server.json)."""
-    from tools.remote import ChatServer, JsonClient
+    from tools.remote import ChatServer, JsonClient, picture_url
     client = JsonClient(args.server, args.server_timeout, os.environ.get("SERVER_TOKEN"))
     server = ChatServer(client, args.served_model, policy, policy.contract["max_new_tokens"])
     frames, question = load_pictures(policy, scene, {}, "own"), next(iter(scene.questions.values()))
     features = policy._blank_features(dict(enumerate(frames)))
     ours = policy.prompt("<image>" * len(frames) + question, [*features.values()])
     write_json(os.path.join(out, "server.json"), server.check_request(
-        scene_request(server, frames, question), len(ours.ids)))
+        scene_request(server, [*map(picture_url, frames)], question), len(ours.ids)))
     return server
 
 
@@ -208,11 +209,11 @@ def ask_scene(server, frames: list[np.ndarray], questions: dict[str, str], toget
               ) -> Iterator[list[dict]]:
     """answer_scene() by a server: a request for each question. All of a scene begin with its
     pictures, which the server's prefix cache keeps."""
-    from tools.remote import ServerFailed, read_answer
-    keys = list(questions)
+    from tools.remote import ServerFailed, picture_url, read_answer
+    keys, pictures = list(questions), [*map(picture_url, frames)]       # encoded once
     for k in range(0, len(keys), together):
         asked = {key: server.client.submit(server.client.post(
-            "/chat/completions", scene_request(server, frames, questions[key])))
+            "/chat/completions", scene_request(server, pictures, questions[key])))
             for key in keys[k:k + together]}
         try:
             found = {key: read_answer(future.result()) for key, future in asked.items()}
@@ -283,6 +284,9 @@ def check_coverage(out: str, scenes: list[Scene], mine: list[Scene], rank: int) 
 def main(args):
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     torch.set_num_threads(args.threads)
+    if args.server and not args.served_model:
+        raise UserError("--server needs --served-model, and an address that ends in /v1: a server "
+                        "of chat completions answers (tools.serve moves robots)")
     check_server_flags(argparse.Namespace(agent="policy", **vars(args)))
 
     # 1. what is asked, and which answers are there already
@@ -314,7 +318,8 @@ def main(args):
         answer = partial(ask_scene, connect(args, policy, scenes[-1], out)) if args.server else (
             partial(answer_scene, policy))
         answer_all(args, policy, answer, scenes, todo, path)
-    naming_failures(out, rank, work)
+    if todo:
+        naming_failures(out, rank, work)
     check_coverage(out, scenes, mine, rank)
 
 

@@ -360,12 +360,11 @@ def dense_questions(facts: list[Fact], marks: list) -> list[Question]:
     marks to things, the other from colours to marks."""
     shown = [(f"<OBJ{mark:03d}>", fact) for mark, fact in zip(marks, facts) if mark is not None]
     lists = {"List all objects with their colour and kind.":
-             [f"{mark} {fact.name}" for mark, fact in sorted(shown)],
+             sorted(f"{mark} {fact.name}" for mark, fact in shown),
              "List all colours with their objects.":
              sorted(f"{fact.colour} {mark}" for mark, fact in shown)}
-    answers = {prompt: f"{', '.join(parts)}." for prompt, parts in lists.items()}
-    return [Question("dense", "all", prompt, [answer], [answer], {})
-            for prompt, answer in answers.items()]
+    return [Question("dense", "all", prompt, [", ".join(parts) + "."], [], {})
+            for prompt, parts in lists.items()]
 
 
 def choose_questions(rng, candidates: list[Question], count: int) -> list[Question]:
