@@ -21,6 +21,7 @@ from world import SimError
 from world.house_sim import HouseSim
 from world.pool import SimPool
 from world.robots import ROBOTS, rotation_of
+from world.worker import do_label, do_try
 
 ROBOT = ROBOTS["houses"]
 HOUSES, POSES = 10, 6
@@ -106,6 +107,28 @@ def test_the_experts_actions_lead_to_the_same_place(houses, ours, habitat):
     print(f"{len(apart)} walks of our expert replayed: they end {np.mean(apart):.3f} m apart in "
           f"the mean, {max(apart):.3f} m at most")
     assert max(apart) < 0.25
+
+
+def test_the_expert_labels_wrong_walks_alike(houses, ours, habitat):
+    """A walk that errs every third action, labelled at each pose by habitat-sim's follower and by
+    our expert: nearly always the same action, and six actions that lead as near to the goal."""
+    _, episodes, truths = houses
+    rng, same, apart_m = np.random.default_rng(0), [], []
+    for episode in episodes[::5]:
+        ours.reset(episode)
+        poses = [ours.pose()]
+        for action in truths[str(episode["episode_id"])]["actions"][:-1]:
+            ours.act(int(rng.integers(1, 4)) if rng.random() < 1 / 3 else action)
+            poses.append(ours.pose())
+        labels = list(zip(do_label(ours, episode, poses)["labels"],
+                          habitat("label", episode=episode, poses=poses)["labels"]))
+        plans = [[[int(a) for a in label if int(a) != STOP] for label in pair] for pair in labels]
+        same += [mine[0] == theirs[0] for mine, theirs in labels]
+        apart_m += [theirs["distance_to_goal"] - mine["distance_to_goal"]
+                    for mine, theirs in do_try(ours, episode, poses, plans)["states"]]
+    print(f"{len(same)} poses: the same action at {np.mean(same):.3f}; after six, theirs are "
+          f"{np.mean(apart_m):+.3f} m farther from the goal in the mean, {max(apart_m):.2f} most")
+    assert np.mean(same) > 0.9 and abs(np.mean(apart_m)) < 0.1
 
 
 def test_no_way_leads_onto_the_roof(houses, habitat_python):
