@@ -43,13 +43,9 @@ ROWS = {
     "own_long": f"grpo.py --data {{own}} --lr 1e-4 --prompts 19200 {GRPO}",
     "sft": f"sft.py --data {EXPERT} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger": f"sft.py --data {EXPERT} {{own}} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
-    "dagger_half": f"sft.py --data {EXPERT} {{own}} --shares 1 1 --lr 3e-4 --max-steps 400 "
-                   f"{MEMORY} {LEARN}",
     "dagger_low": f"sft.py --data {EXPERT} {{own}} --lr 1e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
-    "expert_low": f"grpo.py --data {EXPERT} --lr 3e-5 --prompts 6400 {GRPO}",
     "expert_high": f"grpo.py --data {EXPERT} --lr 3e-4 --prompts 6400 {GRPO}",
-    "own_low": f"grpo.py --data {{own}} --lr 3e-5 --prompts 6400 {GRPO}",
     "own_high": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
     "own_high_long": f"grpo.py --data {{own}} --lr 3e-4 --prompts 19200 {GRPO}",
     "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
@@ -91,13 +87,13 @@ def own_walks(name: str, policy: str, needs: str, seed: int, walks: int = 1500,
     """Record greedy walks of a policy, labelled by the expert at every pose."""
     return Job(name, [needs], f"make_data.py --policy {policy} --episodes evidence/{houses} "
                f"--split train --limit {walks} --max-actions 60 --seed {seed} --device cpu "
-               f"--out evidence/{name}")
+               f"--sims 24 --out evidence/{name}")
 
 
 def evaluation(run: str, ckpt: str, needs: str, houses: str = "unseen") -> Job:
     """The walks on which a checkpoint is evaluated: 1,200 in 300 houses, if they are `unseen`."""
     return Job(f"walk_{run}", [needs, houses], f"evaluate.py --ckpt {ckpt} --episodes "
-               f"evidence/{houses} --split val_unseen --device cpu --sims 8 --max-actions 150 "
+               f"evidence/{houses} --split val_unseen --device cpu --sims 24 --max-actions 150 "
                f"--out evidence/results/{run}")
 
 
@@ -143,17 +139,15 @@ def stage_two(row: str, s: int, seed: int) -> list[Job]:
 
 
 def memory_jobs(row: str, s: int) -> list[Job]:
-    """SFT with one memory, from a policy that was trained without one on the same walks."""
-    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/look4_{s}", f"{row}_{s}_0"
+    """SFT with one memory, from the policy that has learned to look without one."""
+    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/look{s}", f"{row}_{s}_0"
     return [
         Job("houses4", [], "-m world.houses --level 4 --out evidence/houses4 --seed 4000 "
             "--unseen-houses 150 --val-episodes 600 --jobs 1"),
         Job("record4", ["houses4"], "make_data.py --episodes evidence/houses4 --split train "
             "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
-        Job(f"look4_{s}", ["record4"], f"sft.py --model tiny --data {data} --out {look} "
-            f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
-        Job(run, [f"look4_{s}"], f"sft.py --model {look} --data {data} --out evidence/ckpt/{run} "
-            f"{MEMORIES[row]} --lr 1e-3 --max-steps 1000 --seed {s} {LEARN}"),
+        Job(run, [f"look{s}", "record4"], f"sft.py --model {look} --data {data} --out "
+            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 800 --seed {s} {LEARN}"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
@@ -165,7 +159,7 @@ def horizon_jobs(row: str, s: int) -> list[Job]:
         Job("record8", ["houses"], "make_data.py --episodes evidence/houses --split train "
             "--noise 0.1 --horizon 8 --out evidence/vln_ego8"),
         Job(run, [f"look{s}", "record8"], f"sft.py --model {look} --data evidence/vln_ego8/train "
-            f"--out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 --max-steps 1000 "
+            f"--out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 --max-steps 500 "
             f"--seed {s} {LEARN}"),
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
@@ -185,7 +179,7 @@ def transfer_jobs(row: str, s: int) -> list[Job]:
         Job("target_record", ["target"], "make_data.py --episodes evidence/target --split train "
             "--noise 0.1 --hfov-deg 79 --camera-height-m 0.88 --out evidence/target_ego"),
         with_camera_of(TARGET, start, f"sft{s}", [f"sft{s}", "target_record"]),
-        own_walks(own, f"evidence/ckpt/{start}", start, s, houses="target"),
+        own_walks(own, f"evidence/ckpt/{start}", start, s, walks=750, houses="target"),
         evaluation(start, f"evidence/ckpt/{start}", start, "target"),
         Job(run, [own], f"{TRANSFERS[row]} evidence/ckpt/{start} --out evidence/ckpt/{run}".format(
             own=f"evidence/{own}/train")),

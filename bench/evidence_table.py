@@ -2,9 +2,10 @@
 The tables of docs/evidence.md, recomputed from docs/evidence/*.jsonl.gz by the standard library
 alone: nothing of the evaluator is imported, so that it checks what the evaluator wrote.
 
-Each run is compared with the SFT policy that it started from, on the same episodes. Intervals (95%)
-are of a bootstrap: `diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws
-runs as well, so that it also holds the spread between training seeds (not of one run).
+Each run is compared with the SFT policy that it started from, with GRPO on own walks, or, in an
+ablation, with the paper's choice, on the same episodes. Intervals (95%) are of a bootstrap:
+`diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws runs as well, so that
+it also holds the spread between training seeds (not of one run).
 
 Run it   python bench/evidence_table.py            print the table
          python bench/evidence_table.py --out docs/results/evidence.json
@@ -23,6 +24,17 @@ from collections import defaultdict
 FOLDER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs",
                       "evidence")
 RESAMPLES = 2000
+# A table's title, and what its rows are compared with; by the first word of the row's name.
+TABLES = {
+    "stage": ("stage two, against the SFT policy", "start_{}"),
+    "own_high": ("stage two, against GRPO on own walks with the same seeds", ""),
+    "reward": ("rewards, against the time-decayed one", "own_high_{}_0"),
+    "group": ("plans per prompt, against 8", "own_high_{}_0"),
+    "memory": ("memories, against Long-Short Memory", "memory_lsm_{}_0"),
+    "horizon": ("actions per answer, against 6", "horizon_6_{}_0"),
+    "transfer": ("transfer, against the policy before it", "transfer_start_{}_0"),
+    "kept": ("the transferred policies where they came from", "start_{}"),
+}
 
 
 def read_run(folder: str, name: str) -> dict[str, dict]:
@@ -36,20 +48,25 @@ def read_run(folder: str, name: str) -> dict[str, dict]:
     return found
 
 
-def read_rows(folder: str) -> dict[str, list[tuple[str, str]]]:
-    """{row of the table: [(run, the one that it is compared with), ..]}: stage two with its SFT
-    policy, an ablation of SFT with the paper's choice and the same seed, the transfer with the
-    policy before it (kept_..: where that policy came from)."""
+def read_tables(folder: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """{title: {row of the table: [(run, the run that it is compared with), ..]}}; a row that others
+    are compared with stands in their table, compared with itself."""
     names = sorted(name.removesuffix(".jsonl.gz") for name in os.listdir(folder)
                    if name.endswith(".jsonl.gz"))
-    table = defaultdict(list)
+    tables = {title: defaultdict(list) for title, _ in TABLES.values()}
     for name in names:
-        if not name.startswith("start_"):
-            row, sft_seed, _ = name.rsplit("_", 2)
-            other = {"memory": f"memory_lsm_{sft_seed}_0", "horizon": f"horizon_6_{sft_seed}_0",
-                     "transfer": f"transfer_start_{sft_seed}_0"}
-            table[row].append((name, other.get(row.partition("_")[0], f"start_{sft_seed}")))
-    return table
+        if name.startswith("start_"):
+            continue
+        row, sft_seed, seed = name.rsplit("_", 2)
+        title, other = TABLES.get(row.partition("_")[0], TABLES["stage"])
+        other = other.format(sft_seed)
+        tables[title][row].append((name, other))
+        if title == TABLES["stage"][0] and f"own_high_{sft_seed}_{seed}" in names:
+            tables[TABLES["own_high"][0]][row].append((name, f"own_high_{sft_seed}_{seed}"))
+        reference = other.rsplit("_", 2)[0]
+        if reference != "start" and (other, other) not in tables[title][reference]:
+            tables[title][reference].append((other, other))
+    return {title: rows for title, rows in tables.items() if rows}
 
 
 def interval(values: list[float]) -> list[float]:
@@ -92,7 +109,8 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
         steps.append(mean(one["steps"] for one in b.values()))
     each = [round(y - x, 4) for x, y in zip(before, after)]
     known = [minutes[run] for run, _ in pairs if run in minutes]    # not of runs that were resumed
-    return {"name": row, "runs": len(pairs), "episodes": len(a), "houses": len(houses),
+    return {"name": row, "compared": any(run != other for run, other in pairs),
+            "runs": len(pairs), "episodes": len(a), "houses": len(houses),
             "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
             "sr_before_of_runs": [round(x, 4) for x in before],
             "diff": round(mean(each), 4), "diff_ci": bootstrap(by_house, draw_runs=False),
@@ -102,23 +120,34 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
             "minutes": round(mean(known), 2) if known else None}
 
 
+def print_table(title: str, rows: list[dict]):
+    """Sorted by the difference; a row that the others are compared with has none."""
+    print(f"{title}\n{'row':18s} runs  SR before  after   difference, over houses     "
+          "over houses and runs   SPL  steps  minutes")
+    for r in sorted(rows, key=lambda r: -r["diff"]):
+        apart = both = ""
+        if r["compared"]:
+            apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(r["diff"], *r["diff_ci"])
+            both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
+        print(f"{r['name']:18s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
+              f"{apart:>27s}     {both:>16s}  {r['spl_after']:.3f}  {r['steps_after']:5.1f}  "
+              f"{r['minutes'] or math.nan:7.1f}")
+    print()
+
+
 def main(args):
     with open(os.path.join(args.folder, "minutes.json")) as file:
         minutes = json.load(file)
-    rows = [measure(args.folder, row, pairs, minutes)
-            for row, pairs in read_rows(args.folder).items()]
-    print(f"{'row':12s} runs  SR before  after   difference, over houses     over houses and runs"
-          "   SPL  steps  minutes")
-    for r in sorted(rows, key=lambda r: -r["diff"]):
-        low, high = r["diff_ci"]
-        both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
-        print(f"{r['name']:12s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
-              f"{r['diff']:+10.3f} [{low:+.3f}, {high:+.3f}]     {both:>16s}  "
-              f"{r['spl_after']:.3f}  {r['steps_after']:5.1f}  {r['minutes'] or math.nan:7.1f}")
+    found = []
+    for title, table in read_tables(args.folder).items():
+        rows = [dict(measure(args.folder, row, pairs, minutes), table=title)
+                for row, pairs in table.items()]
+        print_table(title, rows)
+        found += rows
     if args.out:
         os.makedirs(os.path.dirname(args.out), exist_ok=True)
         with open(args.out, "w") as file:
-            json.dump({"rows": rows}, file, indent=1)
+            json.dump({"rows": found}, file, indent=1)
 
 
 if __name__ == "__main__":
