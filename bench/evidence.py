@@ -43,6 +43,8 @@ ROWS = {
     "own_long": f"grpo.py --data {{own}} --lr 1e-4 --prompts 19200 {GRPO}",
     "sft": f"sft.py --data {EXPERT} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger": f"sft.py --data {EXPERT} {{own}} --lr 3e-4 --max-steps 400 {MEMORY} {LEARN}",
+    "dagger_half": f"sft.py --data {EXPERT} {{own}} --shares 1 1 --lr 3e-4 --max-steps 400 "
+                   f"{MEMORY} {LEARN}",
     "dagger_low": f"sft.py --data {EXPERT} {{own}} --lr 1e-4 --max-steps 400 {MEMORY} {LEARN}",
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
     "expert_high": f"grpo.py --data {EXPERT} --lr 3e-4 --prompts 6400 {GRPO}",
@@ -72,7 +74,9 @@ TRANSFERS = {
     "transfer_own": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO} --init",
 }
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
+# {first}: the walks of the SFT policy.
 FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
+           "dagger2": ("dagger", ROWS["dagger"].replace("{own}", "{first} {own}")),
            "dagger_own": ("dagger", ROWS["own_high"])}
 
 
@@ -133,7 +137,7 @@ def stage_two(row: str, s: int, seed: int) -> list[Job]:
     else:
         command = ROWS[row]
     flag = "--model" if command.startswith("sft.py") else "--init"
-    command = command.format(own=f"evidence/{own}/train")
+    command = command.format(own=f"evidence/{own}/train", first=f"evidence/own{s}/train")
     return [*jobs, Job(run, [own], f"{command} {flag} evidence/ckpt/{start} --out {ckpt} "
                        f"--seed {seed}"), evaluation(run, ckpt, run)]
 

@@ -35,6 +35,8 @@ TABLES = {
     "transfer": ("transfer, against the policy before it", "transfer_start_{}_0"),
     "kept": ("the transferred policies where they came from", "start_{}"),
 }
+# Rows that go on from another row's policy: its minutes count, too.
+EARLIER = {"own2": "own_high", "own3": "own2", "dagger2": "dagger", "dagger_own": "dagger"}
 
 
 def read_run(folder: str, name: str) -> dict[str, dict]:
@@ -92,6 +94,13 @@ def mean(values) -> float:
     return sum(values) / len(values)
 
 
+def minutes_of(run: str, minutes: dict[str, float]) -> float | None:
+    """CPU minutes of a run's training after SFT. None: a part was resumed, and not measured."""
+    row, *seeds = run.rsplit("_", 2)
+    before = minutes_of("_".join([EARLIER[row], *seeds]), minutes) if row in EARLIER else 0
+    return None if run not in minutes or before is None else minutes[run] + before
+
+
 def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) -> dict:
     """One row of the table over its runs."""
     by_house, before, after, spl, steps = [], [], [], [], []
@@ -108,9 +117,10 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
         spl.append(mean(one["spl"] for one in b.values()))
         steps.append(mean(one["steps"] for one in b.values()))
     each = [round(y - x, 4) for x, y in zip(before, after)]
-    known = [minutes[run] for run, _ in pairs if run in minutes]    # not of runs that were resumed
+    known = [x for x in (minutes_of(run, minutes) for run, _ in pairs) if x is not None]
     return {"name": row, "compared": any(run != other for run, other in pairs),
-            "runs": len(pairs), "episodes": len(a), "houses": len(houses),
+            "runs": len(pairs), "run_names": [run for run, _ in pairs],
+            "episodes": len(a), "houses": len(houses),
             "sr_before": round(mean(before), 4), "sr_after": round(mean(after), 4),
             "sr_before_of_runs": [round(x, 4) for x in before],
             "diff": round(mean(each), 4), "diff_ci": bootstrap(by_house, draw_runs=False),
