@@ -76,7 +76,9 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: s
 
 def add_optimizer_args(parser, lr: float, schedule: str, weight_decay: float) -> None:
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=lr, help="peak learning rate of AdamW")
+    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--optimizer", choices=("adamw", "muon"), default="adamw",
+        help="muon: for the matrices of the layers, in fp32 without ZeRO; AdamW for other weights")
     add("--schedule", choices=("cosine", "constant"), default=schedule)
     add("--warmup", type=float, default=0.1, help="share of all steps with a rising rate")
     add("--weight-decay", type=float, default=weight_decay)
@@ -397,6 +399,65 @@ def check_compile(zero_stage: int) -> None:
                         "or clang++, or leave it out")
 
 
+class Muon(torch.optim.AdamW):
+    """Muon [1] for the groups with `muon`, AdamW for the others, as one optimizer for DeepSpeed.
+
+    A matrix moves along its momentum with all singular values brought near 1, so that also the rare
+    directions of a small batch are learned; the step is as long as AdamW's (RMS 0.2 of lr [2]), so
+    that one learning rate serves both. torch.optim.Muon computes in bf16, which some CPUs emulate:
+    twenty times as slow there.
+
+    [1] https://kellerjordan.github.io/posts/muon  [2] https://arxiv.org/abs/2502.16982, section 2.2
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not group["muon"] or p.grad is None:
+                    continue
+                if not self.state[p]:                  # `step`: AdamW looks for it in every state
+                    self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.zeros(())}
+                mean = self.state[p]["momentum"]
+                mean.lerp_(p.grad, 0.05)
+                update = orthogonalize(p.grad.lerp(mean, 0.95))                        # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-0.2 * group["lr"] * max(p.shape) ** 0.5)
+                p.grad = None                                          # not for AdamW's step below
+        return super().step(closure)
+
+
+def orthogonalize(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix (m, n) with the same singular vectors and singular values of about 0.7 to 1.2, by
+    five of the Newton-Schulz iterations of [1] above."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def make_optimizer(policy, args, zero_stage: int) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer. Weight decay is for matrices only; embeddings, which a batch
+    uses a few rows of, are AdamW's. UserError if the matrices would be cut up among processes."""
+    muon = args.optimizer == "muon"
+    if muon and (zero_stage or default_dtype(args) == "bfloat16"):
+        raise UserError("--optimizer muon needs whole matrices in fp32: give --zero-stage 0 "
+                        "--dtype float32, or leave it out")
+    groups = [{"params": [], "weight_decay": args.weight_decay, "muon": True},
+              {"params": [], "weight_decay": args.weight_decay, "muon": False},
+              {"params": [], "weight_decay": 0.0, "muon": False}]
+    for name, p in policy.named_parameters():
+        if not p.requires_grad:
+            continue
+        hidden = muon and p.dim() == 2 and "embed" not in name and "lm_head" not in name
+        groups[0 if hidden else 1 if p.dim() > 1 else 2]["params"].append(p)
+    groups = [group for group in groups if group["params"]]       # an adapter has matrices only
+    optimizer = Muon if muon else torch.optim.AdamW
+    return optimizer(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+
+
 def make_engine(policy, args):
     """Wrap the policy in DeepSpeed; accumulate() decides after which micro-batch it steps."""
     import deepspeed
@@ -421,11 +482,7 @@ def make_engine(policy, args):
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     config.update(train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1,
                   bf16={"enabled": default_dtype(args) == "bfloat16"})
-    weights = [p for p in policy.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in weights if p.dim() > 1], "weight_decay": args.weight_decay},
-              {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]       # an adapter has matrices only
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), fused=True)
+    optimizer = make_optimizer(policy, args, zero["stage"])
     engine, *_ = deepspeed.initialize(model=policy, optimizer=optimizer, config=config)
     return engine
 

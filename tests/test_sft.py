@@ -140,6 +140,42 @@ def test_it_learns_and_a_kill_and_a_stop_change_nothing(ego, tmp_path):
     assert log_of(tmp_path / "a") == log_of(out)
 
 
+def test_muon_moves_as_torchs_does():
+    """Three steps of torch.optim.Muon, which iterates in bf16, on three shapes; AdamW beside it."""
+    torch.manual_seed(0)
+    shapes = (48, 16), (16, 48), (16, 16), (16,)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    before = [p.detach().clone() for p in ours]
+    first = engine.Muon([{"params": ours[:3], "muon": True}, {"params": ours[3:], "muon": False}],
+                        lr=0.01, weight_decay=0.1, betas=(0.9, 0.99))
+    others = (torch.optim.Muon(theirs[:3], lr=0.01, weight_decay=0.1,
+                               adjust_lr_fn="match_rms_adamw"),
+              torch.optim.AdamW(theirs[3:], lr=0.01, weight_decay=0.1, betas=(0.9, 0.99)))
+    for _ in range(3):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for one in (first, *others):
+            one.step()
+    for a, b, start in zip(ours[:3], theirs, before):
+        assert (a - b).norm() < 0.02 * (b - start).norm()
+    assert torch.equal(ours[3], theirs[3])
+
+
+def test_muon_resumes_to_the_bit_and_is_the_same_on_two_ranks(ego, tmp_path):
+    flags = ["--optimizer", "muon", "--max-steps", 4]
+    run_sft(ego, tmp_path / "a", *flags)
+    run_sft(ego, tmp_path / "b", *flags, "--stop-after", 2)
+    run_sft(ego, tmp_path / "b", *flags)
+    assert max_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "b")) == 0
+    run_on_two_ranks(tmp_path, "sft", [["--data", str(ego), "--out", str(tmp_path / "c"), *TINY,
+                                        *map(str, flags)]])
+    assert max_difference(weights_of(tmp_path / "a"), weights_of(tmp_path / "c")) < 1e-5
+    done = run_sft(ego, tmp_path / "d", *flags, "--zero-stage", 2, check=False)
+    assert done.returncode == 2 and "give --zero-stage 0 --dtype float32" in done.stderr
+
+
 def test_two_ranks_equal_one(ego, tmp_path):
     """Each ZeRO stage on two processes, against one plain process: fp32, 1e-5."""
     def argv(name, zero):
