@@ -78,6 +78,8 @@ TRANSFERS = {
 FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
            "dagger2": ("dagger", ROWS["dagger"].replace("{own}", "{first} {own}")),
            "dagger_own": ("dagger", ROWS["own_high"])}
+# Rows that start from SFT with Muon instead of AdamW.
+MUON = ("muon_own_high", "muon_dagger", "muon_sft")
 
 
 class Job(NamedTuple):
@@ -109,12 +111,7 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
             Job("record", ["houses"], "make_data.py --episodes evidence/houses --split train "
                 "--noise 0.1 --out evidence/vln_ego")]
     for s in sft_seeds:
-        look, sft = f"evidence/ckpt/look{s}", f"evidence/ckpt/sft{s}"
-        jobs += [Job(f"look{s}", ["record"], f"sft.py --model tiny --data {EXPERT} --out {look} "
-                     f"--memory-budget 0 --lr 2e-3 --max-steps 4500 --seed {s} {LEARN}"),
-                 Job(f"sft{s}", [f"look{s}"], f"sft.py --model {look} --data {EXPERT} --out {sft} "
-                     f"{MEMORY} --lr 1e-3 --max-steps 2000 --seed {s} {LEARN}"),
-                 own_walks(f"own{s}", sft, f"sft{s}", s), evaluation(f"start_{s}", sft, f"sft{s}")]
+        jobs += sft_jobs(s)
     makers = (dict.fromkeys(MEMORIES, memory_jobs) | dict.fromkeys(HORIZONS, horizon_jobs)
               | dict.fromkeys(TRANSFERS, transfer_jobs))
     for seed in seeds:
@@ -125,12 +122,30 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
     return list({job.name: job for job in jobs}.values())
 
 
+def sft_jobs(s: int, muon: bool = False) -> list[Job]:
+    """An SFT policy with seed s, its own walks, and its evaluation; with Muon in fewer updates."""
+    by, optimizer = ("muon_", " --optimizer muon") if muon else ("", "")
+    steps = (2000, 800) if muon else (4500, 2000)
+    look, sft = f"{by}look{s}", f"{by}sft{s}"
+    return [Job(look, ["record"], f"sft.py --model tiny --data {EXPERT} --out "
+                f"evidence/ckpt/{look} --memory-budget 0 --lr 2e-3 --max-steps {steps[0]} "
+                f"--seed {s} {LEARN}{optimizer}"),
+            Job(sft, [look], f"sft.py --model evidence/ckpt/{look} --data {EXPERT} --out "
+                f"evidence/ckpt/{sft} {MEMORY} --lr 1e-3 --max-steps {steps[1]} --seed {s} {LEARN}"
+                f"{optimizer}"),
+            own_walks(f"{by}own{s}", f"evidence/ckpt/{sft}", sft, s),
+            evaluation(f"muon_start_{s}_0" if muon else f"start_{s}", f"evidence/ckpt/{sft}", sft)]
+
+
 def stage_two(row: str, s: int, seed: int) -> list[Job]:
     """Train one run of a row, from SFT policy s, and evaluate it; first the rows it goes on from.
     A job that is listed twice is run once."""
     run, ckpt, jobs = f"{row}_{s}_{seed}", f"evidence/ckpt/{row}_{s}_{seed}", []
     start, own = f"sft{s}", f"own{s}"
-    if row in FURTHER:
+    if row.startswith("muon_"):
+        jobs, start, own = sft_jobs(s, muon=True), f"muon_sft{s}", f"muon_own{s}"
+        command = ROWS[row.removeprefix("muon_")]
+    elif row in FURTHER:
         earlier, command = FURTHER[row]
         jobs, start, own = stage_two(earlier, s, seed), f"{earlier}_{s}_{seed}", f"walks_{run}"
         jobs.append(own_walks(own, f"evidence/ckpt/{start}", start, 100 + seed, walks=750))
@@ -144,27 +159,30 @@ def stage_two(row: str, s: int, seed: int) -> list[Job]:
 
 def memory_jobs(row: str, s: int) -> list[Job]:
     """SFT with one memory, from the policy that has learned to look without one."""
-    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/look{s}", f"{row}_{s}_0"
+    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/muon_look{s}", f"{row}_{s}_0"
     return [
         Job("houses4", [], "-m world.houses --level 4 --out evidence/houses4 --seed 4000 "
             "--unseen-houses 150 --val-episodes 600 --jobs 1"),
         Job("record4", ["houses4"], "make_data.py --episodes evidence/houses4 --split train "
             "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
-        Job(run, [f"look{s}", "record4"], f"sft.py --model {look} --data {data} --out "
-            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 800 --seed {s} {LEARN}"),
+        sft_jobs(s, muon=True)[0],
+        Job(run, [f"muon_look{s}", "record4"], f"sft.py --model {look} --data {data} --out "
+            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 800 --seed {s} {LEARN} "
+            "--optimizer muon"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
 def horizon_jobs(row: str, s: int) -> list[Job]:
     """SFT with that many actions per answer, of which at most three are carried out."""
-    n, look, run = HORIZONS[row], f"evidence/ckpt/look{s}", f"{row}_{s}_0"
+    n, look, run = HORIZONS[row], f"evidence/ckpt/muon_look{s}", f"{row}_{s}_0"
     walk = evaluation(run, f"evidence/ckpt/{run}", run)
     return [
         Job("record8", ["houses"], "make_data.py --episodes evidence/houses --split train "
             "--noise 0.1 --horizon 8 --out evidence/vln_ego8"),
-        Job(run, [f"look{s}", "record8"], f"sft.py --model {look} --data evidence/vln_ego8/train "
-            f"--out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 --max-steps 500 "
-            f"--seed {s} {LEARN}"),
+        sft_jobs(s, muon=True)[0],
+        Job(run, [f"muon_look{s}", "record8"], f"sft.py --model {look} --data "
+            f"evidence/vln_ego8/train --out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 "
+            f"--max-steps 500 --seed {s} {LEARN} --optimizer muon"),
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
 
@@ -281,7 +299,7 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Run the study of stage two.")
-    every = [*ROWS, *FURTHER, *MEMORIES, *HORIZONS, *TRANSFERS]
+    every = [*ROWS, *FURTHER, *MUON, *MEMORIES, *HORIZONS, *TRANSFERS]
     p.add_argument("--rows", nargs="+", choices=every, default=every)
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")

@@ -30,6 +30,7 @@ TABLES = {
     "own_high": ("stage two, against GRPO on own walks with the same seeds", ""),
     "reward": ("rewards, against the time-decayed one", "own_high_{}_0"),
     "group": ("plans per prompt, against 8", "own_high_{}_0"),
+    "muon": ("stage two after SFT with Muon, against that policy", "muon_start_{}_0"),
     "memory": ("memories, against Long-Short Memory", "memory_lsm_{}_0"),
     "horizon": ("actions per answer, against 6", "horizon_6_{}_0"),
     "transfer": ("transfer, against the policy before it", "transfer_start_{}_0"),
