@@ -74,7 +74,7 @@ for policy in sft grpo; do
   stage "walk_$policy" walk "$policy" --split val_unseen --ckpt "ckpt/$policy" \
     --pictures 6 --page 100
 done
-stage walk_blank_frames walk blank_frames --split val_unseen --limit 100 --ckpt ckpt/sft --blank-frames
+stage walk_blank_frames walk blank_frames --split val_unseen --limit 200 --ckpt ckpt/sft --blank-frames
 stage walk_shuffled_instruction walk shuffled_instruction --split val_unseen --limit 200 \
   --ckpt ckpt/sft --shuffled-instruction
 

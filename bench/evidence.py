@@ -182,7 +182,7 @@ def horizon_jobs(row: str, s: int) -> list[Job]:
         sft_jobs(s, muon=True)[0],
         Job(run, [f"muon_look{s}", "record8"], f"sft.py --model {look} --data "
             f"evidence/vln_ego8/train --out evidence/ckpt/{run} {MEMORY} --horizon {n} --lr 1e-3 "
-            f"--max-steps 500 --seed {s} {LEARN} --optimizer muon"),
+            f"--max-steps 300 --seed {s} {LEARN} --optimizer muon"),
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
 
