@@ -73,6 +73,13 @@ TRANSFERS = {
     "transfer_expert": f"grpo.py --data {TARGET} --lr 3e-4 --prompts 6400 {GRPO} --init",
     "transfer_own": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO} --init",
 }
+# GRPO in the simulator, from a policy whose prompts are dialogs (docs/activevln.md).
+ONLINE = {
+    "online_state": "-m activevln.grpo_online --groups state --batch-size 24 --group-size 8 "
+                    "--sims 24 --temperature 0.7 --scale-rewards none --kl-coef 0.05 --lr 3e-4 "
+                    "--schedule cosine --micro-tokens 6000 --max-steps 100 --val-every 50 "
+                    "--save-every 25",
+}
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
 # {first}: the walks of the SFT policy.
 FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
@@ -110,15 +117,14 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
                 "--unseen-houses 300 --val-episodes 1200 --jobs 1"),
             Job("record", ["houses"], "make_data.py --episodes evidence/houses --split train "
                 "--noise 0.1 --out evidence/vln_ego")]
-    for s in sft_seeds:
-        jobs += sft_jobs(s)
     makers = (dict.fromkeys(MEMORIES, memory_jobs) | dict.fromkeys(HORIZONS, horizon_jobs)
               | dict.fromkeys(TRANSFERS, transfer_jobs))
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
                 make = makers.get(row)
-                jobs += make(row, s) if make else stage_two(row, s, seed)
+                jobs += (make(row, s) if make else
+                         (online_jobs if row in ONLINE else stage_two)(row, s, seed))
     return list({job.name: job for job in jobs}.values())
 
 
@@ -140,8 +146,8 @@ def sft_jobs(s: int, muon: bool = False) -> list[Job]:
 def stage_two(row: str, s: int, seed: int) -> list[Job]:
     """Train one run of a row, from SFT policy s, and evaluate it; first the rows it goes on from.
     A job that is listed twice is run once."""
-    run, ckpt, jobs = f"{row}_{s}_{seed}", f"evidence/ckpt/{row}_{s}_{seed}", []
-    start, own = f"sft{s}", f"own{s}"
+    run, ckpt = f"{row}_{s}_{seed}", f"evidence/ckpt/{row}_{s}_{seed}"
+    jobs, start, own = sft_jobs(s), f"sft{s}", f"own{s}"
     if row.startswith("muon_"):
         jobs, start, own = sft_jobs(s, muon=True), f"muon_sft{s}", f"muon_own{s}"
         command = ROWS[row.removeprefix("muon_")]
@@ -155,6 +161,18 @@ def stage_two(row: str, s: int, seed: int) -> list[Job]:
     command = command.format(own=f"evidence/{own}/train", first=f"evidence/own{s}/train")
     return [*jobs, Job(run, [own], f"{command} {flag} evidence/ckpt/{start} --out {ckpt} "
                        f"--seed {seed}"), evaluation(run, ckpt, run)]
+
+
+def online_jobs(row: str, s: int, seed: int) -> list[Job]:
+    """SFT on dialogs with seed s, then GRPO on this policy's walks in the simulator."""
+    dialog, start, run = f"dialog{s}", f"online_start_{s}_0", f"{row}_{s}_{seed}"
+    ckpt = f"evidence/ckpt/{run}"
+    return [Job(dialog, ["record"], f"sft.py --model tiny --prompt dialog --vary-turns --data "
+                f"{EXPERT} --out evidence/ckpt/{dialog} --optimizer muon --lr 2e-3 --batch-size 32 "
+                f"--micro-tokens 6000 --max-steps 600 --seed {s} --save-every 200 {CPU}"),
+            evaluation(start, f"evidence/ckpt/{dialog}", dialog),
+            Job(run, [dialog], f"{ONLINE[row]} --init evidence/ckpt/{dialog} --episodes "
+                f"evidence/houses --out {ckpt} --seed {seed} {CPU}"), evaluation(run, ckpt, run)]
 
 
 def memory_jobs(row: str, s: int) -> list[Job]:
@@ -196,6 +214,7 @@ def transfer_jobs(row: str, s: int) -> list[Job]:
         return Job(name, needs, f"sft.py --model evidence/ckpt/{ckpt} --data {data} --out "
                    f"evidence/ckpt/{name} {MEMORY} {LEARN} --max-steps 1 --lr 1e-12")
     return [
+        *sft_jobs(s),
         Job("target", [], "-m world.houses --level 2 --out evidence/target --seed 7000 "
             "--train-houses 50 --unseen-houses 150 --val-episodes 600 --jobs 1"),
         Job("target_record", ["target"], "make_data.py --episodes evidence/target --split train "
@@ -299,7 +318,7 @@ def main(args):
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description="Run the study of stage two.")
-    every = [*ROWS, *FURTHER, *MUON, *MEMORIES, *HORIZONS, *TRANSFERS]
+    every = [*ROWS, *FURTHER, *MUON, *ONLINE, *MEMORIES, *HORIZONS, *TRANSFERS]
     p.add_argument("--rows", nargs="+", choices=every, default=every)
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")

@@ -31,6 +31,8 @@ TABLES = {
     "reward": ("rewards, against the time-decayed one", "own_high_{}_0"),
     "group": ("plans per prompt, against 8", "own_high_{}_0"),
     "muon": ("stage two after SFT with Muon, against that policy", "muon_start_{}_0"),
+    "online": ("GRPO on walks in the simulator, dialogs, against the policy before it",
+               "online_start_{}_0"),
     "memory": ("memories, against Long-Short Memory", "memory_lsm_{}_0"),
     "horizon": ("actions per answer, against 6", "horizon_6_{}_0"),
     "transfer": ("transfer, against the policy before it", "transfer_start_{}_0"),
