@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import os
 import random
 from collections import defaultdict
@@ -152,12 +151,13 @@ def print_table(title: str, rows: list[dict]):
           f"over houses and runs   SPL  steps  minutes{'  paper' * paper}")
     for r in sorted(rows, key=lambda r: -r["diff"]):
         apart = both = ""
+        minutes = f"{r['minutes']:.1f}" if r["minutes"] else "-"
         if r["compared"]:
             apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(r["diff"], *r["diff_ci"])
             both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
         print(f"{r['name']:18s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
               f"{apart:>27s}     {both:>16s}  {r['spl_after']:.3f}  {r['steps_after']:5.1f}  "
-              f"{r['minutes'] or math.nan:7.1f}{'  {:5}'.format(r['paper_sr'] or '-') * paper}")
+              f"{minutes:>7s}{'  {:5}'.format(r['paper_sr'] or '-') * paper}")
     print()
 
 
