@@ -185,7 +185,7 @@ def memory_jobs(row: str, s: int) -> list[Job]:
             "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
         sft_jobs(s, muon=True)[0],
         Job(run, [f"muon_look{s}", "record4"], f"sft.py --model {look} --data {data} --out "
-            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 800 --seed {s} {LEARN} "
+            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 400 --seed {s} {LEARN} "
             "--optimizer muon"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
