@@ -157,7 +157,7 @@ def print_table(title: str, rows: list[dict]):
             both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
         print(f"{r['name']:18s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
               f"{apart:>27s}     {both:>16s}  {r['spl_after']:.3f}  {r['steps_after']:5.1f}  "
-              f"{minutes:>7s}{'  {:5}'.format(r['paper_sr'] or '-') * paper}")
+              f"{minutes:>7s}{'  {:>5}'.format(r['paper_sr'] or '-') * paper}")
     print()
 
 
