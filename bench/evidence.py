@@ -176,17 +176,19 @@ def online_jobs(row: str, s: int, seed: int) -> list[Job]:
 
 
 def memory_jobs(row: str, s: int) -> list[Job]:
-    """SFT with one memory, from the policy that has learned to look without one."""
-    data, look, run = "evidence/vln_ego4/train", f"evidence/ckpt/muon_look{s}", f"{row}_{s}_0"
+    """SFT with one memory, from a policy that has learned these houses without one."""
+    data, look, run = "evidence/vln_ego4/train", f"look4_{s}", f"{row}_{s}_0"
+    learn = f"--lr 1e-3 --seed {s} {LEARN} --optimizer muon --data {data}"
     return [
         Job("houses4", [], "-m world.houses --level 4 --out evidence/houses4 --seed 4000 "
             "--unseen-houses 150 --val-episodes 600 --jobs 1"),
         Job("record4", ["houses4"], "make_data.py --episodes evidence/houses4 --split train "
             "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
         sft_jobs(s, muon=True)[0],
-        Job(run, [f"muon_look{s}", "record4"], f"sft.py --model {look} --data {data} --out "
-            f"evidence/ckpt/{run} {MEMORIES[row]} --lr 1e-3 --max-steps 400 --seed {s} {LEARN} "
-            "--optimizer muon"),
+        Job(look, [f"muon_look{s}", "record4"], f"sft.py --model evidence/ckpt/muon_look{s} "
+            f"--out evidence/ckpt/{look} --memory-budget 0 --max-steps 1200 {learn}"),
+        Job(run, [look], f"sft.py --model evidence/ckpt/{look} --out evidence/ckpt/{run} "
+            f"{MEMORIES[row]} --max-steps 400 {learn}"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
