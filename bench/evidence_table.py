@@ -4,8 +4,9 @@ alone: nothing of the evaluator is imported, so that it checks what the evaluato
 
 Each run is compared with the SFT policy that it started from, with GRPO on own walks, or, in an
 ablation, with the paper's choice, on the same episodes. Intervals (95%) are of a bootstrap:
-`diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws runs as well, so that
-it also holds the spread between training seeds (not of one run).
+`diff_ci` draws houses, each with all its episodes and runs; `both_ci` draws SFT seeds as well, and
+for each its seeds of stage two, so that it holds the spread between trainings, too (not of one
+run).
 
 Run it   python bench/evidence_table.py            print the table
          python bench/evidence_table.py --out docs/results/evidence.json
@@ -26,7 +27,7 @@ RESAMPLES = 2000
 # A table's title, and what its rows are compared with; by the first word of the row's name.
 TABLES = {
     "stage": ("stage two, against the SFT policy", "start_{}"),
-    "own_high": ("stage two, against GRPO on own walks with the same seeds", ""),
+    "own_high": ("stage two, against GRPO on own walks with the same seeds and rounds", ""),
     "reward": ("rewards, against the time-decayed one", "own_high_{}_0"),
     "group": ("plans per prompt, against 8", "own_high_{}_0"),
     "muon": ("stage two after SFT with Muon, against that policy", "muon_start_{}_0"),
@@ -50,6 +51,8 @@ PAPER = {
 }
 # Rows that go on from another row's policy: its minutes count, too.
 EARLIER = {"own2": "own_high", "own3": "own2", "dagger2": "dagger", "dagger_own": "dagger"}
+# The rows of two rounds that are compared with two rounds of GRPO on own walks.
+TWO_ROUNDS = ("dagger2", "dagger_own")
 
 
 def read_run(folder: str, name: str) -> dict[str, dict]:
@@ -77,8 +80,9 @@ def read_tables(folder: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
         other = other.format(sft_seed)
         if (name, other) not in tables[title][row]:
             tables[title][row].append((name, other))
-        if title == TABLES["stage"][0] and f"own_high_{sft_seed}_{seed}" in names:
-            tables[TABLES["own_high"][0]][row].append((name, f"own_high_{sft_seed}_{seed}"))
+        rounds = f"{'own2' if row in TWO_ROUNDS else 'own_high'}_{sft_seed}_{seed}"
+        if title == TABLES["stage"][0] and rounds in names:
+            tables[TABLES["own_high"][0]][row].append((name, rounds))
         reference = other.rsplit("_", 2)[0]
         if reference != "start" and (other, other) not in tables[title][reference]:
             tables[title][reference].append((other, other))
@@ -90,13 +94,19 @@ def interval(values: list[float]) -> list[float]:
     return [round(values[int(q * (len(values) - 1) + 0.5)], 4) for q in (0.025, 0.975)]
 
 
-def bootstrap(runs: list[dict[str, list[float]]], draw_runs: bool, seed: int = 0) -> list[float]:
-    """runs: {house: differences of its episodes} of each run -> the interval of the mean."""
-    rng, houses = random.Random(seed), sorted(runs[0])
-    sums = [[(sum(run[h]), len(run[h])) for h in houses] for run in runs]
+def bootstrap(runs: dict[str, list[dict[str, list[float]]]], draw_runs: bool, seed: int = 0
+              ) -> list[float]:
+    """runs: for each SFT seed its runs, {house: differences of its episodes} -> the interval of the
+    mean over all."""
+    rng = random.Random(seed)
+    houses = sorted(next(iter(runs.values()))[0])
+    seeds = [[[(sum(run[h]), len(run[h])) for h in houses] for run in some]
+             for some in runs.values()]
     found = []
     for _ in range(RESAMPLES):
-        some = rng.choices(sums, k=len(sums)) if draw_runs else sums
+        some = rng.choices(seeds, k=len(seeds)) if draw_runs else seeds
+        some = [run for of_seed in some
+                for run in (rng.choices(of_seed, k=len(of_seed)) if draw_runs else of_seed)]
         drawn = rng.choices(range(len(houses)), k=len(houses))
         found.append(sum(run[k][0] for run in some for k in drawn)
                      / sum(run[k][1] for run in some for k in drawn))
@@ -115,9 +125,22 @@ def minutes_of(run: str, minutes: dict[str, float]) -> float | None:
     return None if run not in minutes or before is None else minutes[run] + before
 
 
+def recording_of(run: str, minutes: dict[str, float]) -> float | None:
+    """CPU minutes in which a run's own walks were recorded, those of earlier rounds included."""
+    row, *seeds = run.rsplit("_", 2)
+    if row in EARLIER:
+        earlier = recording_of("_".join([EARLIER[row], *seeds]), minutes)
+        found = minutes.get(f"walks_{run}")
+        return None if found is None or earlier is None else found + earlier
+    kind = row.partition("_")[0]
+    if kind in ("sft", "expert"):
+        return 0.0
+    return minutes.get(f"own{seeds[0]}") if kind in ("own", "dagger", "reward", "group") else None
+
+
 def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) -> dict:
     """One row of the table over its runs."""
-    by_house, before, after, spl, steps = [], [], [], [], []
+    by_house, before, after, spl, steps = defaultdict(list), [], [], [], []
     for run, start in pairs:
         a, b = read_run(folder, start), read_run(folder, run)
         if a.keys() != b.keys():
@@ -125,13 +148,14 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
         houses = defaultdict(list)
         for key in a:
             houses[a[key]["scene_id"]].append(b[key]["success"] - a[key]["success"])
-        by_house.append(houses)
+        by_house[run.rsplit("_", 2)[1]].append(houses)
         before.append(mean(one["success"] for one in a.values()))
         after.append(mean(one["success"] for one in b.values()))
         spl.append(mean(one["spl"] for one in b.values()))
         steps.append(mean(one["steps"] for one in b.values()))
     each = [round(y - x, 4) for x, y in zip(before, after)]
-    known = [x for x in (minutes_of(run, minutes) for run, _ in pairs) if x is not None]
+    trained, recorded = ([x for x in (of(run, minutes) for run, _ in pairs) if x is not None]
+                         for of in (minutes_of, recording_of))
     return {"name": row, "compared": any(run != other for run, other in pairs),
             "runs": len(pairs), "run_names": [run for run, _ in pairs],
             "episodes": len(a), "houses": len(houses),
@@ -141,23 +165,25 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
             "both_ci": bootstrap(by_house, draw_runs=True) if len(pairs) > 1 else None,
             "diff_of_runs": each,
             "spl_after": round(mean(spl), 4), "steps_after": round(mean(steps), 2),
-            "minutes": round(mean(known), 2) if known else None}
+            "minutes": round(mean(trained), 2) if trained else None,
+            "minutes_recording": round(mean(recorded), 2) if recorded else None}
 
 
 def print_table(title: str, rows: list[dict]):
     """Sorted by the difference; a row that the others are compared with has none."""
     paper = any(row["paper_sr"] for row in rows)
-    print(f"{title}\n{'row':18s} runs  SR before  after   difference, over houses     "
-          f"over houses and runs   SPL  steps  minutes{'  paper' * paper}")
+    print(f"{title}\n{'row':18s} runs  SR ref.    SR    difference, over houses     "
+          f"over houses and runs   SPL  actions  minutes  recording{'  paper' * paper}")
     for r in sorted(rows, key=lambda r: -r["diff"]):
         apart = both = ""
-        minutes = f"{r['minutes']:.1f}" if r["minutes"] else "-"
+        minutes, recording, theirs = ("-" if x is None else f"{x:.1f}" for x in (
+            r["minutes"], r["minutes_recording"], r["paper_sr"]))
         if r["compared"]:
             apart = "{:+.3f} [{:+.3f}, {:+.3f}]".format(r["diff"], *r["diff_ci"])
             both = "[{:+.3f}, {:+.3f}]".format(*r["both_ci"]) if r["both_ci"] else "one run"
-        print(f"{r['name']:18s} {r['runs']:4d}  {r['sr_before']:9.3f}  {r['sr_after']:.3f}  "
-              f"{apart:>27s}     {both:>16s}  {r['spl_after']:.3f}  {r['steps_after']:5.1f}  "
-              f"{minutes:>7s}{'  {:>5}'.format(r['paper_sr'] or '-') * paper}")
+        print(f"{r['name']:18s} {r['runs']:4d}  {r['sr_before']:7.3f}  {r['sr_after']:.3f}  "
+              f"{apart:>27s}     {both:>16s}  {r['spl_after']:.3f}  {r['steps_after']:7.1f}  "
+              f"{minutes:>7s}  {recording:>9s}{f'  {theirs:>5s}' * paper}")
     print()
 
 
