@@ -151,9 +151,6 @@ def parse_args(argv=None):
     add = p.add_argument_group("rollout").add_argument
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
-    add("--plan-reward", choices=("cost", "expert"), default="cost", help="of --groups state: the "
-        "cost to the goal that a plan saves, or its agreement with the expert on the way to the "
-        "goal that is nearest")
     add("--group-size", type=positive_int, default=4, help="G, walks of an episode, or plans")
     add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
     add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the "
@@ -193,7 +190,6 @@ def parse_args(argv=None):
 REWARD_TERMS = ("success", "soft_success", "progress", "ndtw")
 TERMINATIONS = ("stop", "malformed", "actions", "turns", "no_progress", "unreachable", "invalid",
                 "error")
-AGREEMENT_GAMMA = 0.5
 INVALID_ENDS = TERMINATIONS[-3:]     # not the policy's fault: not trained on, and in no mean
 
 
@@ -257,18 +253,6 @@ def plan_reward(before: dict, after: dict, plan: list[int], robot: dict, radius:
         return -1.0
     right = plan[-1] == STOP and after["distance_to_goal"] < radius
     return cost_to_goal(before, robot) - cost_to_goal(after, robot) + right
-
-
-def agreement(plan: list[int], expert: str) -> float:
-    """--groups state --plan-reward expert: +1 for each action of a plan that is the expert's, -1
-    for another, the later ones less: AGREEMENT_GAMMA^k. [] (malformed): -1.
-
-    expert: the expert's next actions, as digits.
-    >>> agreement([1, 1, 3], "112"), agreement([1], "112"), agreement([], "112")
-    (1.25, 1.0, -1.0)
-    """
-    return sum(AGREEMENT_GAMMA**k * (1 if action == int(wanted) else -1)
-               for k, (action, wanted) in enumerate(zip(plan, expert))) if plan else -1.0
 
 
 def length_features(plans: list, answers: list) -> np.ndarray:
@@ -398,8 +382,8 @@ class RolloutEnv:
             self.cpu_s += self.last_s[i] - (last if self.last_s[i] >= last else 0)  # 0: restarted
 
     def plan_rewards(self, walks: list, policy: DialogPolicy, tally: Counter | None = None) -> list:
-        """--groups state: the reward of every answer of every turn, by the simulator -> rewards per
-        walk, (turns, G); [] where that failed. tally counts such walks ("unscored"), and deaths."""
+        """--groups state: try every answer of every turn in the simulator -> rewards per walk,
+        (turns, G); [] where that failed. tally counts such walks ("unscored"), and deaths."""
         rewards, args, failed = {}, self.args, []
         tally = Counter() if tally is None else tally
 
@@ -408,19 +392,17 @@ class RolloutEnv:
                      for decision in walk.decisions]
             poses = [walk.states[one.t]["position"] + walk.states[one.t]["rotation"]
                      for one in walk.decisions]
-            verb, request = self._reward_request(plans)
+            # Per turn, the distinct ways to move, each tried once; (): the pose itself.
+            moves = [sorted({without_stop(plan) for plan in some} | {()}) for some in plans]
             for _ in range(1 + args.retries):
-                reply = yield verb, {"episode": walk.episode, "poses": poses, **request}
+                reply = yield "try", {"episode": walk.episode, "poses": poses, "plans": moves}
                 if not isinstance(reply, SimDied):
                     break
                 tally["deaths"] += 1
             if isinstance(reply, Exception):
                 return failed.append(reply)
-            rewards[walk.name] = [[agreement(plan, label) for plan in some]
-                                  for some, label in zip(plans, reply["labels"])
-                                  ] if verb == "label" else [
-                self._group_rewards(some, dict(zip(tried, states)))
-                for some, tried, states in zip(plans, request["plans"], reply["states"])]
+            rewards[walk.name] = [self._group_rewards(some, dict(zip(tried, states)))
+                                  for some, tried, states in zip(plans, moves, reply["states"])]
 
         run_jobs(self.pool, args.sims, (job(walk) for walk in walks
                                         if walk.decisions and walk.end not in INVALID_ENDS))
@@ -429,14 +411,6 @@ class RolloutEnv:
                             f"first error: {failed[0]}")
         tally["unscored"] += len(failed)
         return [rewards.get(walk.name, []) for walk in walks]
-
-    def _reward_request(self, plans: list) -> tuple[str, dict]:
-        """The simulator's verb for the rewards of a walk's plans (turns, G), and its arguments."""
-        if self.args.plan_reward == "expert":
-            return "label", {"horizon": max(len(plan) for some in plans for plan in some)}
-        # Per turn, the distinct ways to move, each tried once; (): the pose itself.
-        return "try", {"plans": [sorted({without_stop(plan) for plan in some} | {()})
-                                 for some in plans]}
 
     def _group_rewards(self, plans: list, after: dict) -> list[float]:
         """Rewards of the G plans at one turn. after: {moves: where they lead}."""

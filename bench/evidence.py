@@ -81,7 +81,6 @@ ONLINE = {
                     "--schedule cosine --micro-tokens 6000 --max-steps 100 --val-every 50 "
                     "--save-every 25",
 }
-ONLINE["online_expert"] = ONLINE["online_state"] + " --plan-reward expert"
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
 # {first}: the walks of the SFT policy.
 FURTHER = {"own2": ("own_high", ROWS["own_high"]), "own3": ("own2", ROWS["own_high"]),
@@ -120,13 +119,11 @@ def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Jo
             Job("record", ["houses"], "make_data.py --episodes evidence/houses --split train "
                 "--noise 0.1 --out evidence/vln_ego")]
     makers = (dict.fromkeys(MEMORIES, memory_jobs) | dict.fromkeys(HORIZONS, horizon_jobs)
-              | dict.fromkeys(TRANSFERS, transfer_jobs))
+              | dict.fromkeys(TRANSFERS, transfer_jobs) | dict.fromkeys(ONLINE, online_jobs))
     for seed in seeds:
         for row in rows:
             for s in sft_seeds:
-                make = makers.get(row)
-                jobs += (make(row, s) if make else
-                         (online_jobs if row in ONLINE else stage_two)(row, s, seed))
+                jobs += makers.get(row, stage_two)(row, s, seed)
     return list({job.name: job for job in jobs}.values())
 
 
@@ -177,7 +174,7 @@ def online_jobs(row: str, s: int, seed: int) -> list[Job]:
                 f"evidence/houses --out {ckpt} --seed {seed} {CPU}"), evaluation(run, ckpt, run)]
 
 
-def memory_jobs(row: str, s: int) -> list[Job]:
+def memory_jobs(row: str, s: int, _: int) -> list[Job]:
     """SFT with one memory, from a policy that has learned these houses without one."""
     data, look, run = "evidence/vln_ego4/train", f"look4_{s}", f"{row}_{s}_0"
     learn = f"--lr 1e-3 --seed {s} {LEARN} --optimizer muon --data {data}"
@@ -194,7 +191,7 @@ def memory_jobs(row: str, s: int) -> list[Job]:
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
-def horizon_jobs(row: str, s: int) -> list[Job]:
+def horizon_jobs(row: str, s: int, _: int) -> list[Job]:
     """SFT with that many actions per answer, of which at most three are carried out."""
     n, look, run = HORIZONS[row], f"evidence/ckpt/muon_look{s}", f"{row}_{s}_0"
     walk = evaluation(run, f"evidence/ckpt/{run}", run)
@@ -208,7 +205,7 @@ def horizon_jobs(row: str, s: int) -> list[Job]:
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
 
-def transfer_jobs(row: str, s: int) -> list[Job]:
+def transfer_jobs(row: str, s: int, _: int) -> list[Job]:
     """Adapt SFT policy s to the target, and evaluate it there, and where it came from (kept_..)."""
     run, start, own = f"{row}_{s}_0", f"transfer_start_{s}_0", f"target_own{s}"
     kept = run.replace("transfer", "kept")
