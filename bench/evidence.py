@@ -50,7 +50,6 @@ ROWS = {
     "dagger_high": f"sft.py --data {EXPERT} {{own}} --lr 1e-3 --max-steps 400 {MEMORY} {LEARN}",
     "expert_high": f"grpo.py --data {EXPERT} --lr 3e-4 --prompts 6400 {GRPO}",
     "own_high": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
-    "own_high_long": f"grpo.py --data {{own}} --lr 3e-4 --prompts 19200 {GRPO}",
     "own_simulator": f"bench/simulator_reward.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO}",
 }
 # The paper's ablations of stage two: the reward, and plans per prompt (own_high: tdr and 8).
