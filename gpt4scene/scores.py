@@ -270,6 +270,7 @@ class Metric(NamedTuple):
     value: float | None                 # None: no item has a value, or it cannot be computed here
     ci: list[float] | None = None
     rows: list | None = None            # per item, if the value is their mean; None: left out
+    scenes: Sequence[str] = ()          # of the rows
 
 
 def means(columns: dict[str, Sequence], scenes: Sequence[str], groups: Sequence[str] = (),
@@ -283,7 +284,7 @@ def means(columns: dict[str, Sequence], scenes: Sequence[str], groups: Sequence[
     for name, column in columns.items():
         values = [value for value in column if value is not None]
         metrics[name] = Metric(float(np.mean(values)) if values else None,
-                               found.get(name, {}).get("ci"), column)
+                               found.get(name, {}).get("ci"), column, scenes)
     return metrics
 
 
@@ -362,8 +363,13 @@ def read_attributes(path: str) -> dict[str, dict]:
         if "truth" not in content:
             truth = os.path.basename(path).startswith("scannet_val_")
             content = {"truth" if truth else "proposals": content}
-        return {name: {scene: {**entry, "locs": np.asarray(entry["locs"], float).reshape(-1, 6)}
+        found = {name: {scene: {**entry, "locs": np.asarray(entry["locs"], float).reshape(-1, 6)}
                        for scene, entry in scenes.items()} for name, scenes in content.items()}
+        bad = [scene for scenes in found.values() for scene, entry in scenes.items()
+               if not np.isfinite(entry["locs"]).all()]
+        if bad:
+            raise UserError(f"{path}: the locs of {bad[0]} are not all finite: make the file again")
+        return found
     except UserError:
         raise
     except Exception as error:                              # torch.load has many of its own
@@ -439,13 +445,17 @@ class Question(NamedTuple):
 def make_question(benchmark: str, row: dict, where: str) -> Question:
     """A record of an annotation file with its answer in "pred", or of the released predictions."""
     try:
+        target = row.get("gt_id", row.get("obj_id"))
+        if benchmark not in ("scan2cap", "scanrefer"):
+            target = target or 0
         q = Question(row["scene_id"], row["pred"], row.get("ref_captions", row.get("answers", [])),
-                     int(row.get("gt_id", row.get("obj_id", 0))), int(row.get("pred_id", 0)),
+                     int(target), int(row["pred_id"] if benchmark == "scan2cap" else 0),
                      row.get("sqa_type", row.get("eval_type", row.get("type_info", 0))),
                      bool(row.get("cut")))
         several = benchmark == "multi3dref"
         right = {"scene_id": isinstance(q.scene, str), "pred": isinstance(q.pred, str),
-                 "ref_captions": all(type(one) is (int if several else str) for one in q.references)
+                 "ref_captions": isinstance(q.references, list)
+                 and all(type(one) is (int if several else str) for one in q.references)
                  and (len(q.references) > 0 or benchmark not in ("scanqa", "sqa3d")),
                  "sqa_type": benchmark != "sqa3d" or q.kind in range(len(SQA_TYPES)),
                  "eval_type": not several or q.kind in EVAL_TYPES
@@ -531,10 +541,15 @@ def hand_in(word: str, files: dict) -> dict[str, dict]:
             for name in names for i, row in enumerate(files[name])}
 
 
+def chunk_order(path: str) -> list:
+    """Sorts chunks by their number: as text, 10 stands before 2."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path)]
+
+
 def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
     """A file or a folder of answers, or one of the words that hand_in() knows."""
     inside = os.path.join(glob.escape(path), "**", "")
-    ours, theirs = (sorted(glob.glob(inside + name, recursive=True))
+    ours, theirs = (sorted(glob.glob(inside + name, recursive=True), key=chunk_order)
                     for name in ("answers*.jsonl", "predictions_chunk_*.json"))
     paths = ours or theirs or [path] * os.path.isfile(path)
     if path == "first-reference" or path.startswith(("constant:", "blind:")):
@@ -660,24 +675,27 @@ def number(value: float | None, ci: list[float] | None = None, sign: str = "") -
     return text + (f" [{ci[0]:{sign}.4f}, {ci[1]:{sign}.4f}]" if ci else "")
 
 
-def gain_over(before: Metric, after: Metric, scenes: Sequence[str]) -> Metric:
+def gain_over(before: Metric, after: Metric) -> Metric:
     """The mean of the paired differences."""
-    if len(before.rows) != len(after.rows):
-        raise UserError("--compare needs answers to the same questions: give two runs on one file")
     return means({"gain": [None if None in pair else pair[1] - pair[0]
-                           for pair in zip(before.rows, after.rows)]}, scenes)["gain"]
+                           for pair in zip(before.rows, after.rows)]}, after.scenes)["gain"]
 
 
 def report(name: str, questions: list[Question], files: dict, released: bool,
            others: list[Question] | None) -> tuple[dict, list[str]]:
     """A benchmark's part of results.json, and its lines of the table."""
+    asked, asked_others = ([(q.scene, q.references, q.target) for q in some]
+                           for some in (questions, others or questions))
+    if asked != asked_others:
+        raise UserError(f"--compare needs answers to the same questions of {name}, in the same "
+                        "order: give two runs on one file")
     ours, theirs = (score(name, questions, files, reading) for reading in (False, True))
     first, second = (theirs, ours) if released else (ours, theirs)
     before = score(name, others, files, released).metrics if others else {}
     found = {"questions": len(questions), "scenes": len({q.scene for q in questions}),
              "malformed": ours.malformed, "cut": sum(q.cut for q in questions), "metrics": {}}
     lines = [f"{name}: " + ", ".join(f"{found[key]} {key}" for key in [*found][:4])]
-    for metric, (value, ci, rows) in first.metrics.items():
+    for metric, (value, ci, rows, _) in first.metrics.items():
         other = second.metrics[metric].value
         row = {"ours": ours.metrics[metric].value, "as_released": theirs.metrics[metric].value,
                "ci": ci}
@@ -685,8 +703,7 @@ def report(name: str, questions: list[Question], files: dict, released: bool,
         if value != other and (None in (value, other) or abs(value - other) > 1e-9):
             line += f"{'ours' if released else 'as released'} {number(other)}"
         if before and rows:
-            gain = gain_over(before[metric], first.metrics[metric],
-                             [q.scene for q in questions])
+            gain = gain_over(before[metric], first.metrics[metric])
             row |= {"gain": gain.value, "gain_ci": gain.ci}
             line += f"  gain {number(gain.value, gain.ci, '+')}"
         found["metrics"][metric] = row

@@ -292,6 +292,31 @@ def test_a_paired_comparison(tmp_path, capsys):
     em = results(tmp_path)["metrics"]["EM"]
     assert em["gain"] == 0.5 and em["gain_ci"][0] < 0.5
     assert "gain +0.5000 [+" in capsys.readouterr().out
+    # Scan2Cap has a row for each object of the corpus, also for one that nothing was asked about.
+    files = {**FILES, "corpus": {f"{s}|{o}": ["sos x eos"] for s in "abcdef" for o in (0, 1)}}
+    row = {"scene_id": "a", "obj_id": 0, "pred_id": 1}
+    worse, better = ([scores.make_question("scan2cap", {**row, "pred": pred}, "")]
+                     for pred in ("y", "x"))
+    found, _ = scores.report("scan2cap", better, files, False, worse)
+    assert found["metrics"]["ROUGE-L@0.25"]["gain"] > 0
+
+
+def test_chunks_are_read_in_the_order_of_their_numbers(tmp_path):
+    folder = tmp_path / "q_scanqa"
+    for i in range(11):
+        write(folder / f"predictions_chunk_{i}.json",
+              [{**ROWS[0], "scene_id": f"s{i}", "pred": ""}])
+    assert [q.scene for q in scores.read_answers(str(folder), {})["scanqa"]] == [
+        f"s{i}" for i in range(11)]
+
+
+def test_answers_to_other_questions_are_not_compared(tmp_path):
+    for run_name, rows in (("one", ROWS), ("other", ROWS[::-1])):
+        write(tmp_path / run_name / "q_scanqa" / "predictions_chunk_0.json",
+              [{**row, "pred": "x"} for row in rows])
+    with pytest.raises(UserError, match="in the same order"):
+        run(tmp_path / "one", write(tmp_path / "scanqa.json", ROWS), "--compare",
+            tmp_path / "other")
 
 
 MULTI = {"scene_id": "a", "ref_captions": [1], "eval_type": "zt_w_d"}
@@ -323,6 +348,14 @@ BOXES = {name: {"a": {"locs": FILES[name]["a"]["locs"].tolist()}}
      "q_scanqa scanqa.json", "holds 1 of 6 answers"),
     ({"scanrefer.json": [{"scene_id": "a", "obj_id": 0}]}, "constant:x scanrefer.json",
      "needs truth and proposals and lookup"),
+    ({"scanrefer.json": [{"scene_id": "a"}], "attributes.json": BOXES, "a_lookup.json": {}},
+     "constant:x scanrefer.json attributes.json a_lookup.json", "unusable fields"),
+    ({"scan2cap.json": [{"scene_id": "a", "obj_id": 0}], "attributes.json": BOXES,
+      "a_corpus.json": {}}, "constant:x scan2cap.json attributes.json a_corpus.json", "pred_id"),
+    ({"scanqa.json": [{"scene_id": "a", "ref_captions": "brown"}]}, "constant:x scanqa.json",
+     "unusable ref_captions"),
+    ({"attributes.json": {"truth": {"a": {"locs": [[float("nan")] * 6]}}}},
+     "constant:x attributes.json", "not all finite"),
     ({"multi3dref.json": [MULTI], "attributes.json": BOXES}, "constant:x multi3dref.json "
      "attributes.json", "eval_type"),
     ({"multi3dref.json": [{**MULTI, "eval_type": "mt", "ref_captions": [7]}], "attributes.json":
