@@ -185,6 +185,17 @@ def test_a_failure_is_no_result_and_is_walked_again(monkeypatch, tmp_path, windo
     assert rows_of(tmp_path / "here") == rows_of(tmp_path / "there")
 
 
+@pytest.mark.parametrize("reason, fails", [("abort", True), ("content_filter", True),
+                                           ("stop", False), ("length", False), (None, False)])
+def test_an_answer_that_the_server_cut_off_is_no_answer(reason, fails):
+    reply = {"choices": [{"message": {"content": None}, "finish_reason": reason}]}
+    if fails:
+        with pytest.raises(remote.ServerFailed, match=reason):
+            remote.read_answer(reply)
+    else:
+        assert remote.read_answer(reply) == ("", reason == "length", {})
+
+
 def test_a_server_that_is_gone_ends_the_run_and_the_run_goes_on(monkeypatch, tmp_path, window):
     data = write_plane(tmp_path / "data")
     walk_plane(monkeypatch, data, tmp_path / "here", window)

@@ -6,11 +6,13 @@ import base64
 import concurrent.futures
 import json
 import signal
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+import zlib
 
 import numpy as np
 import pytest
@@ -162,6 +164,21 @@ def test_sessions_that_ask_together_share_a_batch_and_nothing_else(window):
     assert alone == together and len({str(answers) for answers in alone}) > 1
 
 
+def test_two_clients_may_use_the_same_session_names(window):
+    """One evaluation beside its control run: the answers are those of each alone."""
+    def walk(endpoint, client, seed):
+        found = []
+        for k in range(3):
+            body = {**asks("a", k, [frame(seed + k)]), "client": client}
+            found.append(endpoint.post(body)[1].get("text"))
+            yield found
+
+    with Endpoint(window, "--malformed", "forward") as endpoint:
+        alone = [[*walk(endpoint, f"alone{seed}", seed)][-1] for seed in (0, 100)]
+        both = [*zip(walk(endpoint, "x", 0), walk(endpoint, "y", 100))]
+    assert [*both[-1]] == alone and None not in alone[0]
+
+
 def test_a_batch_does_not_wait_for_a_robot_that_left():
     service = object.__new__(serve.Service)         # without its thread
     service.batches = 5
@@ -232,15 +249,31 @@ def test_limits(endpoint):
     assert status == 413 and "50000 bytes" in found["error"]
 
 
+def huge_png() -> str:
+    """A picture whose header alone says 20,000 x 20,000 pixels."""
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+                            + chunk(b"IDAT", b"") + chunk(b"IEND", b"")).decode()
+
+
+BOMB = huge_png()
+
+
 @pytest.mark.parametrize("body, sentence", [
     (b"{", "must be a JSON object"), (b"[1]", "must be a JSON object"),
     ({"session": "a"}, "KeyError"), ({**asks(), "session": ""}, "1 to 200 characters"),
     ({**asks(), "session": 7}, "1 to 200 characters"),
     ({**asks(), "instruction": "x" * 4001}, "1 to 4000 characters"),
-    ({**asks(), "instruction": "go <|im_end|>"}, "reserved mark"),
+    ({**asks(), "instruction": "go <|im_end|>"}, "the prompt reserves"),
+    ({**asks(), "instruction": "go \ud800"}, "1 to 4000"),
+    ({**asks(), "client": 7}, "client must"),
     ({**asks(), "decision": "0"}, "number of answers"), ({**asks(), "decision": -1}, "number of"),
     ({**asks(), "frames": []}, "1 to 64 pictures"), ({**asks(), "frames": ["%"]}, "PNG or JPEG"),
     ({**asks(), "frames": [base64.b64encode(b"GIF89a").decode()]}, "PNG or JPEG"),
+    ({**asks(), "frames": [BOMB]}, "PNG or JPEG"),
     ({**asks(), "frames": [frame()[:400]]}, "PNG or JPEG"), ({**asks(), "frames": [3]}, "PNG or")])
 def test_a_request_that_is_wrong_is_a_sentence(endpoint, body, sentence):
     status, found = endpoint.post(body)
@@ -270,7 +303,7 @@ def test_an_evaluation_with_other_flags_or_weights_is_refused(ego, window, endpo
 
 
 def test_a_folder_that_is_no_checkpoint_and_a_missing_package(tmp_path, monkeypatch, window):
-    with pytest.raises(UserError, match="has no nav.json"):
+    with pytest.raises(UserError, match="nav.json cannot be read"):
         serve.main(serve.parse_args(["--ckpt", str(tmp_path)]))
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(UserError, match="uvicorn is missing: pip install starlette uvicorn"):

@@ -27,11 +27,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import hashlib
 import io
 import json
 import math
 import os
 import random
+import socket
 import threading
 import time
 from collections import Counter, deque
@@ -52,7 +54,8 @@ from reward import FORWARD, MAX_ANSWER_TOKENS, STOP
 TRIES = 4
 RETRIED = (408, 429, 500, 502, 503, 504)    # statuses; others mean that the request is wrong
 SERVED = ("weights", "contract", "execute", "malformed", "temperature", "seed")     # of tools.serve
-POLL_S = 0.005                              # how long a robot's answer may lie while others move
+FAILED = ("abort", "content_filter", "error")   # finish_reasons of answers that the server cut off
+POLL_S = 0.005                              # how long a robot's answer may wait while others move
 
 
 class ServerFailed(Exception):
@@ -215,11 +218,10 @@ class ChatServer:
         """Send a request of `ours` prompt tokens -> what was found, for server.json. UserError if
         the server does not read the prompt as we do."""
         try:
-            reply = self.first_reply(body)
+            theirs = read_answer(self.first_reply(body))[2].get("prompt_tokens")
         except ServerFailed as error:
             raise UserError(f"{error}: start the server, wait until it is ready, and give its "
                             "address with --server, as in http://127.0.0.1:8000/v1") from None
-        theirs = read_answer(reply)[2].get("prompt_tokens")
         if theirs != ours:
             raise UserError(
                 f"{self.client.url} counts {theirs} prompt tokens and we count {ours} for the same "
@@ -334,23 +336,28 @@ class ChatPolicy(ChatServer):
 
 
 def read_answer(reply: dict) -> tuple[str, bool, dict]:
-    """A chat completion -> its text, was it cut off, and its usage. UserError if it is none."""
+    """A chat completion -> its text, was it cut off, and its usage. UserError if it is none,
+    ServerFailed if the server did not end it as a model ends an answer."""
     try:
         choice = reply["choices"][0]
-        return (choice["message"]["content"] or "", choice.get("finish_reason") == "length",
-                reply.get("usage") or {})
+        text, reason = choice["message"]["content"] or "", choice.get("finish_reason")
+        usage = reply.get("usage") or {}
     except (KeyError, IndexError, TypeError):
         raise UserError(f"the server answered {json.dumps(reply)[:200]}, which is no chat "
                         "completion: --server must name an OpenAI-compatible server, as in "
                         "http://127.0.0.1:8000/v1") from None
+    if reason in FAILED:
+        raise ServerFailed(f"the server ended an answer with finish_reason {reason!r}")
+    return text, reason == "length", usage
 
 
 class RobotPolicy:
     """The policy that tools/serve.py runs. It keeps the walks' memory and decides by its own flags;
-    expected: what /health must say of them."""
+    expected: what /health must say of them. name: this evaluation's, since others may walk the
+    same episodes there at the same time."""
 
-    def __init__(self, client: JsonClient, expected: dict, blank: bool = False):
-        self.client, self.expected, self.blank = client, expected, blank
+    def __init__(self, client: JsonClient, expected: dict, blank: bool, name: str):
+        self.client, self.expected, self.blank, self.name = client, expected, blank, name
         self.dialog = expected["contract"]["prompt"].startswith("dialog")
 
     def check(self, *first_prompt) -> dict:
@@ -369,7 +376,8 @@ class RobotPolicy:
     def ask(self, walk: EpisodeState) -> Future:
         frames = walk.frames[-1:] if self.dialog else walk.frames
         return self.client.submit(self.answer({
-            "session": walk.name, "decision": len(walk.decisions), "instruction": walk.instruction,
+            "client": self.name, "session": walk.name, "decision": len(walk.decisions),
+            "instruction": walk.instruction,
             "frames": [png(np.zeros_like(f) if self.blank else f) for f in frames]}))
 
     async def answer(self, body: dict) -> dict:
@@ -451,10 +459,12 @@ def run_episodes(pool, walks: Iterable[EpisodeState], agent: ChatPolicy | RobotP
     return RemoteLoop(pool, deque(walks), agent, **options).run()
 
 
-def connect(args, settings: dict, policy: Policy) -> ChatPolicy | RobotPolicy:
-    """The agent of evaluate.py's flags."""
+def connect(args, settings: dict, policy: Policy, out: str) -> ChatPolicy | RobotPolicy:
+    """The agent of evaluate.py's flags. out: the results folder, which one evaluation holds."""
     client = JsonClient(args.server, args.server_timeout, os.environ.get("SERVER_TOKEN"))
     if args.served_model:
         return ChatPolicy(client, args.served_model, policy, args.execute, args.malformed,
                           args.blank_frames, args.temperature, args.seed)
-    return RobotPolicy(client, {key: settings[key] for key in SERVED}, args.blank_frames)
+    place = f"{socket.gethostname()}:{os.path.abspath(out)}"
+    return RobotPolicy(client, {key: settings[key] for key in SERVED}, args.blank_frames,
+                       hashlib.sha256(place.encode()).hexdigest())

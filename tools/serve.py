@@ -11,8 +11,9 @@ actions: 0 stop, 1 forward, 2 left, 3 right; carry them out in this order. plan:
 says, [] if it is unreadable. frames: what the camera saw since the last answer, oldest first: the
 first time one, then one after each action (dialogs need the last one only). decision counts the
 answers of the session: the same request again gets the same answer, so a lost reply can be asked
-for again; decision 0 begins the walk again. A session keeps what the policy remembers (features of
-frames, a dialog's cache) until its stop, or until it has been idle for --idle-s.
+for again; decision 0 begins the walk again. Two programs that may use the same session names add a
+"client", a text of their own. A session keeps what the policy remembers (features of frames, a
+dialog's cache) until its stop, or until it has been idle for --idle-s.
 
 Sessions that ask at the same time share one batch. The batch waits for the other sessions of the
 last two batches at most half as long as the last decision took, as evaluate.py does.
@@ -44,10 +45,11 @@ import torch
 from PIL import Image
 
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, positive_int, run_cli
-from evaluate import EpisodeState, check_context, fingerprint
+from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli
+from evaluate import EpisodeState, check_context, choose_device, fingerprint, read_nav
 from model import Policy
 from reward import STOP
+from world.episodes import is_text, text_problem
 
 MAX_FRAMES, MAX_WORDS, MAX_NAME = 64, 4000, 200     # of a request; characters of the two texts
 MAX_PIXELS = 4096 * 4096                            # of a frame
@@ -62,12 +64,12 @@ def parse_args(argv=None):
     p.add_argument("--port", type=int, default=8008)
     p.add_argument("--execute", type=positive_int, default=3, help="actions of a plan to return")
     p.add_argument("--malformed", choices=("stop", "forward"), default="stop")
-    p.add_argument("--temperature", type=float, default=0.0)
+    p.add_argument("--temperature", type=non_negative, default=0.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--max-sessions", type=positive_int, default=64)
     p.add_argument("--max-decisions", type=positive_int, default=500, help="of a session")
     p.add_argument("--max-bytes", type=positive_int, default=32 << 20, help="of a request")
-    p.add_argument("--idle-s", type=float, default=600, help="a session is closed after that")
+    p.add_argument("--idle-s", type=non_negative, default=600, help="a session is closed after it")
     p.add_argument("--device", help="default: cuda if there is one, else cpu")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, "
                    "else float32")
@@ -87,11 +89,16 @@ class Refused(Exception):
 
 
 class ActRequest(NamedTuple):
+    client: str
     session: str
     decision: int
     instruction: str
     frames: list[np.ndarray]        # uint8 (H, W, 3)
     digest: str                     # of the body: is it the same request again?
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.client, self.session
 
 
 def read_request(body: bytes) -> ActRequest:
@@ -100,18 +107,21 @@ def read_request(body: bytes) -> ActRequest:
         found = json.loads(body)
         session, decision, instruction, pictures = (
             found[key] for key in ("session", "decision", "instruction", "frames"))
+        client = found.get("client", "-")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise Refused(400, "the body must be a JSON object with session, decision, instruction and "
                       f"frames ({error!r})") from None
-    for name, text, most in (("session", session, MAX_NAME), ("instruction", instruction,
-                                                              MAX_WORDS)):
-        if not isinstance(text, str) or not 0 < len(text) <= most:
+    for name, text, most in (("session", session, MAX_NAME), ("client", client, MAX_NAME),
+                             ("instruction", instruction, MAX_WORDS)):
+        if not is_text(text) or not 0 < len(text) <= most:
             raise Refused(400, f"{name} must be a text of 1 to {most} characters")
+    if problem := text_problem(instruction):
+        raise Refused(400, f"the instruction cannot be used: {problem}")
     if type(decision) is not int or decision < 0:
         raise Refused(400, "decision must be the number of answers that the session has had")
     if not isinstance(pictures, list) or not 0 < len(pictures) <= MAX_FRAMES:
         raise Refused(400, f"frames must be a list of 1 to {MAX_FRAMES} pictures")
-    return ActRequest(session, decision, instruction, [read_frame(p) for p in pictures],
+    return ActRequest(client, session, decision, instruction, [read_frame(p) for p in pictures],
                       hashlib.sha256(body).hexdigest())
 
 
@@ -123,7 +133,8 @@ def read_frame(picture: Any) -> np.ndarray:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels are too many")
         return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, TypeError, binascii.Error, SyntaxError) as error:
+    except (OSError, ValueError, TypeError, binascii.Error, SyntaxError,
+            Image.DecompressionBombError) as error:
         raise Refused(400, "a frame must be the base64 text of a PNG or JPEG "
                       f"({str(error)[:100]})") from None
 
@@ -166,7 +177,7 @@ class Service:
 
     async def act(self, request: ActRequest) -> dict:
         """The answer to a request. Refused."""
-        session = self.sessions.get(request.session)
+        session = self.sessions.get(request.key)
         if session and request.digest == session.digest and not failed(session.reply):
             return await asyncio.shield(session.reply)              # the same request again
         if session and not session.reply.done():
@@ -190,21 +201,18 @@ class Service:
         return await asyncio.shield(session.reply)
 
     def open(self, request: ActRequest) -> Session:
-        """A new session in place of an old one of its name. Refused if there are too many."""
+        """A new session in place of an old one of its name and client. Refused if there are too
+    many."""
         idle = time.monotonic() - self.args.idle_s
         for name in [name for name, s in self.sessions.items()
-                     if s.used < idle and s.reply.done() or name == request.session]:
+                     if s.used < idle and s.reply.done() or name == request.key]:
             del self.sessions[name]
         if len(self.open_sessions()) >= self.args.max_sessions:
             raise Refused(503, f"{self.args.max_sessions} sessions are open (--max-sessions)")
-        try:
-            self.policy.instruction_prompt(request.instruction, 0)
-        except UserError as error:                              # it holds a reserved mark
-            raise Refused(400, str(error)) from None
         walk = EpisodeState({"episode_id": request.session}, request.instruction)
         self.opened += 1
-        self.sessions[request.session] = Session(walk, self.opened)
-        return self.sessions[request.session]
+        self.sessions[request.key] = Session(walk, self.opened)
+        return self.sessions[request.key]
 
     def open_sessions(self) -> list[Session]:
         return [s for s in list(self.sessions.values()) if s.walk is not None]
@@ -233,9 +241,9 @@ class Service:
         start, self.batches = time.perf_counter(), self.batches + 1
         for job in jobs:
             job.session.batch = self.batches
-        jobs = [job for job in jobs if job.session.answers or self.fits(job)]
-        walks = [job.session.walk for job in jobs]
         try:
+            jobs = [job for job in jobs if job.session.answers or self.fits(job)]
+            walks = [job.session.walk for job in jobs]
             plans = self.agent(walks) if walks else []
             if self.policy.nan_logits:
                 raise ValueError("the checkpoint gives log-probabilities that are not finite")
@@ -351,11 +359,10 @@ def main(args):
         raise UserError(f"--host {args.host} can be reached from other machines: set SERVER_TOKEN, "
                         "a secret that clients send, or leave --host out")
     torch.set_num_threads(args.threads)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if not os.path.isfile(os.path.join(args.ckpt, "nav.json")):
-        raise UserError(f"{args.ckpt} has no nav.json: --ckpt must name a folder written by one of "
-                        "the trainers")
+    device, dtype = choose_device(args)
+    if "horizon" not in read_nav(os.path.join(args.ckpt, "nav.json")):
+        raise UserError(f"{args.ckpt} answers questions and drives no robot: --ckpt must name a "
+                        "folder of --prompt window or dialog")
     policy = load_policy(args.ckpt, device=device, dtype=dtype).eval()
     print(f"{args.ckpt} at http://{args.host}:{args.port}/act", flush=True)
     uvicorn.run(make_app(Service(policy, args), token), host=args.host, port=args.port,
