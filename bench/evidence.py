@@ -174,19 +174,20 @@ def online_jobs(row: str, s: int, seed: int) -> list[Job]:
 
 
 def memory_jobs(row: str, s: int, _: int) -> list[Job]:
-    """SFT with one memory, from a policy that has learned these houses without one."""
-    data, look, run = "evidence/vln_ego4/train", f"look4_{s}", f"{row}_{s}_0"
-    learn = f"--lr 1e-3 --seed {s} {LEARN} --optimizer muon --data {data}"
+    """SFT with one memory and seed s, from one policy (of seed 0) that has learned these houses
+    without a memory."""
+    data, run = "evidence/vln_ego4/train", f"{row}_{s}_0"
+    learn = f"--lr 1e-3 {LEARN} --optimizer muon --data {data}"
     return [
         Job("houses4", [], "-m world.houses --level 4 --out evidence/houses4 --seed 4000 "
             "--unseen-houses 150 --val-episodes 600 --jobs 1"),
         Job("record4", ["houses4"], "make_data.py --episodes evidence/houses4 --split train "
             "--noise 0.1 --waypoints reference --out evidence/vln_ego4"),
-        sft_jobs(s, muon=True)[0],
-        Job(look, [f"muon_look{s}", "record4"], f"sft.py --model evidence/ckpt/muon_look{s} "
-            f"--out evidence/ckpt/{look} --memory-budget 0 --max-steps 1200 {learn}"),
-        Job(run, [look], f"sft.py --model evidence/ckpt/{look} --out evidence/ckpt/{run} "
-            f"{MEMORIES[row]} --max-steps 400 {learn}"),
+        sft_jobs(0, muon=True)[0],
+        Job("look4", ["muon_look0", "record4"], "sft.py --model evidence/ckpt/muon_look0 "
+            f"--out evidence/ckpt/look4 --memory-budget 0 --max-steps 1200 {learn}"),
+        Job(run, ["look4"], f"sft.py --model evidence/ckpt/look4 --out evidence/ckpt/{run} "
+            f"{MEMORIES[row]} --max-steps 400 --seed {s} {learn}"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
@@ -204,9 +205,9 @@ def horizon_jobs(row: str, s: int, _: int) -> list[Job]:
         walk._replace(command=f"{walk.command} --execute {min(n, 3)}")]
 
 
-def transfer_jobs(row: str, s: int, _: int) -> list[Job]:
+def transfer_jobs(row: str, s: int, seed: int) -> list[Job]:
     """Adapt SFT policy s to the target, and evaluate it there, and where it came from (kept_..)."""
-    run, start, own = f"{row}_{s}_0", f"transfer_start_{s}_0", f"target_own{s}"
+    run, start, own = f"{row}_{s}_{seed}", f"transfer_start_{s}_0", f"target_own{s}"
     kept = run.replace("transfer", "kept")
 
     def with_camera_of(data: str, name: str, ckpt: str, needs: list[str]) -> Job:
@@ -222,8 +223,8 @@ def transfer_jobs(row: str, s: int, _: int) -> list[Job]:
         with_camera_of(TARGET, start, f"sft{s}", [f"sft{s}", "target_record"]),
         own_walks(own, f"evidence/ckpt/{start}", start, s, walks=750, houses="target"),
         evaluation(start, f"evidence/ckpt/{start}", start, "target"),
-        Job(run, [own], f"{TRANSFERS[row]} evidence/ckpt/{start} --out evidence/ckpt/{run}".format(
-            own=f"evidence/{own}/train")),
+        Job(run, [own], f"{TRANSFERS[row]} evidence/ckpt/{start} --out evidence/ckpt/{run} "
+            f"--seed {seed}".format(own=f"evidence/{own}/train")),
         evaluation(run, f"evidence/ckpt/{run}", run, "target"),
         with_camera_of(EXPERT, kept, run, [run]), evaluation(kept, f"evidence/ckpt/{kept}", kept)]
 

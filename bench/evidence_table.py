@@ -119,10 +119,14 @@ def mean(values) -> float:
 
 
 def minutes_of(run: str, minutes: dict[str, float]) -> float | None:
-    """CPU minutes of a run's training after SFT. None: a part was resumed, and not measured."""
-    row, *seeds = run.rsplit("_", 2)
+    """CPU minutes of a run's training after SFT. None: a part was resumed, and not measured, or the
+    run has no such training."""
+    row, *seeds = run.replace("kept", "transfer").rsplit("_", 2)
+    if row.endswith("start"):
+        return None
     before = minutes_of("_".join([EARLIER[row], *seeds]), minutes) if row in EARLIER else 0
-    return None if run not in minutes or before is None else minutes[run] + before
+    trained = minutes.get("_".join([row, *seeds]))
+    return None if trained is None or before is None else trained + before
 
 
 def recording_of(run: str, minutes: dict[str, float]) -> float | None:
