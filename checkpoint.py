@@ -28,6 +28,7 @@ from torch import Tensor
 
 import lora
 from cli import DefaultsFormatter, UserError, run_cli, write_json
+from lsm import MEMORIES
 from model import CONTRACT, NULLABLE, POLICIES, Policy, policy_class
 
 # ---------------------------------------------------------------- load
@@ -324,6 +325,13 @@ def read_contract(path: str, content: bytes) -> dict:
         if not (is_like(value, like) or value is None and key in contract and key in NULLABLE):
             raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
                             "that file again from the checkpoint")
+    memory = contract.get("memory")
+    if memory and (memory["name"] not in MEMORIES or not all(
+            type(value) is int and value >= key.endswith("stride") for key, value in memory.items()
+            if key != "name")):
+        raise UserError(f"{path}: memory is {memory!r}; its name must be one of "
+                        f"{', '.join(MEMORIES)}, and the others whole numbers of 0 or more (strides"
+                        " 1); copy that file again from the checkpoint")
     return contract
 
 

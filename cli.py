@@ -10,6 +10,7 @@ import argparse
 import errno
 import fcntl
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -25,6 +26,17 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
     return int(text)
+
+
+def non_negative(text: str) -> float:
+    """The type of flags that hold a finite number of 0 or more: argparse's float takes nan."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number of 0 or more")
+    return value
 
 
 class DefaultsFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -44,6 +44,7 @@ from checkpoint import is_sound, save_policy
 from cli import (
     UserError,
     lock_folder,
+    non_negative,
     positive_int,
     read_json,
     read_rows,
@@ -76,13 +77,13 @@ def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: s
 
 def add_optimizer_args(parser, lr: float, schedule: str, weight_decay: float) -> None:
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=lr, help="peak learning rate")
+    add("--lr", type=non_negative, default=lr, help="peak learning rate")
     add("--optimizer", choices=("adamw", "muon"), default="adamw",
         help="muon: for the matrices of the layers, in fp32 without ZeRO; AdamW for other weights")
     add("--schedule", choices=("cosine", "constant"), default=schedule)
-    add("--warmup", type=float, default=0.1, help="share of all steps with a rising rate")
-    add("--weight-decay", type=float, default=weight_decay)
-    add("--beta2", type=float, default=0.999, help="AdamW's memory of squared gradients")
+    add("--warmup", type=non_negative, default=0.1, help="share of all steps with a rising rate")
+    add("--weight-decay", type=non_negative, default=weight_decay)
+    add("--beta2", type=non_negative, default=0.999, help="AdamW's memory of squared gradients")
 
 
 def token_budget(text: str) -> int | None:

@@ -55,6 +55,7 @@ from cli import (
     DefaultsFormatter,
     UserError,
     lock_folder,
+    non_negative,
     positive_int,
     read_json,
     read_rows,
@@ -126,14 +127,14 @@ def parse_args(argv=None):
         " as http://127.0.0.1:8000/v1 (--ckpt gives the contract, the tokenizer and the prompt), or"
         " tools.serve, as http://127.0.0.1:8008: docs/robot.md")
     add("--served-model", metavar="NAME", help="the model's name there")
-    add("--server-timeout", type=float, default=120, help="seconds for a request's answer")
+    add("--server-timeout", type=non_negative, default=120, help="seconds for a request's answer")
     add("--execute", type=positive_int, default=3, help="actions of a plan that are carried out "
         "(VLN-R1 does not say how many): half of them, between fresh frames and speed. Answers of "
         "a dialog are always carried out whole")
     add("--malformed", choices=("stop", "forward"), default="stop",
         help="what an unreadable answer makes the robot do; never a random action")
-    add("--temperature", type=float, help="0: greedy; above: sampled, from seeds that belong to "
-        "episode and step; default: what the contract says of sampling, else 0")
+    add("--temperature", type=non_negative, help="0: greedy; above: sampled, from seeds that "
+        "belong to episode and step; default: what the contract says of sampling, else 0")
     add("--max-actions", type=positive_int, default=500, help="of a walk; VLN-CE's; STOP counts")
     add("--blank-frames", action="store_true", help="control run: every frame is black")
     add("--shuffled-instruction", action="store_true", help="control run: each episode gets the "
@@ -168,7 +169,9 @@ def sees(agent: str) -> bool:
 
 
 def count_or_all(text: str) -> int:
-    return int({"none": 0, "all": sys.maxsize}.get(text, text))
+    """The type of --pictures and --page."""
+    return {"none": 0, "0": 0, "all": sys.maxsize}[text] if text in (
+        "none", "0", "all") else positive_int(text)
 
 
 # ---------------------------------------------------------------- metrics
@@ -447,7 +450,8 @@ def forced_stop(limits: dict, max_actions: int) -> Callable[[EpisodeState], str 
         reason = None
         while t < len(distances) - 1 and reason is None:
             t += 1
-            same = same + 1 if distances[t] == distances[t - 1] else 0
+            known = is_finite(distances[t])                 # a test split hides its goals
+            same = same + 1 if known and distances[t] == distances[t - 1] else 0
             reason = ("same_distance" if same >= limits["same_distance"] else
                       "actions" if t >= limits["actions"] else None)
         if reason is None and len(walk.decisions) >= limits["turns"]:
@@ -530,10 +534,20 @@ def device_and_dtype(args) -> tuple[str | None, str | None]:
     """The kind of device, and the dtype, of the flags; (None, None) where no model runs here."""
     if args.agent != "policy" or args.server:
         return None, None
+    device, dtype = choose_device(args)
+    return device.split(":")[0], dtype
+
+
+def choose_device(args) -> tuple[str, str]:
+    """--device and --dtype, or their defaults. UserError if there is no such device."""
     import torch
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return device.split(":")[0], args.dtype or (
-        "bfloat16" if device.startswith("cuda") else "float32")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device} cannot be used ({str(error).splitlines()[0]}): give "
+                        "cpu, or cuda where torch finds a GPU") from None
+    return device, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32")
 
 
 def served_agent(args, settings: dict, instructions: Iterable[str], out: str) -> Any:
@@ -542,7 +556,7 @@ def served_agent(args, settings: dict, instructions: Iterable[str], out: str) ->
     from tools.remote import connect
     policy = load_policy(settings["ckpt"], settings["contract"], "meta", replace_contract=True)
     check_context(policy, instructions, settings["robot"])
-    agent = connect(args, settings, policy)
+    agent = connect(args, settings, policy, out)
     write_json(os.path.join(out, "server.json"), agent.check(
         next(iter(instructions)), settings["robot"]["height"], settings["robot"]["width"]))
     return agent
@@ -621,14 +635,31 @@ def episode_record(walk: EpisodeState, reference: list | None, radius: float,
     return {name: round(v, 6) if isinstance(v, float) else v for name, v in row.items()}
 
 
+def rows_on_disk(out: str) -> list[dict]:
+    """Every row of all ranks. UserError if one is none."""
+    rows = []
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "episodes*.jsonl"))):
+        found = read_rows(path)
+        for k, row in enumerate(found):
+            if not isinstance(row, dict) or not {"episode_id", "end"} <= row.keys():
+                raise UserError(f"line {k + 1} of {path} is no row of an episode ({row!r:.60}): "
+                                "delete it, and run the same command again")
+        rows += found
+    return rows
+
+
 def known_rows(out: str) -> dict[str, dict]:
     """The rows of all ranks, {str(episode_id): row}; of two, the one that is not an error."""
     rows = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(out), "episodes*.jsonl"))):
-        for row in read_rows(path):
-            if rows.get(str(row["episode_id"]), {"end": "error"})["end"] == "error":
-                rows[str(row["episode_id"])] = row
+    for row in rows_on_disk(out):
+        if rows.get(str(row["episode_id"]), {"end": "error"})["end"] == "error":
+            rows[str(row["episode_id"])] = row
     return rows
+
+
+def error_counts(out: str) -> Counter:
+    """How many rows of each episode are errors: one more after it was walked again in vain."""
+    return Counter(str(row["episode_id"]) for row in rows_on_disk(out) if row["end"] == "error")
 
 
 TITLES = {"success": "SR", "spl": "SPL", "oracle_success": "OS", "distance_to_goal": "NE (m)",
@@ -730,16 +761,11 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
         raise UserError("no checkpoint in ckpt/grpo or ckpt/sft: train one (python sft.py), name "
                         "one with --ckpt, or walk a baseline with --agent oracle")
     ckpt = os.path.normpath(args.ckpt or there[0])
-    contract = read_nav(args.nav) if args.nav else None
-    if contract and not os.path.isdir(ckpt):
+    if args.nav and not os.path.isdir(ckpt):
         raise UserError(f"--nav belongs to the folder of a model and --ckpt {ckpt} is none: "
                         f"hf download {ckpt} --local-dir models/{os.path.basename(ckpt)}, and name "
                         "that folder")
-    try:
-        contract = contract or read_json(os.path.join(ckpt, "nav.json"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{ckpt} has no readable nav.json ({error}): --ckpt must name a folder "
-                        "written by one of the trainers, or --nav its contract") from None
+    contract = read_nav(args.nav or os.path.join(ckpt, "nav.json"))
     if "horizon" not in contract:
         raise UserError(f"{ckpt} answers questions ({contract.get('prompt')}) and drives no robot: "
                         "run gpt4scene.answer with it, or give a checkpoint of --prompt window or "
@@ -751,14 +777,15 @@ def choose_ckpt(args) -> tuple[str | None, dict | None]:
 
 
 def read_nav(path: str) -> dict:
-    """The contract of --nav, checked. (That of a --ckpt is checked when its model is loaded.)"""
+    """The contract of --nav, or of a checkpoint, checked."""
     from checkpoint import read_contract
     try:
         with open(path, "rb") as file:
             return read_contract(path, file.read())
     except OSError as error:
-        raise UserError(f"--nav {path} cannot be read ({error.strerror}); docs/activevln.md says "
-                        "how to make it") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): a trainer writes it beside the "
+                        "weights; for another project's model docs/activevln.md says how to make "
+                        "it") from None
 
 
 def evenly_spaced(items: Sequence, n: int) -> list:
@@ -911,7 +938,11 @@ def open_out(out: str, settings: dict):
     lock_folder(out, name=".lock" if rank == "0" else f".lock.{rank}")      # each has its own files
     if not os.path.exists(path):
         write_json(path, settings)
-    held = read_json(path)
+    try:
+        held = dict(read_json(path))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): delete the folder, or give another "
+                        "--out") from None
     differ = sorted(key for key in {*settings, *held} if held.get(key) != settings.get(key))
     if differ:
         raise UserError(f"{out} holds another measurement (of other {', '.join(differ)}): give "
@@ -1014,7 +1045,7 @@ def main(args):
     path = os.path.join(out, f"episodes{suffix}.jsonl")
     if os.path.exists(path):
         write_lines(path, read_rows(path))                  # without a line that a kill cut short
-    known = known_rows(out)
+    known, errors = known_rows(out), error_counts(out)
     if rank == 0:
         write_card(out, settings, list(known.values()), args.protocol)
     done = {name for name, row in known.items() if row["end"] != "error"}
@@ -1032,8 +1063,11 @@ def main(args):
 
     # 3. measure, once every episode has its row: with several ranks, the one that ends last
     rows, names = known_rows(out), [str(e["episode_id"]) for e in episodes]
-    missing = [name for name in names if name not in rows]
-    if missing and not any(str(e["episode_id"]) in missing for e in mine):
+    own, errors_now = {str(e["episode_id"]) for e in mine}, error_counts(out)
+    missing = [name for name in names if name not in rows     # or another rank walks it again:
+               or name not in own and rows[name]["end"] == "error"
+               and errors_now[name] == errors[name]]
+    if missing and own.isdisjoint(missing):
         return print(f"rank {rank} is done; {len(missing)} episodes of other ranks are not")
     if missing:
         sys.exit(f"evaluate.py: error: {len(missing)} of {len(names)} episodes have no row in "

@@ -46,7 +46,7 @@ from torch import Tensor
 
 import lora
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, positive_int, run_cli, write_text
+from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli, write_text
 from engine import (
     Log,
     accumulate,
@@ -95,10 +95,10 @@ def parse_args(argv=None):
     add("--prompts", type=positive_int, default=20000,
         help="distinct decisions drawn from all of --data")
     add("--group-size", type=positive_int, default=8, help="G, plans per prompt")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
+    add("--temperature", type=non_negative, default=1.0, help="of sampling, and of the log-probs")
     add = p.add_argument_group("objective").add_argument
     add("--reward", choices=tuple(REWARDS), default="tdr")
-    add("--gamma", type=float, default=0.8, help="of tdr: weight of an action over the one before")
+    add("--gamma", type=non_negative, default=0.8, help="of tdr: an action's weight over the last")
     add_objective_args(add, loss="grpo", clip_high=0.2, kl_coef=0.04)
     add("--drop-zero-std-groups", action="store_true",
         help="leave groups out of the loss whose rewards are all equal")
@@ -109,7 +109,7 @@ def parse_args(argv=None):
     add_lora_args(add)
     add_optimizer_args(p, lr=1e-6, schedule="cosine", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
-    add("--epochs", type=float, default=1.0)
+    add("--epochs", type=non_negative, default=1.0)
     add("--max-steps", type=positive_int, help="overrides --epochs; a step is one batch")
     add("--stop-after", type=positive_int,
         help="leave after this step of the schedule (resume later)")
@@ -129,9 +129,9 @@ def add_objective_args(add, loss: str, clip_high: float, kl_coef: float) -> None
     """The flags of policy_update and group_advantages, for `add = parser.add_argument`."""
     add("--loss", choices=LOSSES, default=loss, help="grpo: mean over a plan's tokens, then over "
         "plans; dapo: over all tokens; dr_grpo: their sum, over plans times the most tokens of one")
-    add("--clip-low", type=float, default=0.2, help="c: the ratio's lower bound is 1 - c")
-    add("--clip-high", type=float, default=clip_high, help="c': its upper bound is 1 + c'")
-    add("--kl-coef", type=float, default=kl_coef, help="beta; 0 never loads the reference")
+    add("--clip-low", type=non_negative, default=0.2, help="c: the ratio's lower bound is 1 - c")
+    add("--clip-high", type=non_negative, default=clip_high, help="c': its upper bound is 1 + c'")
+    add("--kl-coef", type=non_negative, default=kl_coef, help="beta; 0 never loads the reference")
     add("--scale-rewards", choices=("group", "batch", "none"), help="divide advantages by the "
         "standard deviation of their group's rewards, of the batch's, or not; default: group, with "
         "--loss dr_grpo none")

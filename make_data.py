@@ -55,6 +55,7 @@ from cli import (
     DefaultsFormatter,
     UserError,
     lock_folder,
+    non_negative,
     positive_int,
     run_cli,
     write_json,
@@ -117,7 +118,7 @@ def parse_args(argv=None):
         help="actions per label of noisy copies; the paper's 6")
     add("--max-actions", type=positive_int, default=500,
         help="the expert gives up here, and an own walk ends; VLN-CE's 500")
-    add("--max-drift", type=float, default=0.25,
+    add("--max-drift", type=non_negative, default=0.25,
         help="metres between replay and ground truth; ours: a step. The same simulator has none")
     add("--image-format", choices=("png", "jpg"), help="default: png in houses, else jpg")
     add("--shard-walks", type=positive_int, default=64,
@@ -125,8 +126,8 @@ def parse_args(argv=None):
 
     add = p.add_argument_group("own walks (tools/own_walks.py)").add_argument
     add("--policy", metavar="CKPT", help="this checkpoint walks; the expert only labels its poses")
-    add("--temperature", type=float, default=0.0, help="0: greedy; above: sampled")
-    add("--expert-share", type=float, default=0.0, metavar="BETA",
+    add("--temperature", type=non_negative, default=0.0, help="0: greedy; above: sampled")
+    add("--expert-share", type=non_negative, default=0.0, metavar="BETA",
         help="probability that a decision is the expert's instead of the policy's (DAgger's beta)")
     add("--execute", type=positive_int, default=3, help="actions of a decision")
     add("--label-path", choices=("goal", "reference"), help="what the labels head for: the goal, "
@@ -149,8 +150,8 @@ def add_expert_args(add) -> None:
     add("--waypoints", choices=("goal", "reference"), help="what a walking expert heads for; "
         "default: goal, but where it replaces the ground truth, and for rxr, whose instructions "
         "describe the bends, the reference path")
-    add("--noise", type=float, default=0.0, help="chance per step of a perturbation; above 0, each "
-        "walk gets a noisy copy")
+    add("--noise", type=non_negative, default=0.0, help="chance per step of a perturbation; above "
+        "0, each walk gets a noisy copy")
     add("--seed", type=int, default=0, help="of what is drawn at random")
 
 
@@ -559,8 +560,8 @@ def add_data_args(add, shares: str) -> None:
     """--data and what belongs to it, for both trainers. shares: what --shares is by default."""
     add("--data", nargs="+", default=["data/vln_ego/train"], help="VLN-Ego folders, or ShareGPT "
         ".json or .jsonl")
-    add("--shares", nargs="+", type=float, metavar="SHARE", help="in which proportion several "
-        f"--data are mixed; default: {shares}")
+    add("--shares", nargs="+", type=non_negative, metavar="SHARE", help="in which proportion "
+        f"several --data are mixed; default: {shares}")
     add("--image-root", help="folder that a ShareGPT file's picture paths start in; default: "
         "that of the file")
     add("--val-data", help="a split that is not trained on, of the same kind; default: the folder "

@@ -44,7 +44,7 @@ import torch
 
 import lsm
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, positive_int, run_cli
+from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli
 from engine import (
     Log,
     accumulate,
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add_lora_args(add)
     add_optimizer_args(p, lr=5e-6, schedule="cosine", weight_decay=0.0)
     add = p.add_argument_group("schedule").add_argument
-    add("--epochs", type=float, default=1.0)
+    add("--epochs", type=non_negative, default=1.0)
     add("--max-steps", type=positive_int, help="overrides --epochs")
     add("--stop-after", type=positive_int,
         help="leave after this step of the schedule (resume later)")

@@ -48,7 +48,7 @@ import torch
 
 from activevln.dialog import MAX_TURN_TOKENS, Dialog, DialogPolicy
 from activevln.released import select_episodes
-from cli import DefaultsFormatter, UserError, positive_int, read_rows, run_cli
+from cli import DefaultsFormatter, UserError, non_negative, positive_int, read_rows, run_cli
 from engine import (
     Log,
     add_machine_args,
@@ -152,8 +152,8 @@ def parse_args(argv=None):
     add("--groups", choices=("episode", "state"), default="episode", help="what is compared: whole "
         "walks of an episode, or plans at each state of one walk")
     add("--group-size", type=positive_int, default=4, help="G, walks of an episode, or plans")
-    add("--temperature", type=float, default=1.0, help="of sampling, and of the log-probs")
-    add("--action-factor", type=float, default=2.0, help="a walk ends at so many times the "
+    add("--temperature", type=non_negative, default=1.0, help="of sampling, and of the log-probs")
+    add("--action-factor", type=non_negative, default=2.0, help="a walk ends at so many times the "
         "actions of the expert,")
     add("--action-cap", type=positive_int, default=240, help="or at so many, whichever is less")
     add("--turn-cap", type=positive_int, default=40, help="or after so many answers")
@@ -170,7 +170,7 @@ def parse_args(argv=None):
     add_lora_args(add)
     add_optimizer_args(p, lr=1e-6, schedule="constant", weight_decay=0.01)
     add = p.add_argument_group("schedule").add_argument
-    add("--epochs", type=float, default=1.0)
+    add("--epochs", type=non_negative, default=1.0)
     add("--max-steps", type=positive_int, help="overrides --epochs; a step is one batch")
     add("--stop-after", type=positive_int,
         help="leave after this step of the schedule (resume later)")

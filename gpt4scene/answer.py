@@ -40,6 +40,7 @@ from checkpoint import load_policy
 from cli import (
     DefaultsFormatter,
     UserError,
+    non_negative,
     positive_int,
     read_rows,
     run_cli,
@@ -74,7 +75,7 @@ def parse_args(argv=None):
     p.add_argument("--server", metavar="URL", help="an OpenAI-compatible server that runs the "
                    "model of --ckpt, as http://127.0.0.1:8000/v1")
     p.add_argument("--served-model", metavar="NAME", help="the model's name there")
-    p.add_argument("--server-timeout", type=float, default=120,
+    p.add_argument("--server-timeout", type=non_negative, default=120,
                    help="seconds for a request's answer")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                    choices=("cpu", "cuda"))

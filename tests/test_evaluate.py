@@ -31,6 +31,7 @@ from evaluate import (
 )
 from intervals import wilson
 from lsm import pick_frames
+from model import CONTRACT
 from reward import FORWARD, LEFT, RIGHT, STOP, action_phrases
 from world import SimError, houses
 from world.pool import SimPool
@@ -457,6 +458,28 @@ def test_error_rows_fail_the_run_and_are_tried_again(monkeypatch, tmp_path):
     assert contents(tmp_path / "well") == contents(tmp_path / "out")
 
 
+def test_a_rank_without_work_leaves_errors_to_the_rank_that_walks_them_again(monkeypatch, tmp_path,
+                                                                             capsys):
+    data = write_plane(tmp_path / "data", n=2, **{"0": {"info": {"fails": True}}})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def rank(number):
+        monkeypatch.setenv("RANK", str(number))
+        evaluate_plane(monkeypatch, data, tmp_path / "out")
+
+    rank(0)
+    for _ in range(2):                                      # rank 0 may be about to walk it again
+        rank(1)
+        assert "rank 1 is done; 1 episodes of other ranks are not" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
+        rank(0)
+    counts = evaluate.error_counts
+    calls = iter([Counter()])                               # it failed after rank 1 had begun
+    monkeypatch.setattr(evaluate, "error_counts", lambda out: next(calls, counts(out)))
+    with pytest.raises(SystemExit, match="1 episodes ended in simulator errors"):
+        rank(1)
+
+
 def vlnce_heading(rotation):
     """VLN-CE's, derived again: where -z of the camera goes under the inverse rotation, an angle in
     the plane of (-z, x)."""
@@ -580,6 +603,14 @@ def test_a_function_that_is_none_or_answers_something_else(monkeypatch, tmp_path
                        "--agent", f"{tmp_path}/mine.py:walk")
 
 
+@pytest.mark.parametrize("flags", ["--temperature -1", "--temperature nan", "--pictures -3",
+                                   "--server-timeout inf"])
+def test_numbers_that_mean_nothing_are_refused(flags, capsys):
+    with pytest.raises(SystemExit) as status:
+        evaluate.parse_args(flags.split())
+    assert status.value.code == 2 and "is not a" in capsys.readouterr().err
+
+
 def test_an_agent_that_is_no_name_and_no_function_is_refused(capsys):
     for text in ("orakel", "mine.py", "mine.py:", "mine:walk"):
         with pytest.raises(SystemExit):
@@ -670,8 +701,7 @@ def test_exit_codes(tmp_path):
 
 def checkpoint(folder, **changes):
     os.makedirs(folder)
-    contract = {"dataset": "houses", "turn_deg": 30, "forward_m": 0.25, "hfov_deg": 90,
-           "camera_height_m": 1.25, "horizon": 6, **changes}
+    contract = {**CONTRACT, "dataset": "houses", "turn_deg": 30, **changes}
     (folder / "nav.json").write_text(json.dumps(contract))
     return str(folder)
 
@@ -684,7 +714,15 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
             evaluate_plane(monkeypatch, episodes, tmp_path / "out", *flags)
 
     policy = ("--agent", "policy", "--ckpt")
-    refused("no readable nav.json", *policy, str(tmp_path))
+    refused("nav.json cannot be read", *policy, str(tmp_path))
+    for name, change, sentence in (
+            ("text", {"horizon": "6"}, "horizon is '6'"), ("dataset", {"dataset": None}, "dataset"),
+            ("memory", {"memory": {**CONTRACT["memory"], "name": "foo"}}, "memory is"),
+            ("budget", {"memory": {**CONTRACT["memory"], "budget": 2.5}}, "memory is")):
+        refused(sentence, *policy, checkpoint(tmp_path / name, **change))
+    (tmp_path / "text" / "nav.json").write_text("[]")
+    refused("holds no JSON object", *policy, str(tmp_path / "text"))
+    refused("--device gpu cannot be used", *policy, checkpoint(tmp_path / "gpu"), "--device", "gpu")
     refused("trained with turn_deg = 15 and the robot 'houses' has 30", *policy,
             checkpoint(tmp_path / "c15", turn_deg=15), "--robot", "houses")
     refused("camera_height_m = 0.88 .* leave --robot and --camera-height-m out", *policy,
@@ -707,6 +745,8 @@ def test_what_does_not_belong_together_is_refused(monkeypatch, tmp_path):
         tmp_path / "d3", **{"1": {"goals": [{"position": [0, 0, 0], "radius": 2.0}]}}))
     evaluate_plane(monkeypatch, data, tmp_path / "out")
     refused("holds another measurement \\(of other seed\\)", "--seed", "1")
+    (tmp_path / "out" / "run.json").write_text("{")
+    refused("run.json is damaged")
     monkeypatch.chdir(tmp_path)
     refused("train one", "--agent", "policy")
     checkpoint(tmp_path / "ckpt" / "sft")

@@ -17,7 +17,7 @@ import shlex
 
 import numpy as np
 
-from cli import UserError, positive_int
+from cli import UserError, non_negative, positive_int
 
 # ---------------------------------------------------------------- robots
 
@@ -63,10 +63,12 @@ def robot_from_args(args, row: dict) -> dict:
     """
     robot = {key: value if vars(args)[key] is None else vars(args)[key]
              for key, value in row.items()}
-    wrong = [key for key, value in robot.items() if key != "sliding" and not value > 0]
-    if wrong or not robot["turn_deg"] <= 180:
-        flag = (wrong or ["turn_deg"])[0].replace("_", "-")
-        raise UserError(f"--{flag} must be above 0, and a turn at most 180 degrees")
+    most = {"turn_deg": 180, "hfov_deg": 179}
+    wrong = [key for key, value in robot.items()
+             if key != "sliding" and not 0 < value <= most.get(key, 1e4)]
+    if wrong:
+        raise UserError(f"--{wrong[0].replace('_', '-')} must be above 0 and at most "
+                        f"{most.get(wrong[0], 10000)}")
     return robot
 
 
@@ -112,8 +114,8 @@ def add_simulator_args(add, sims: int | None = 8) -> None:
         "default: 0 if CUDA shows one, else none")
     if sims:
         add("--sims", type=positive_int, default=sims, help="simulator processes")
-        add("--sim-timeout", type=float, default=300, help="seconds without an answer after which "
-            "a simulator is killed and started again")
+        add("--sim-timeout", type=non_negative, default=300, help="seconds without an answer after "
+            "which a simulator is killed and started again")
         add("--retries", type=int, default=2, help="times a walk begins again after its simulator "
             "died")
 
