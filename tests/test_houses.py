@@ -104,6 +104,29 @@ def test_another_seed_or_split_is_another_house(made, tmp_path):
     assert len({path.read_bytes() for path in files}) == 4
 
 
+def test_a_kill_between_a_scene_and_its_walks_leaves_no_walks_of_another_scene(tmp_path,
+                                                                               monkeypatch):
+    def task(seed):
+        flags = ["--out", str(tmp_path), "--seed", str(seed), *TINY]
+        return {**houses.plan_work(houses.parse_args(flags))[0], "walks": {"train": 1}}
+
+    write = houses.write_file
+
+    def killed(path, content):
+        if path.endswith(".json"):
+            raise KeyboardInterrupt
+        write(path, content)
+
+    scene = tmp_path / "scenes/houses/h00000/h00000.glb"
+    walks = houses.make_house(task(1))
+    content = scene.read_bytes()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(houses, "write_file", killed)
+        houses.make_house(task(2))
+    assert scene.read_bytes() != content
+    assert houses.make_house(task(1)) == walks and scene.read_bytes() == content
+
+
 def shape_of(value):
     """The keys of nested dicts and the types at their ends."""
     if isinstance(value, dict):

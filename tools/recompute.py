@@ -46,7 +46,8 @@ def episode_numbers(row, run, truth):
         yield "ndtw", row["ndtw"], math.exp(-dtw(moved, there) / (3 * len(there))), 1e-5
     for radius in (run["radius_m"], run["second_radius_m"]):
         suffix = "" if radius == run["radius_m"] else f"_{radius:g}m"
-        success = float(row["end"] == "stop" and end is not None and end < radius)
+        stopped = row["end"] == "stop" and row["actions"].endswith("0")
+        success = float(stopped and end is not None and end < radius)
         spl = success * start / max(start, length) if start or length else success
         for name, value in {"success": success, "spl": spl, "sdtw": success * row.get("ndtw", 0),
                             "oracle_success": row["oracle_navigation_error"] < radius}.items():
@@ -85,6 +86,10 @@ def result_numbers(rows, run, results, card):
               "tokens_per_episode": round(sum(r.get("tokens", 0) for r in rows) / len(rows), 1)}
     for key, value in counts.items():
         yield key, {**results, **card["episodes"]}[key], value, 0
+    names = ["distance_to_goal", "ndtw", "path_length", "steps"]
+    for name in ("success", "oracle_success", "spl", "sdtw"):
+        names += [name, f"{name}_{run['second_radius_m']:g}m"]
+    yield "names of metrics", sorted(results["metrics"]), sorted(names), 0
     found = {name: (values["mean"], values["ci"]) for name, values in results["metrics"].items()}
     found["malformed"] = results["malformed_share"], results["malformed_ci"]
     for name, (mean, ci) in found.items():
@@ -116,5 +121,5 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         argparse.ArgumentParser("recompute.py").error(f"{error!r}; is the folder complete?")

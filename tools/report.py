@@ -188,8 +188,10 @@ def run_gain(before: Results, after: Results, metrics: dict) -> dict:
     """One run's part of the written file, with the seed and CPU minutes of its training."""
     ckpt, seed, minutes = after.run.get("ckpt") or "", None, None
     if os.path.exists(os.path.join(ckpt, "args.json")):
-        seed = read_json(os.path.join(ckpt, "args.json"))["seed"]
-        minutes = read_rows(os.path.join(ckpt, "log.jsonl"))[-1].get("minutes")
+        log = os.path.join(ckpt, "log.jsonl")
+        seed = read_json(os.path.join(ckpt, "args.json")).get("seed")
+        rows = read_rows(log) if os.path.exists(log) else []
+        minutes = rows[-1].get("minutes") if rows else None
     sr = metrics["success"]
     return {"ckpt": ckpt, "seed": seed, "sr_before": sr["a"], "sr_after": sr["b"],
             "episodes": sr["episodes"], "diff": sr["difference"], "diff_ci": sr["ci"],
@@ -213,6 +215,8 @@ def compare(folders: list[str], out: str | None = None, partial: bool = False):
         gains.append(run_gain(before, after, metrics))
         print_gain(before, after, gains[-1], len(afters) > 1)
     pooled = pooled_gain(before.rows, [after.rows for after in afters])
+    if not pooled["episodes"]:
+        raise UserError("no episode is scored in all of these folders: name two at a time")
     if len(afters) > 1:
         print(f"SR, all together: {pooled['difference']:+.3f} {bracket(pooled['ci'])}   "
               f"{pooled['episodes']} episodes x {pooled['runs']} runs")

@@ -706,6 +706,8 @@ def make_house(task: dict) -> dict[str, list]:
             return done["walks"]
 
     scene_id, level = f"houses/{task['name']}/{task['name']}.glb", task["level"]
+    if os.path.exists(cache):                   # of another scene; before this one is written
+        os.remove(cache)
     for attempt in range(100):
         house = build_house(np.random.default_rng([*task["draw"], attempt]), level)
         write_glb(scene, house.boxes)
