@@ -318,7 +318,7 @@ def read_contract(path: str, content: bytes) -> dict:
     contract = read_object(path, content)
     for key, known in (("version", [CONTRACT["version"]]), ("prompt", list(POLICIES))):
         if contract.get(key) not in known:
-            raise UserError(f"{path}: {key} is {contract.get(key)!r} and this code speaks "
+            raise UserError(f"{path}: {key} is {contract.get(key)!r} and this code supports "
                             f"{known[0]!r}; run the code that trained it, or train again")
     for key, like in policy_class(contract["prompt"]).default_contract.items():
         value = contract.get(key)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import errno
 import fcntl
+import glob
+import hashlib
 import json
 import math
 import os
@@ -25,6 +27,13 @@ def positive_int(text: str) -> int:
     """The type of flags that count something: a whole number above 0."""
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def whole_number(text: str) -> int:
+    """The type of flags that may also be 0: a whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
@@ -97,6 +106,23 @@ def disk_full(error: BaseException | None) -> str | None:
 
 
 # ---------------------------------------------------------------- files
+
+
+def fingerprint(folder: str) -> str:
+    """A hash of 64 samples of each file of weights: a retrained checkpoint is another one."""
+    return hash_samples(sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))))
+
+
+def hash_samples(paths: Iterable[str]) -> str:
+    """A hash of 64 samples of each file."""
+    digest = hashlib.sha256()
+    for path in paths:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            for k in range(64):
+                file.seek(size * k // 64)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
 
 
 def write_text(path: str, text: str) -> None:

@@ -43,11 +43,14 @@ from tqdm import tqdm
 from checkpoint import is_sound, save_policy
 from cli import (
     UserError,
+    fingerprint,
+    hash_samples,
     lock_folder,
     non_negative,
     positive_int,
     read_json,
     read_rows,
+    whole_number,
     write_json,
     write_lines,
     write_text,
@@ -83,7 +86,7 @@ def add_optimizer_args(parser, lr: float, schedule: str, weight_decay: float) ->
     add("--schedule", choices=("cosine", "constant"), default=schedule)
     add("--warmup", type=non_negative, default=0.1, help="share of all steps with a rising rate")
     add("--weight-decay", type=non_negative, default=weight_decay)
-    add("--beta2", type=non_negative, default=0.999, help="AdamW's memory of squared gradients")
+    add("--beta2", type=non_negative, default=0.999, help="decay rate of AdamW's second moment")
 
 
 def token_budget(text: str) -> int | None:
@@ -108,7 +111,7 @@ def add_machine_args(parser) -> None:
     add("--compile", action="store_true", help="torch.compile the layers: fewer and larger kernels "
         "after a first step of minutes; needs a C++ compiler. Not with ZeRO 3")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
 
 
@@ -123,6 +126,8 @@ class Process(NamedTuple):
 
 def init_distributed(args) -> Process:
     """Join the process group, or make one of a single process. Call once, before any model."""
+    if args.beta2 >= 1:
+        raise UserError("--beta2 must be below 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but torch finds no GPU: install the torch build that suits "
                         "the driver, or give --device cpu")
@@ -360,6 +365,19 @@ def held_out_data(val_data: str | None, data: str, image_root: str | None = None
     return open_data(path, image_root) if val_data or there else None
 
 
+def check_recording(policy, data, path: str) -> None:
+    """UserError if a recording is of another robot than the policy's, or if its labels hold fewer
+    actions than the policy plans."""
+    for key in ("turn_deg", "forward_m"):
+        trained = policy.contract[key]
+        recorded = data.meta.get("robot", {}).get(key, trained)
+        if abs(recorded - trained) > 1e-6:
+            raise UserError(f"the policy has {key} {trained:g}, and {path} was recorded with "
+                            f"{recorded:g}; give the data of its robot")
+    if data.whole_walks and not policy.whole_walks:
+        data.check_plans(policy.contract)
+
+
 def check_lengths(policy, lengths: Sequence[tuple[str, int]], source: str) -> None:
     """UserError if a sequence does not fit the model's context.
 
@@ -557,9 +575,19 @@ RESUMABLE_FLAGS = {
     "compile", "zero_stage", "dtype"}
 
 
+def input_hashes(args) -> dict[str, str]:
+    """{path: a hash} of the weights and the data that a run begins with."""
+    weights = getattr(args, "init", None) or getattr(args, "model", None) or ""
+    found = {weights: fingerprint(weights)} if os.path.isdir(weights) else {}
+    for path in getattr(args, "data", None) or ():
+        tables = [path, *(os.path.join(path, name) for name in ("walks.jsonl", "episodes.jsonl"))]
+        found[path] = hash_samples(filter(os.path.isfile, tables))
+    return found
+
+
 def open_run(args, resumable: Sequence[str] = ()) -> None:
     """Lock --out for this run and write args.json. UserError on every rank if another process
-    writes there, if it is not writable, or if it holds a run with other flags.
+    writes there, if it is not writable, or if it holds a run with other flags, weights or data.
 
     resumable: the trainer's own flags that may change on resume.
     """
@@ -570,12 +598,18 @@ def open_run(args, resumable: Sequence[str] = ()) -> None:
         lock_folder(args.out)
         if last_state(args.out) and os.path.exists(path):
             before = read_json(path)
+            changed = [name for name, hashed in before.get("inputs", {}).items()
+                       if inputs.get(name, hashed) != hashed]
+            if changed:
+                raise UserError(f"{changed[0]} has changed since the run in --out {args.out} began "
+                                "with it; choose another folder, or remove this one")
             other = [k for k, v in vars(args).items() if k not in free and before.get(k, v) != v]
             if other:
                 raise UserError(f"--out {args.out} holds a run with --{other[0].replace('_', '-')} "
                                 f"{before[other[0]]}, not {getattr(args, other[0])}; resume it "
                                 "with its own flags, or choose another folder, or remove this one")
-        write_json(path, dict(sorted(vars(args).items())))
+        write_json(path, dict(sorted(vars(args).items()), inputs=inputs))
+    inputs = input_hashes(args)
     on_first_rank(lock_and_check)
     check_shared(path)
 
@@ -792,7 +826,8 @@ def log_column(rows: Sequence[dict], key: str, x: str = "step") -> np.ndarray:
 
 def moving_mean(points: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
     """Points (n, 2) -> x, and the mean of y over the last `width` points."""
-    return points[width - 1:, 0], np.convolve(points[:, 1], np.ones(width) / width, "valid")
+    sums = np.cumsum(np.concatenate([[0.0], points[:, 1]]))
+    return points[width - 1:, 0], (sums[width:] - sums[:-width]) / width
 
 
 def save_figure(figure, path: str) -> None:

@@ -54,12 +54,14 @@ from tqdm import tqdm
 from cli import (
     DefaultsFormatter,
     UserError,
+    fingerprint,
     lock_folder,
     non_negative,
     positive_int,
     read_json,
     read_rows,
     run_cli,
+    whole_number,
     write_json,
     write_lines,
 )
@@ -143,7 +145,7 @@ def parse_args(argv=None):
     add("--device", help="default: cuda if there is one, else cpu")
     add("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on GPUs, else float32")
     add("--threads", type=positive_int, default=1, help="CPU threads per process")
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number, default=0)
     add("--local_rank", type=int, default=0, help="set by the deepspeed launcher")
     args = p.parse_args(argv)
     if args.protocol:                                       # as defaults, so that flags win
@@ -747,7 +749,8 @@ def check_server_flags(args):
     if args.server and args.agent != "policy":
         raise UserError(f"--server runs the policy of --ckpt, and --agent {args.agent} is none: "
                         "leave one of them out")
-    if args.server and not re.match("https?://[^/]", args.server):
+    address = r"https?://([^/:\[\]]+|\[[^\]]+\])(:\d{1,5})?(/.*)?"          # [..]: IPv6
+    if args.server and not re.fullmatch(address, args.server):
         raise UserError(f"--server {args.server} is no address; give one like "
                         "http://127.0.0.1:8000/v1")
 
@@ -826,18 +829,6 @@ def shuffled_instructions(episodes: list[dict], seed: int, radius: float) -> dic
                             f"episode {mine['episode_id']} finds none in its language")
         chosen[str(mine["episode_id"])] = found
     return chosen
-
-
-def fingerprint(folder: str) -> str:
-    """A hash of 64 samples of each file of weights: a retrained checkpoint is another one."""
-    digest = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            for k in range(64):
-                file.seek(size * k // 64)
-                digest.update(file.read(1 << 16))
-    return digest.hexdigest()[:16]
 
 
 def agent_file_hash(agent: str) -> str | None:
@@ -1056,6 +1047,9 @@ def main(args):
           f"walked already" + f", rank {rank} of {world_size}" * (world_size > 1), flush=True)
 
     # 2. walk
+    if not todo and (args.page or args.pictures):
+        print("nothing is left to walk: --page and --pictures record what is walked in this run; "
+              "give another --out to record more")
     if todo:
         with tqdm(total=len(mine), initial=len(mine) - len(todo), unit="walk",
                   mininterval=1 if sys.stderr.isatty() else 30) as bar:

@@ -46,7 +46,15 @@ from torch import Tensor
 
 import lora
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli, write_text
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    non_negative,
+    positive_int,
+    run_cli,
+    whole_number,
+    write_text,
+)
 from engine import (
     Log,
     accumulate,
@@ -55,6 +63,7 @@ from engine import (
     all_reduce_sum,
     backward_step,
     check_lengths,
+    check_recording,
     default_dtype,
     finish_run,
     gathered,
@@ -102,8 +111,8 @@ def parse_args(argv=None):
     add_objective_args(add, loss="grpo", clip_high=0.2, kl_coef=0.04)
     add("--drop-zero-std-groups", action="store_true",
         help="leave groups out of the loss whose rewards are all equal")
-    add("--refill", type=int, default=0, metavar="N", help="sample from other prompts in place of "
-        "such groups, up to N times a step (DAPO's dynamic sampling); 0: never")
+    add("--refill", type=whole_number, default=0, metavar="N", help="sample from other prompts "
+        "in place of such groups, up to N times a step (DAPO's dynamic sampling); 0: never")
     add("--batch-size", type=positive_int, default=8, help="prompts per batch, over all processes")
     add("--freeze-vision", action="store_true", help="train the language model only")
     add_lora_args(add)
@@ -115,7 +124,7 @@ def parse_args(argv=None):
         help="leave after this step of the schedule (resume later)")
     add("--save-every", type=positive_int, default=250)
     add("--val-every", type=positive_int, default=250)
-    add("--val-decisions", type=int, default=256)
+    add("--val-decisions", type=whole_number, default=256)
     add("--samples-every", type=positive_int, default=25,
         help="steps between the groups in samples.txt")
     add_machine_args(p)
@@ -289,13 +298,16 @@ def draw_prompts(sources: Sequence, n: int, seed: int, shares: Sequence[float] |
                  ) -> list[PromptIndex]:
     """n distinct decisions, by default an equal share from each source.
 
-    sources: data sets with .episodes and .steps(i). A source that has fewer gives all it has.
+    sources: data sets with .episodes and .steps(i). A source that has fewer gives all it has; with
+    `shares` the others then give fewer, too.
     """
-    rng = np.random.default_rng(seed)
-    counts, drawn = split_by_shares(n, shares or [1] * len(sources)), []
-    for k, (data, count) in enumerate(zip(sources, counts)):
-        every = [PromptIndex(k, i, t) for i in range(len(data.episodes)) for t in data.steps(i)]
-        drawn += [every[j] for j in rng.permutation(len(every))[:count]]
+    rng, drawn = np.random.default_rng(seed), []
+    every = [[PromptIndex(k, i, t) for i in range(len(data.episodes)) for t in data.steps(i)]
+             for k, data in enumerate(sources)]
+    if shares:
+        n = min(n, *(int(len(some) * sum(shares) / share) for some, share in zip(every, shares)))
+    for some, wanted in zip(every, split_by_shares(n, shares or [1] * len(sources))):
+        drawn += [some[j] for j in rng.permutation(len(some))[:wanted]]
     return drawn
 
 
@@ -547,7 +559,7 @@ def format_group(decision, texts, scores, advantages, policy) -> str:
 
 def write_samples(path, step, decisions, texts, scores, advantages, policy, args) -> None:
     """Append the first two groups of a batch to samples.txt."""
-    with open(path, "a") as f:
+    with open(path, "a", encoding="utf-8") as f:
         f.write(f"# step {step}\n")
         for i, decision in enumerate(decisions[:2]):
             rows = slice(i * args.group_size, (i + 1) * args.group_size)
@@ -558,7 +570,7 @@ def cut_samples(path: str, last_step: int) -> None:
     """On resume, remove the blocks of samples.txt after the state's step, as cut_jsonl does."""
     kept = []
     if os.path.exists(path):
-        with open(path) as f:
+        with open(path, encoding="utf-8", errors="replace") as f:      # a kill cuts a letter
             blocks = re.split(r"(?m)^(?=# step \d+$)", f.read())
         kept = [b for b in blocks if b and int(b.split(maxsplit=3)[2]) <= last_step]
     write_text(path, "".join(kept))
@@ -591,9 +603,9 @@ def load_init(args, device: str, sft: str) -> Policy:
         raise UserError(f"--init {args.init} is not a checkpoint of ours (it has no nav.json); "
                         f"make one with: python {sft} --out {args.init}")
     if args.group_size < 2:
-        raise UserError("--group-size must be 2 or more: advantages compare siblings")
+        raise UserError("--group-size must be 2 or more: advantages compare plans of one prompt")
     if args.temperature <= 0:
-        raise UserError("--temperature must be above 0: at 0 all siblings are the same")
+        raise UserError("--temperature must be above 0: at 0 all plans of a prompt are the same")
     check_lora_args(args)
     policy = load_policy(args.init, device=device, dtype=default_dtype(args), seed=args.seed,
                          lora_rank=args.lora_rank, lora_vision=args.lora_vision)
@@ -616,13 +628,7 @@ def setup(args, device):
         raise UserError(f"--init {args.init} is a dialog policy; train it with "
                         "activevln.grpo_online")
     for path, data in zip(args.data, sources):
-        for key in ("turn_deg", "forward_m"):
-            trained = policy.contract[key]
-            recorded = data.meta.get("robot", {}).get(key, trained)
-            if abs(recorded - trained) > 1e-6:
-                raise UserError(f"{args.init} was trained with {key} {trained:g}, and --data "
-                                f"{path} was recorded with {recorded:g}; give the data that it "
-                                "was trained on")
+        check_recording(policy, data, f"--data {path}")
         data.check_plans(policy.contract)
         check_lengths(policy, policy.walk_lengths(data) if data.whole_walks
                       else data.lengths(policy, MAX_ANSWER_TOKENS), path)
@@ -689,7 +695,9 @@ def main(args):
     reference = load_reference(args, engine, device)
     first = load_state(engine, args.out)
     last = min(steps, args.stop_after or steps)
-    val = held_out_data(args.val_data, args.data[0])
+    val = held_out_data(args.val_data, args.data[0], args.image_root)
+    if val:
+        check_recording(policy, val, "the validation split")
     val_prompts = draw_prompts([val], args.val_decisions, 0) if val else []
     print_start(engine, f"{len(prompts)} prompts, {steps} steps of {args.batch_size} x "
                 f"{args.group_size} plans", first, [n for data in sources for n in data.notes])

@@ -17,7 +17,7 @@ from?). So the recent past is sampled densely and the rest sparsely:
 
 Where the formula leaves a choice:
   * Small t: no frame exists before frame 0, so the parts are shorter, and empty at t = 0.
-  * v_0 is always shown, as in the formula, although steps of d2 seldom end on it.
+  * v_0 is shown where the long part is not empty, although steps of d2 seldom end on it.
   * The formula's long part has (t-M)/d2 frames, without bound. Here the long stride grows to the
     smallest whole number with which the long part fits into the rest of the budget.
 

@@ -58,6 +58,7 @@ from cli import (
     non_negative,
     positive_int,
     run_cli,
+    whole_number,
     write_json,
     write_lines,
 )
@@ -152,7 +153,7 @@ def add_expert_args(add) -> None:
         "describe the bends, the reference path")
     add("--noise", type=non_negative, default=0.0, help="chance per step of a perturbation; above "
         "0, each walk gets a noisy copy")
-    add("--seed", type=int, default=0, help="of what is drawn at random")
+    add("--seed", type=whole_number, default=0, help="of what is drawn at random")
 
 
 # ---------------------------------------------------------------- labels
@@ -209,7 +210,7 @@ def check_walk(walk: dict, reply: dict, robot: dict, radius: float, max_drift: f
     if distance >= radius:
         return WalkCheck(f"ended {radius:g} m or more from the goal", f"{distance:.2f} m", drift)
     if drift and not drift["drift_m"] <= max_drift:
-        return WalkCheck("left the ground truth's way", f"by {drift['drift_m']:.2f} m", drift)
+        return WalkCheck("drifted from the ground truth", f"by {drift['drift_m']:.2f} m", drift)
     return WalkCheck(drift=drift)
 
 
@@ -572,8 +573,12 @@ def open_data(path: str, image_root: str | None = None):
     """A VLN-Ego folder, or, by the name's ending, a ShareGPT file. -> VlnEgo or ShareGpt"""
     if str(path).lower().endswith((".json", ".jsonl")):
         from tools.sharegpt import ShareGpt  # the root imports its tools only when asked
-        return ShareGpt(path, image_root)
-    return VlnEgo(path)
+        data = ShareGpt(path, image_root)
+    else:
+        data = VlnEgo(path)
+    if len(data) == 0:
+        raise UserError(f"{path} holds no episodes: record it again, or give another")
+    return data
 
 
 def open_sources(args) -> list:
@@ -777,6 +782,10 @@ def main(args):
     if args.policy:
         from tools import own_walks
         return own_walks.main(args)
+    ignored = [flag for flag in ("temperature", "expert_share", "execute", "label_path", "device")
+               if vars(args)[flag] != parse_args([]).__dict__[flag]]
+    if ignored:
+        raise UserError(f"--{ignored[0].replace('_', '-')} is of own walks: give --policy with it")
     if not 0 <= args.noise < 1:
         raise UserError("--noise is a chance per step: 0 or more, and below 1")
 

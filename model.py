@@ -526,15 +526,17 @@ class Policy(Qwen):
 
     def validate(self, decisions: list, frames: dict) -> list[tuple[float, float]]:
         """(sum, count) of each of val_metrics: the loss, and greedy plans against the expert's
-        (the first action, all of them)."""
+        (the first action, all of them), where the expert's is known."""
         prompts = self.build_prompts(decisions, frames)
         ids, mask = self.tokenize_targets(decisions)
         loss = -self.logps(prompts, ids, mask).sum().item()
         plans = [parse_plan(text, self.phrases, self.contract["horizon"])
                  for text in self.generate(prompts).texts]
-        right = [[a == b for a, b in zip(plan, d.plan)] for plan, d in zip(plans, decisions)]
-        return [(loss, mask.sum().item()), (sum(r[0] for r in right if r), len(right)),
-                (sum(map(all, right)), len(right))]
+        pairs = [(plan, d.plan) for plan, d in zip(plans, decisions) if d.plan]
+        first = [ours[0] == expert[0] for ours, expert in pairs if expert[0] is not None]
+        exact = [all(a == b for a, b in zip(ours, expert)) for ours, expert in pairs
+                 if None not in expert]
+        return [(loss, mask.sum().item()), (sum(first), len(first)), (sum(exact), len(exact))]
 
     def token_counts(self, decisions: list, frames: dict, group_size: int = 1) -> list[int]:
         """Tokens of each decision with its answers. frames: as load_batch() made them, or features.
@@ -566,10 +568,11 @@ class Policy(Qwen):
     def walk_lengths(self, data, vary_turns: bool = False) -> list[tuple[str, int]]:
         """The longest example of a VLN-Ego folder -> [(name of its episode, tokens)]: the longest
         instruction with as many frames as the memory keeps."""
-        wordy = max(range(len(data.episodes)), key=lambda i: len(data.episodes[i]["instruction"]))
-        decision = data.decision(wordy, data.steps(wordy)[0], self.contract)
+        longest = max(range(len(data.episodes)),
+                      key=lambda i: len(data.episodes[i]["instruction"]))
+        decision = data.decision(longest, data.steps(longest)[0], self.contract)
         decision = decision._replace(frames=tuple(range(self.contract["memory"]["budget"] + 1)))
-        return self._named_lengths(data, [wordy], [decision])
+        return self._named_lengths(data, [longest], [decision])
 
     def _named_lengths(self, data, indices: list[int], examples: list) -> list[tuple[str, int]]:
         frame = self._blank_frame(self.contract["height"] or 480, self.contract["width"] or 640)

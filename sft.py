@@ -44,7 +44,7 @@ import torch
 
 import lsm
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli
+from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli, whole_number
 from engine import (
     Log,
     accumulate,
@@ -53,6 +53,7 @@ from engine import (
     all_reduce_sum,
     backward_step,
     check_lengths,
+    check_recording,
     default_dtype,
     finish_run,
     gathered,
@@ -114,7 +115,7 @@ def parse_args(argv=None):
         help="leave after this step of the schedule (resume later)")
     add("--save-every", type=positive_int, default=500)
     add("--val-every", type=positive_int, default=500)
-    add("--val-decisions", type=int, default=256)
+    add("--val-decisions", type=whole_number, default=256)
     add_machine_args(p)
     return p.parse_args(argv)
 
@@ -196,7 +197,8 @@ def validate(policy: Policy, data, units: list, rank: int, world_size: int) -> d
     for unit in units[rank::world_size]:
         sums += policy.validate(*policy.load_batch(data, [unit]))
     sums = np.reshape(all_reduce_sum(sums.flatten().tolist(), policy.device), sums.shape)
-    return {f"val/{key}": value / n for key, (value, n) in zip(policy.val_metrics, sums.tolist())}
+    return {f"val/{key}": value / n for key, (value, n) in zip(policy.val_metrics, sums.tolist())
+            if n}
 
 
 def make_contract(args, kind: type[Policy], sources: list) -> dict:
@@ -210,13 +212,15 @@ def make_contract(args, kind: type[Policy], sources: list) -> dict:
     if not 1 <= contract["horizon"] <= kind.max_horizon:
         raise UserError(f"--horizon {args.horizon}: give 1 to 8 actions per answer, 1 to 3 in a "
                         "dialog")
-    robot = sources[0].meta.get("robot", {})
+    robot = {}                                      # a ShareGPT file may state a part of it
     for path, data in zip(args.data, sources):
-        other = [key for key, value in data.meta.get("robot", {}).items()
+        stated = data.meta.get("robot", {})
+        other = [key for key, value in stated.items()
                  if key in ROBOTS["r2r"] and value != robot.get(key, value)]
         if other:
             raise UserError(f"--data {path} was recorded with another {other[0]} than "
                             f"{args.data[0]}: a policy has one robot; record again with its flags")
+        robot = stated | robot
     if "memory" in contract:
         contract["memory"] = lsm.memory_from_args(args)
     contract.update({k: robot.get(k) for k in ROBOTS["r2r"]     # a JSON does not name its camera
@@ -310,8 +314,11 @@ def main(args):
     steps = args.max_steps or max(1, round(args.epochs * sampler.per_epoch))
     val = held_out_data(args.val_data, args.data[0], args.image_root)
     val = val and policy.arrange(val)
+    if val and "turn_deg" in policy.contract:
+        check_recording(policy, val, "the validation split")
     val_units = step_groups(val, 0, 0, steps_per_walk and 8) if val else []
-    val_units = val_units[:-(-args.val_decisions // 8)]              # a walk counts as 8 decisions
+    sizes = [8 if policy.whole_walks else len(steps) for _, steps in val_units]   # of a dialog: 8
+    val_units = val_units[:np.searchsorted(np.cumsum(sizes), args.val_decisions) + 1]
 
     engine = make_engine(policy, args)
     first = load_state(engine, args.out)

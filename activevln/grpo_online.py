@@ -48,7 +48,15 @@ import torch
 
 from activevln.dialog import MAX_TURN_TOKENS, Dialog, DialogPolicy
 from activevln.released import select_episodes
-from cli import DefaultsFormatter, UserError, non_negative, positive_int, read_rows, run_cli
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    non_negative,
+    positive_int,
+    read_rows,
+    run_cli,
+    whole_number,
+)
 from engine import (
     Log,
     add_machine_args,
@@ -85,7 +93,6 @@ from evaluate import (
 )
 from grpo import (
     PlanBatch,
-    UpdateStats,
     add_objective_args,
     batch_of,
     count_steps,
@@ -157,10 +164,10 @@ def parse_args(argv=None):
         "actions of the expert,")
     add("--action-cap", type=positive_int, default=240, help="or at so many, whichever is less")
     add("--turn-cap", type=positive_int, default=40, help="or after so many answers")
-    add("--patience", type=int, default=25, help="or after so many actions since it was nearest to "
-        "the goal; 0: never")
-    add("--rerolls", type=int, default=2, help="times a group of walks without success is walked "
-        "again")
+    add("--patience", type=whole_number, default=25, help="or after so many actions since it "
+        "was nearest to the goal; 0: never")
+    add("--rerolls", type=whole_number, default=2, help="times a group of walks without success "
+        "is walked again")
     add = p.add_argument_group("objective").add_argument
     add("--reward", default="soft_success", help="of a whole walk: a sum such as "
         "success+0.5*progress, of " + ", ".join(REWARD_TERMS))
@@ -177,7 +184,7 @@ def parse_args(argv=None):
     add("--save-every", type=positive_int, default=50)
     add("--val-every", type=positive_int, default=50)
     add("--val-split", default="val_seen", help="walked greedily, if it is there")
-    add("--val-episodes", type=int, default=100)
+    add("--val-episodes", type=whole_number, default=100)
     add_machine_args(p)
     add = p.add_argument_group("logging").add_argument
     add("--rollouts-every", type=positive_int, default=10,
@@ -436,6 +443,7 @@ def rollout(env: RolloutEnv, policy: DialogPolicy, episodes: list, step: int, ar
     state_groups = args.groups == "state"
     per_episode = 1 if state_groups else args.group_size
     groups, scores = [None] * len(episodes), [None] * len(episodes)
+    tally["first_success"], tally["first_scored"] = 0, 0
     todo = range(len(episodes))
     for attempt in range(1 if state_groups else 1 + args.rerolls):
         tally["rerolled"] += len(todo) * (attempt > 0)
@@ -446,6 +454,9 @@ def rollout(env: RolloutEnv, policy: DialogPolicy, episodes: list, step: int, ar
         for n, i in enumerate(todo):
             groups[i] = walks[n * per_episode:(n + 1) * per_episode]
             scores[i] = [env.scores(walk) for walk in groups[i]]
+            if attempt == 0:                                # a walk repeated until it succeeds
+                tally["first_success"] += sum(score["success"] for score in scores[i])
+                tally["first_scored"] += sum(w.end not in INVALID_ENDS for w in groups[i])
         todo = [i for i in todo if not any(score["success"] for score in scores[i])]
         if not todo:
             break
@@ -611,7 +622,7 @@ def write_rollouts(path: str, rollouts: Rollouts, examples: list[TrainingExample
                    stride: int) -> None:
     """Append a batch to rollouts.jsonl. A frame is its scene and pose: it can be rendered again.
 
-    rollouts.rewards: one number per walk. stride: every so manieth row of an example is an answer
+    rollouts.rewards: one number per walk. stride: every stride-th row of an example is an answer
     that was carried out (--groups state: the first of each G), and their mean advantage is written.
     """
     advantages = {example.dialog.frames[0][0]: float(np.mean(example.advantages[::stride]))
@@ -630,8 +641,8 @@ def write_rollouts(path: str, rollouts: Rollouts, examples: list[TrainingExample
 
 
 def draw_runs(folders: list[str], out: str) -> None:
-    """log.jsonl of several runs -> one picture: greedy success on the held-out split, and sampled
-    success while learning (mean of 20 steps), over the CPU minutes spent."""
+    """log.jsonl of several runs -> one picture: greedy success on the held-out split, and that
+    of sampled first attempts while learning (mean of 20 steps), over the CPU minutes spent."""
     if not out.endswith(".png"):
         raise UserError(f"--out {out}: --draw wants the name of a .png file there")
     from matplotlib import colormaps
@@ -639,7 +650,7 @@ def draw_runs(folders: list[str], out: str) -> None:
     figure = Figure(figsize=(10, 3), layout="constrained")
     greedy, sampled = figure.subplots(1, 2, sharex=True)
     greedy.set_title("greedy, held-out episodes")
-    sampled.set_title("sampled, while learning")
+    sampled.set_title("sampled, first attempts, while learning")
     for axis in (greedy, sampled):
         axis.set(xlabel="CPU minutes", ylabel="success")
         axis.set_prop_cycle(color=colormaps["tab20"].colors)
@@ -651,7 +662,8 @@ def draw_runs(folders: list[str], out: str) -> None:
                             "log.jsonl)") from error
         label = os.path.basename(folder.rstrip("/"))
         greedy.plot(*log_column(rows, "val/success", "minutes").T, "o-", label=label)
-        points = log_column(rows, "success", "minutes")
+        first = any("first_success" in row for row in rows)         # not in older logs
+        points = log_column(rows, "first_success" if first else "success", "minutes")
         sampled.plot(*moving_mean(points, max(1, min(20, len(points)))), label=label)
     sampled.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
@@ -690,6 +702,12 @@ class Run(NamedTuple):
 def setup(args, device: str) -> tuple[DialogPolicy, RolloutEnv, RolloutEnv | None]:
     """Policy and environments (training and, if it is there, validation), from the flags."""
     read_reward(args.reward)
+    if args.groups == "state" and args.reward != parse_args([]).reward:
+        raise UserError("--reward is of whole walks: leave it out with --groups state, which "
+                        "rewards a plan by the cost that it saves")
+    if args.action_factor == 0:
+        raise UserError("--action-factor must be above 0: a walk has so many times the actions of "
+                        "the expert")
     policy = load_init(args, device, "sft.py --prompt dialog")
     if not policy.whole_walks:
         raise UserError(f"--init {args.init} was trained on {policy.contract['prompt']!r} prompts,"
@@ -742,23 +760,27 @@ def train_step(run: Run, step: int, next_episodes: list, first_step: bool
                                  args.micro_tokens)
 
     # 3. policy update
-    update = UpdateStats()
+    update = {}                                         # nothing to compare: no update, no numbers
     if tokens:
-        update = policy_update(run.engine, batches, reference_logps(run.reference, batches), args)
+        update = policy_update(run.engine, batches, reference_logps(run.reference, batches),
+                               args)._asdict()
     run.env.preloaded()
 
     # 4. metrics
     walk_rewards = [float(np.mean(sum(r, []) or 0)) for r in rollouts.rewards
                     ] if state_groups else rollouts.rewards
     groups = sum(map(len, rollouts.rewards)) if state_groups else len(run.episodes(step))
-    others = update._asdict() | {
+    others = update | {
         "frac_reward_zero_std": dropped, "groups": groups,
-        **{key: tally[key] for key in ("rerolled", "deaths", "unscored")},
+        **{key: tally[key] for key in ("first_success", "first_scored", "rerolled", "deaths",
+                                       "unscored")},
         "minutes": (time.process_time() + run.env.cpu_s) / 60,
         "walking_s": walking_s / run.world_size}
     metrics = metric_means(metric_sums(rollouts.walks, rollouts.scores, walk_rewards), others,
                            len(rollouts.walks) * run.world_size, device)
     metrics["frac_reward_zero_std"] /= max(metrics["groups"], 1)
+    if first_scored := metrics.pop("first_scored"):
+        metrics["first_success"] /= first_scored
     metrics |= {"tokens": tokens} | (update_metrics(run.engine) if tokens else {})
     return metrics, rollouts._replace(rewards=walk_rewards), examples
 

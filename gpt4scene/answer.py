@@ -3,7 +3,7 @@ Answer questions about scenes: on every GPU, and a run that is killed goes on.
 
 The unit of work is a scene with its open questions. Its pictures are run once, and its questions
 are answered greedily, --together at a time, as branches behind them (gpt4scene/chat.py). Scenes are
-dealt to the ranks, those with most questions first. Ranks do not talk to each other: each appends
+assigned to the ranks, those with most questions first. Ranks do not communicate: each appends
 to its own file, and any number of them takes up what others left.
 
 Run it   python -m gpt4scene.answer data/scenes --ckpt ckpt/scenes
@@ -40,6 +40,7 @@ from checkpoint import load_policy
 from cli import (
     DefaultsFormatter,
     UserError,
+    fingerprint,
     non_negative,
     positive_int,
     read_rows,
@@ -48,7 +49,7 @@ from cli import (
     write_lines,
 )
 from engine import check_lengths, prefetch
-from evaluate import check_server_flags, fingerprint, open_out
+from evaluate import check_server_flags, open_out
 from gpt4scene.chat import ChatPolicy, ScenePrefix
 from gpt4scene.scores import NEEDS, read_annotations, read_lines
 from make_data import decode
@@ -71,7 +72,8 @@ def parse_args(argv=None):
                    help="control runs: black pictures, or those of the next scene")
     p.add_argument("--together", type=positive_int, default=16,
                    help="questions that are answered in one pass")
-    p.add_argument("--max-new-tokens", type=positive_int, help="of an answer; default: 128")
+    p.add_argument("--max-new-tokens", type=positive_int, help="of an answer; default: "
+                   "the checkpoint's")
     p.add_argument("--server", metavar="URL", help="an OpenAI-compatible server that runs the "
                    "model of --ckpt, as http://127.0.0.1:8000/v1")
     p.add_argument("--served-model", metavar="NAME", help="the model's name there")
@@ -122,7 +124,7 @@ def read_scenes(args) -> list[Scene]:
                 raise UserError(f"record {i} of {name} has no \"prompt\" that could be asked (text "
                                 f"without {' or '.join(RESERVED_TOKENS)}): make the file with "
                                 "gpt4scene.scenes, from the official one")
-            shown = images.get(scene) if isinstance(images, dict) else None
+            shown = images.get(str(scene)) if isinstance(images, dict) else None
             if not shown or not isinstance(shown, list) or not all(
                     isinstance(one, str) for one in shown):
                 raise UserError(f"{path} lists no pictures of {scene}, which record {i} of {name} "

@@ -43,7 +43,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, write_json
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    lock_folder,
+    positive_int,
+    run_cli,
+    whole_number,
+    write_json,
+)
 from gpt4scene.scores import NEEDS, SQA_TYPES, box_iou, read_attributes
 from make_data import encode
 from world import houses
@@ -72,8 +80,9 @@ def parse_args(argv=None):
                                 formatter_class=DefaultsFormatter)
     add = p.add_argument_group("files").add_argument
     add("--out", default="data/scenes")
-    add("--seed", type=int, default=0)
-    add("--frames", type=int, default=8, help="per scene; the paper's 32; 0: the view alone")
+    add("--seed", type=whole_number, default=0)
+    add("--frames", type=whole_number, default=8, help="per scene; the paper's 32; 0: none"
+        " but the view")
     add("--no-bev", action="store_true", help="without the bird's-eye view")
     add = p.add_argument_group("embedded scenes").add_argument
     add("--train-scenes", type=positive_int, default=700)

@@ -518,7 +518,7 @@ def read_released(paths: Sequence[str], files: dict) -> dict[str, dict[str, dict
     return found
 
 
-def hand_in(word: str, files: dict) -> dict[str, dict]:
+def constant_answers(word: str, files: dict) -> dict[str, dict]:
     """Answers that need no model, as read_lines() gives them: first-reference of each question that
     has texts as references, constant:TEXT, or blind:META, a constant for each template."""
     names, blind = [name for name in NEEDS if name in files], {}
@@ -547,13 +547,13 @@ def chunk_order(path: str) -> list:
 
 
 def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
-    """A file or a folder of answers, or one of the words that hand_in() knows."""
+    """A file or a folder of answers, or one of the words that constant_answers() knows."""
     inside = os.path.join(glob.escape(path), "**", "")
     ours, theirs = (sorted(glob.glob(inside + name, recursive=True), key=chunk_order)
                     for name in ("answers*.jsonl", "predictions_chunk_*.json"))
     paths = ours or theirs or [path] * os.path.isfile(path)
     if path == "first-reference" or path.startswith(("constant:", "blind:")):
-        found = join(path, hand_in(path, files), files)
+        found = join(path, constant_answers(path, files), files)
     elif not paths:
         raise UserError(f"{path} holds no answers*.jsonl and no predictions_chunk_*.json: name a "
                         "folder that does, or one such file")

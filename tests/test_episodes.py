@@ -352,7 +352,7 @@ def turned_about(truth):
 
 
 @pytest.mark.parametrize("change, reason, drift", [
-    (aside, "left the ground truth's way", 0.4),
+    (aside, "drifted from the ground truth", 0.4),
     (cut_short, "ended 1 m or more from the goal", 0.0),
     (turned_about, "ended 1 m or more from the goal", None),
     (lambda truth: truth["locations"].pop(), "the ground truth contradicts itself", None)])

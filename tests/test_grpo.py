@@ -399,6 +399,9 @@ def test_prompts_and_seeds_are_functions_of_the_seed_and_the_step(world):
     assert prompts == grpo.draw_prompts([data, data], 21, seed=3)
     shared = grpo.draw_prompts([data, data], 20, 3, shares=[3, 1])
     assert len(set(shared)) == 20 and [p[0] for p in shared].count(0) == 15
+    few = SimpleNamespace(episodes=data.episodes[:1], steps=lambda i: range(4))
+    short = grpo.draw_prompts([data, few], 20, 3, shares=[2, 1])        # 4 of `few`, and no more
+    assert [p[0] for p in short] == [0] * 8 + [1] * 4
     epoch = [u for step in range(5) for u in grpo.batch_of(prompts, step, 4, seed=0)]
     assert len(set(epoch)) == 20                               # each at most once an epoch
     assert grpo.batch_of(prompts, 7, 4, 0) == grpo.batch_of(prompts, 7, 4, 0)
@@ -534,12 +537,12 @@ def test_a_diverging_run_ends_with_a_sentence(world, tmp_path):
 def test_a_skipped_step_leaves_a_gap_in_the_curves(tmp_path):
     rows = [{"step": s, "reward": None if s == 2 else 0.5, "kl": 0.0} for s in range(1, 5)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    engine.draw_curves(str(tmp_path), (("reward",), ("kl",)))
+    engine.draw_curves(str(tmp_path), (("reward",), ("kl",), ("not logged yet",)))
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["--init=nowhere"], "sft.py"), (["--group-size=1"], "siblings"),
+    (["--init=nowhere"], "sft.py"), (["--group-size=1"], "plans of one prompt"),
     (["--temperature=0"], "--temperature"), (["--gamma=2"], "--gamma"),
     (["--prompts=2"], "--batch-size"), (["--out=/dev/null/x"], "--out"),
     (["--data=nowhere"], "nowhere"),
@@ -547,6 +550,13 @@ def test_a_skipped_step_leaves_a_gap_in_the_curves(tmp_path):
 def test_mistakes_are_sentences(world, tmp_path, wrong, says):
     with pytest.raises(UserError, match=says):
         grpo.main(grpo.parse_args([*flags(world, tmp_path / "out"), *wrong]))
+
+
+def test_samples_that_a_kill_cut_within_a_letter_are_read(tmp_path):
+    path = tmp_path / "samples.txt"
+    path.write_bytes("# step 1\nआगे\n# step 2\nआ".encode()[:-1])
+    grpo.cut_samples(str(path), 1)
+    assert path.read_text(encoding="utf-8") == "# step 1\nआगे\n"
 
 
 def test_another_turn_angle_is_refused(world, tmp_path):

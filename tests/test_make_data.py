@@ -231,7 +231,7 @@ def test_skipped_walks_are_counted_and_more_than_one_percent_is_an_error(world, 
 @pytest.mark.parametrize("what, reason", [
     ({"distance": 1.0}, "ended 1 m or more from the goal"),
     ({"distance": float("inf")}, "the goal cannot be reached"),
-    ({"drift": 0.3}, "left the ground truth's way")])
+    ({"drift": 0.3}, "drifted from the ground truth")])
 def test_it_checks_its_labels(world, pool, what, reason):
     for name, value in what.items():
         setattr(pool, name, value)
@@ -275,6 +275,13 @@ def test_resume_after_a_crash_gives_the_same_files(world, pool, monkeypatch):
 
 
 # ---------------------------------------------------------------- bad input, in a sentence
+
+
+def test_flags_of_own_walks_need_a_policy(world):
+    for flag, value in (("--temperature", "0.5"), ("--expert-share", "0.5"), ("--execute", "1"),
+                        ("--label-path", "goal"), ("--device", "cpu")):
+        with pytest.raises(UserError, match=f"{flag} is of own walks"):
+            make_data.main(make_data.parse_args(["--episodes", str(world), flag, value]))
 
 
 def test_bad_episode_files(world):

@@ -276,7 +276,7 @@ def test_a_saved_policy_is_a_hugging_face_folder(policy, tmp_path):
 def test_another_prompt_version_is_refused(policy, tmp_path):
     save_policy(policy, str(tmp_path))
     (tmp_path / "nav.json").write_text(json.dumps(dict(policy.contract, prompt="window-0")))
-    with pytest.raises(UserError, match="prompt is 'window-0' and this code speaks 'window-1'"):
+    with pytest.raises(UserError, match="prompt is 'window-0' and this code supports 'window-1'"):
         load_policy(str(tmp_path))
 
 

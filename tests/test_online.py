@@ -84,7 +84,8 @@ def args_for(ego, init, out="unused", *more):
     return [f"--init={init}", f"--episodes={houses_of(ego)}", f"--out={out}", "--device=cpu",
             "--sims=1", "--batch-size=2", "--group-size=3", "--lr=1e-3", "--max-steps=2",
             "--val-episodes=2", "--rollouts-every=1", "--action-cap=12", "--turn-cap=6",
-            "--rerolls=1", "--reward=soft_success+0.5*progress", *more]
+            "--rerolls=1", *["--reward=soft_success+0.5*progress"] * ("--groups=state" not in more),
+            *more]
 
 
 @pytest.fixture(scope="module")
@@ -640,10 +641,14 @@ def test_state_groups_learn_too(ego, init, tmp_path):
 
 
 @pytest.mark.parametrize("wrong, says", [
-    (["--init=nowhere"], "--prompt dialog"), (["--group-size=1"], "siblings"),
+    (["--init=nowhere"], "--prompt dialog"),
+    (["--group-size=1"], "plans of one prompt"),
     (["--temperature=0"], "--temperature"), (["--reward=fame"], "--reward"),
     (["--batch-size=2000"], "--batch-size"), (["--split=nowhere"], "nowhere"),
-    (["--reward=1.2.3*success"], "--reward"), (["--draw=nowhere"], "--out"),
+    (["--reward=1.2.3*success"], "--reward"),
+    (["--action-factor=0"], "--action-factor"),
+    (["--groups=state", "--reward=success"], "--reward is of whole walks"),
+    (["--draw=nowhere"], "--out"),
     (["--draw=nowhere", "--out=x.png"], "nowhere"),
 ])  # fmt: skip
 def test_user_errors_are_one_sentence(ego, init, tmp_path, wrong, says):

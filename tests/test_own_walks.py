@@ -18,6 +18,7 @@ import evaluate
 import grpo
 import make_data
 import sft
+from activevln.dialog import DIALOG
 from checkpoint import load_policy, save_policy
 from cli import UserError
 from evaluate import EpisodeState
@@ -264,8 +265,8 @@ def test_mistakes_are_sentences(houses, ckpt, tmp_path, more, words):
 def test_a_dialog_checkpoint_is_refused(houses, ckpt, tmp_path):
     with open(f"{ckpt}/nav.json") as file:
         contract = json.load(file)
-    (tmp_path / "nav.json").write_text(json.dumps({**contract, "prompt": "dialog-1"}))
-    with pytest.raises(UserError, match="speaks in dialogs"):
+    (tmp_path / "nav.json").write_text(json.dumps({**DIALOG, **contract, "prompt": "dialog-1"}))
+    with pytest.raises(UserError, match="is a dialog policy"):
         record(houses, str(tmp_path), tmp_path / "out")
 
 

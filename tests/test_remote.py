@@ -231,7 +231,8 @@ def test_what_is_refused_before_the_first_walk(monkeypatch, tmp_path, window):
 
     refused("belongs to a --server", "--server", "http://127.0.0.1:1/v1")
     refused("belongs to a --server", "--served-model", "it")
-    refused("is no address; give one like", "--server", "localhost:8000/v1", "--served-model", "it")
+    for address in ("localhost:8000/v1", "http://localhost:abc/v1"):
+        refused("is no address; give one like", "--server", address, "--served-model", "it")
     refused("--agent stop is none", "--server", "http://h/v1", "--served-model", "it", "--agent",
             "stop")
     refused("failed 4 times.*ConnectError.* start the server", "--server",

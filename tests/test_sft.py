@@ -29,7 +29,7 @@ import sft
 from checkpoint import load_policy
 from cli import UserError
 from make_data import VlnEgo
-from model import CONTRACT
+from model import CONTRACT, Policy
 
 torch.set_num_threads(1)
 TINY = ["--model", "tiny", "--batch-size", "16", "--steps-per-walk", "4", "--memory-budget", "3",
@@ -90,6 +90,65 @@ def test_recordings_of_other_robots_are_not_mixed(ego, tmp_path):
         sft.setup(sft.parse_args(args), "cpu")
     with pytest.raises(UserError, match="--shares needs a number above 0 for each of the 2"):
         sft.setup(sft.parse_args([*args, "--shares", "1"]), "cpu")
+
+
+def test_a_source_that_states_no_angle_does_not_decide_it(ego, tmp_path):
+    data = VlnEgo(ego)
+    silent = SimpleNamespace(meta={"dataset": "x"})
+    robot = {**data.meta["robot"], "turn_deg": 30, "hfov_deg": 79}
+    rxr = SimpleNamespace(meta={"dataset": "x", "robot": robot})
+    args = sft.parse_args(["--data", "a", "b"])
+    for sources in ([silent, rxr], [rxr, silent]):
+        contract = sft.make_contract(args, Policy, sources)
+        assert (contract["turn_deg"], contract["hfov_deg"]) == (30, 79)
+
+
+def test_data_that_changed_are_not_gone_on_with(ego, tmp_path):
+    data = tmp_path / "train"
+    shutil.copytree(ego, data)
+    flags = ["--max-steps", "4", "--save-every", "1"]
+    run_sft(data, tmp_path / "out", *flags, "--stop-after", "1")
+    with open(data / "episodes.jsonl", "a") as file:
+        file.write((data / "episodes.jsonl").read_text().splitlines()[0] + "\n")
+    done = run_sft(data, tmp_path / "out", *flags, check=False)
+    assert done.returncode == 2 and "train has changed since the run in --out" in done.stderr
+
+
+def test_what_is_unknown_is_neither_right_nor_wrong(ego):
+    """A ShareGPT answer that is no plan, one of which an action is no phrase, and a plan."""
+    policy = load_policy("tiny", CONTRACT, "cpu", "float32", texts=["go"])
+    units = sft.step_groups(VlnEgo(ego), 0, 0, 3)
+    decisions, frames = policy.load_batch(VlnEgo(ego), units[:1])
+    plans = [(), (None, 1, 1, 1, 1, 1), tuple([1] * 6)]
+    decisions = [d._replace(plan=plan, answer="x") for d, plan in zip(decisions, plans)]
+    policy.generate = lambda prompts: SimpleNamespace(texts=["garbage"] * 3)
+    _, first, exact = policy.validate(decisions, frames)
+    assert first == (0, 1) and exact == (0, 1)
+
+
+def test_validation_takes_as_many_decisions_as_it_is_told(ego, monkeypatch, tmp_path):
+    val = tmp_path / "val_seen"
+    shutil.copytree(ego, val)
+    seen = []
+    monkeypatch.setattr(sft, "validate", lambda policy, data, units, *_: seen.append(
+        sum(len(steps) for _, steps in units)) or {})
+    args = ["--data", str(ego), "--val-data", str(val), "--out", str(tmp_path / "out"), *TINY,
+            "--max-steps", "1", "--val-decisions", "30"]
+    sft.main(sft.parse_args(args))
+    assert 30 <= seen[0] < 30 + 8
+
+
+def test_a_split_of_another_robot_is_not_validated_on(ego, tmp_path):
+    val = tmp_path / "val_seen"
+    shutil.copytree(ego, val)
+    meta = json.loads((val / "meta.json").read_text())
+    meta["robot"]["turn_deg"] = 45
+    (val / "meta.json").write_text(json.dumps(meta))
+    done = run_sft(ego, tmp_path / "out", "--val-data", val, check=False)
+    assert done.returncode == 2 and "the validation split was recorded with 45" in done.stderr
+    (val / "episodes.jsonl").write_text("")
+    done = run_sft(val, tmp_path / "out2", check=False)
+    assert done.returncode == 2 and "holds no episodes" in done.stderr
 
 
 def test_learning_rate_by_hand():
@@ -356,6 +415,7 @@ def test_lengths_are_checked_before_training(ego, tmp_path):
     (["--horizon", "20"], "--horizon 20: give 1 to 8"),
     (["--data", "/nowhere/train"], "make_data.py"),
     (["--model", "Qwen2-VL-2B"], "hf download Qwen/Qwen2-VL-2B-Instruct"),
+    (["--beta2", "1"], "--beta2 must be below 1"), (["--seed", "-1"], "'-1' is not a whole number"),
     (["--out", "/proc/nothing"], "--out /proc/nothing: cannot write"),
 ])
 def test_mistakes_are_sentences(ego, tmp_path, flags, words):

@@ -32,13 +32,12 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from cli import UserError, read_json
+from cli import UserError, fingerprint, read_json
 from evaluate import (
     EpisodeLoop,
     EpisodeState,
     choose_ckpt,
     device_and_dtype,
-    fingerprint,
     load_agent,
 )
 from make_data import (
@@ -217,8 +216,8 @@ def check_flags(args, contract: dict) -> None:
         raise UserError("--noise, --expert and --waypoints are of the expert's own walks: leave "
                         "them out with --policy (--label-path says what the labels head for)")
     if contract["prompt"].startswith("dialog"):
-        raise UserError(f"{args.policy} speaks in dialogs, whose answers hold other actions than "
-                        "a label does: --policy needs a checkpoint of --prompt window; "
+        raise UserError(f"{args.policy} is a dialog policy, whose answers hold other actions "
+                        "than a label does: --policy needs a checkpoint of --prompt window; "
                         "activevln.grpo_online trains dialogs on their own walks")
     if args.horizon < contract["horizon"]:
         raise UserError(f"{args.policy} plans {contract['horizon']} actions and a label would "

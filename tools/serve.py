@@ -45,8 +45,16 @@ import torch
 from PIL import Image
 
 from checkpoint import load_policy
-from cli import DefaultsFormatter, UserError, non_negative, positive_int, run_cli
-from evaluate import EpisodeState, check_context, choose_device, fingerprint, read_nav
+from cli import (
+    DefaultsFormatter,
+    UserError,
+    fingerprint,
+    non_negative,
+    positive_int,
+    run_cli,
+    whole_number,
+)
+from evaluate import EpisodeState, check_context, choose_device, read_nav
 from model import Policy
 from reward import STOP
 from world.episodes import is_text, text_problem
@@ -65,7 +73,7 @@ def parse_args(argv=None):
     p.add_argument("--execute", type=positive_int, default=3, help="actions of a plan to return")
     p.add_argument("--malformed", choices=("stop", "forward"), default="stop")
     p.add_argument("--temperature", type=non_negative, default=0.0)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole_number, default=0)
     p.add_argument("--max-sessions", type=positive_int, default=64)
     p.add_argument("--max-decisions", type=positive_int, default=500, help="of a session")
     p.add_argument("--max-bytes", type=positive_int, default=32 << 20, help="of a request")

@@ -50,7 +50,7 @@ import trimesh
 from PIL import Image
 from tqdm import tqdm
 
-from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli
+from cli import DefaultsFormatter, UserError, lock_folder, positive_int, run_cli, whole_number
 from reward import FORWARD, LEFT, RIGHT, STOP
 from world import house_sim
 from world.episodes import scene_hash
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     add = p.add_argument_group("files").add_argument
     add("--out", default="data/houses", help="folder for scenes and episodes")
     add = p.add_argument_group("houses and walks").add_argument
-    add("--seed", type=int, default=0)
+    add("--seed", type=whole_number, default=0)
     add("--level", type=int, choices=sorted(LEVELS), default=1, help="1 easy .. 3 hard; 4: there "
         "and back")
     add("--train-houses", type=positive_int, default=500)

@@ -17,7 +17,7 @@ import shlex
 
 import numpy as np
 
-from cli import UserError, non_negative, positive_int
+from cli import UserError, non_negative, positive_int, whole_number
 
 # ---------------------------------------------------------------- robots
 
@@ -116,8 +116,8 @@ def add_simulator_args(add, sims: int | None = 8) -> None:
         add("--sims", type=positive_int, default=sims, help="simulator processes")
         add("--sim-timeout", type=non_negative, default=300, help="seconds without an answer after "
             "which a simulator is killed and started again")
-        add("--retries", type=int, default=2, help="times a walk begins again after its simulator "
-            "died")
+        add("--retries", type=whole_number, default=2, help="times a walk begins again after its "
+            "simulator died")
 
 
 def simulator_commands(args) -> list[list[str]] | None:
