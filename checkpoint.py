@@ -325,6 +325,10 @@ def read_contract(path: str, content: bytes) -> dict:
         if not (is_like(value, like) or value is None and key in contract and key in NULLABLE):
             raise UserError(f"{path}: {key} is {value!r} and should be like {like!r}; copy "
                             "that file again from the checkpoint")
+    most = policy_class(contract["prompt"]).max_horizon if "horizon" in contract else 0
+    if most and contract["horizon"] not in range(1, most + 1):
+        raise UserError(f"{path}: horizon is {contract['horizon']} and must be 1 to {most} actions "
+                        "an answer; copy that file again from the checkpoint")
     memory = contract.get("memory")
     if memory and (memory["name"] not in MEMORIES or not all(
             type(value) is int and value >= key.endswith("stride") for key, value in memory.items()
@@ -558,12 +562,13 @@ def main(args):
     if not lora.is_adapter(args.merge):
         raise UserError(f"--merge {args.merge} holds no adapter ({lora.CONFIG}); name the --out of "
                         "a run with --lora-rank")
-    if os.path.exists(os.path.join(args.out, "nav.json")):
-        raise UserError(f"--out {args.out} holds a checkpoint already; choose another folder")
+    if any(os.path.exists(os.path.join(args.out, name)) for name in ("nav.json", "config.json")):
+        raise UserError(f"--out {args.out} holds a model already; choose another folder")
     policy = load_policy(args.merge)                  # in fp32: a sum in bf16 would round twice
     base = lora.read_config(args.merge)["base_model_name_or_path"]
     config = read_object(os.path.join(base, "config.json"), read_file(base, "config.json"))
-    dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    text = config.get("text_config") or {}                # where Qwen3-VL's own config has it
+    dtype = (config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
     save_policy(policy.to(getattr(torch, dtype)), args.out)
     print(f"wrote {args.out}: {base} with the adapter of {args.merge} in its weights ({dtype})")
 

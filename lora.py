@@ -96,6 +96,8 @@ def read_config(folder: str) -> dict:
         config = read_json(os.path.join(folder, CONFIG))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/{CONFIG} cannot be read ({error}); copy it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder}/{CONFIG} holds no JSON object; copy it again")
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA" or not base or is_adapter(base) or config.get("modules_to_save"):
         raise UserError(f"{folder} holds an adapter of kind {kind} on base_model_name_or_path "
@@ -111,7 +113,9 @@ def load_adapter(model: nn.Module, folder: str, name: str = TRAINED) -> None:
     from safetensors.torch import load_file
     try:
         tensors = load_file(os.path.join(folder, WEIGHTS))
-        inject(model, LoraConfig.from_pretrained(folder), name)
+        config = LoraConfig.from_pretrained(folder)
+        config.lora_dropout = 0.0               # sampling and update must see the same policy
+        inject(model, config, name)
         tensors = {key.removeprefix("base_model.model."): value for key, value in tensors.items()}
         report = set_peft_model_state_dict(model, tensors, name)
     except Exception as error:                # safetensors' and peft's own

@@ -770,6 +770,9 @@ RECORDING_FLAGS = ("split", "role", "languages", "sim", "noise", "horizon", "max
 
 
 def main(args):
+    if args.verify and args.episode_list:
+        raise UserError("--verify checks a split and its ground truth; a recording of "
+                        "--episode-list checks its own actions: leave --verify out")
     if args.verify:
         from tools import verify  # the root imports its tools only when asked
         return verify.main(args)
@@ -791,8 +794,8 @@ def main(args):
 
     # 1. read and check
     episodes, listed = read_episodes(args.episodes, args.split, args.role, args.languages), None
-    dataset = args.robot or dataset_of(episodes[0])
-    robot, scenes = robot_from_args(args, ROBOTS[dataset]), args.scenes or scenes_of(args.episodes)
+    dataset, scenes = dataset_of(episodes[0]), args.scenes or scenes_of(args.episodes)
+    robot = robot_from_args(args, ROBOTS[args.robot or dataset])
     if args.episode_list:
         from activevln.released import select_episodes  # the root imports it only when asked
         episodes, listed = select_episodes(args.episode_list, episodes, robot,

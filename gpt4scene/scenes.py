@@ -47,6 +47,7 @@ from cli import (
     DefaultsFormatter,
     UserError,
     lock_folder,
+    non_negative,
     positive_int,
     run_cli,
     whole_number,
@@ -92,7 +93,8 @@ def parse_args(argv=None):
     add("--questions", type=positive_int, default=24, help="K, per scene, of all kinds alike")
     add("--frame-pixels", type=positive_int, default=56)
     add("--bev-pixels", type=positive_int, default=168)
-    add("--proposal-noise", type=float, default=1.0, help="0: exact boxes, one for every object")
+    add("--proposal-noise", type=non_negative, default=1.0,
+        help="0: exact boxes, one for every object")
     add("--no-marks", action="store_true", help="leave the numbers off the pictures")
     add("--jobs", type=positive_int, default=os.cpu_count(), help="processes")
     add = p.add_argument_group("real scenes").add_argument
@@ -800,11 +802,15 @@ def main(args) -> None:
     if args.frames < args.no_bev:
         raise UserError(f"--frames {args.frames} shows nothing: give 0 or more, with --no-bev at "
                         "least 1")
+    real = args.scanqa or args.sqa3d or args.scan2cap or args.scanrefer or args.multi3dref
+    for flag in ("images", "truth", "proposals"):
+        if vars(args)[flag] and not real:
+            raise UserError(f"--{flag} belongs to real scenes: name their questions, too, with "
+                            "--scanqa, --sqa3d, --scan2cap, --scanrefer or --multi3dref")
     lock_folder(args.out)
     meta = os.path.join(args.out, "meta.json")
     if os.path.exists(meta):
         os.remove(meta)                             # until all files are written
-    real = args.scanqa or args.sqa3d or args.scan2cap or args.scanrefer or args.multi3dref
     splits = real_scenes(args) if real else embedded_scenes(args)
     for split, scenes in splits.items():
         write_split(args.out, split, scenes)

@@ -2,6 +2,7 @@
 
 Run it   python -m pytest tests/test_lora.py
 """
+import json
 import os
 import shutil
 
@@ -258,12 +259,18 @@ def test_broken_adapters_are_sentences(world, adapter, tmp_path):
     for name, change, says in (
             ("no_base", '{"peft_type": "LORA"}', "merge it with peft"),
             ("other_kind", '{"peft_type": "LOHA", "base_model_name_or_path": "x"}', "LOHA"),
-            ("no_json", "{", "cannot be read")):
+            ("no_json", "{", "cannot be read"), ("list", "[]", "no JSON object")):
         folder = tmp_path / name
         shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("state", "tb"))
         (folder / lora.CONFIG).write_text(change)
         with pytest.raises(UserError, match=says):
             load_policy(str(folder))
+    folder = tmp_path / "dropout"                           # recomputed layers would draw again
+    shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("state", "tb"))
+    config = json.loads((folder / lora.CONFIG).read_text())
+    (folder / lora.CONFIG).write_text(json.dumps({**config, "lora_dropout": 0.3}))
+    model = load_policy(str(folder)).train().model
+    assert not any(m.p for m in model.modules() if isinstance(m, torch.nn.Dropout))
     folder = tmp_path / "half"
     shutil.copytree(adapter, folder, ignore=shutil.ignore_patterns("state", "tb"))
     tensors = adapter_of(folder)

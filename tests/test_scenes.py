@@ -378,6 +378,8 @@ def test_objects_become_the_marks_of_their_best_proposals(tmp_path):
         write_json(tmp_path / "refer.json", [{**refer[0], **change}])
         with pytest.raises(UserError, match=words):
             make(out, *flags)
+    with pytest.raises(UserError, match="--images belongs to real scenes"):
+        make(tmp_path / "no", "--images", tmp_path)
     with pytest.raises(UserError, match="name their .pt files with --truth"):
         make(out, *flags[:4])
     torch.save({"s_00": print}, tmp_path / "truth.pt")

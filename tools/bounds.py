@@ -179,6 +179,9 @@ def bounds_of(source: str, split: str, limit: int | None, robot: dict, radius: f
     if dataset_of(episodes[0]) != "houses":
         raise UserError(f"{source} holds no houses of ours: these bounds need to know how the "
                         "walks were drawn")
+    if any("via" in episode["info"] for episode in episodes):
+        raise UserError(f"{source} ({split}) is of level 4, whose walks go to another room and "
+                        "back: these bounds are computed for levels 1 to 3")
     truths, scenes = read_ground_truth(source, split), scenes_of(source)
     sim = HouseSim(robot, os.path.abspath(scenes))
     units, kind = sampling_units(episodes)
@@ -209,8 +212,9 @@ def print_bounds(every: list[dict]):
 
 def main(args):
     goals = [goal for e in read_episodes(args.episodes, args.split) for goal in e["goals"]]
-    found = bounds_of(args.episodes, args.split, args.limit, ROBOTS["houses"],
-                      max(goal.get("radius") or VLNCE_RADIUS_M for goal in goals), args.max_actions)
+    radius = max((goal.get("radius") or VLNCE_RADIUS_M for goal in goals), default=VLNCE_RADIUS_M)
+    found = bounds_of(args.episodes, args.split, args.limit, ROBOTS["houses"], radius,
+                      args.max_actions)
     print_bounds([found])
     print("95% intervals: " + describe_intervals(found["interval"]))
     return found

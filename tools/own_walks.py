@@ -234,8 +234,8 @@ def main(args):
     ckpt, contract = choose_ckpt(args)
     check_flags(args, contract)
     first = read_episodes(args.episodes, args.split, args.role, args.languages)[0]
-    dataset = args.robot or dataset_of(first)
-    robot = choose_robot(args, ckpt, contract, dataset_of(first))
+    dataset = dataset_of(first)
+    robot = choose_robot(args, ckpt, contract, dataset)
     scenes = args.scenes or scenes_of(args.episodes)
     args.label_path = args.label_path or ("goal" if dataset == "houses" else "reference")
 

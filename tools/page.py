@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 TEMPLATE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page.html")
 MAP_PIXELS, FRAME_PIXELS, COLUMNS = 360, 192, 10       # a wider frame is shrunk to FRAME_PIXELS
+WEBP_PIXELS = 16383                                    # the format's limit of width and height
 
 
 def parse_args(argv=None):
@@ -49,7 +50,8 @@ def parse_args(argv=None):
 
 def save_walk(walk: EpisodeState, reference: list | None, robot: dict, folder: str):
     """Write <folder>/<episode_id>.json, what the player needs beside the walk's row, and two
-    pictures: _map.webp, and _frames.webp, which holds the frames of all poses, COLUMNS to a row."""
+    pictures: _map.webp, and _frames.webp, which holds the frames of all poses, COLUMNS or
+    more to a row."""
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, walk.name)
     image, corner = crop_map(walk, reference, MAP_PIXELS)
@@ -57,11 +59,12 @@ def save_walk(walk: EpisodeState, reference: list | None, robot: dict, folder: s
     height, width = walk.video_frames[0].shape[:2]
     scale = min(1.0, FRAME_PIXELS / width)
     width, height = round(width * scale), round(height * scale)
-    rows = math.ceil(len(walk.video_frames) / COLUMNS)
-    sheet = Image.new("RGB", (width * min(COLUMNS, len(walk.video_frames)), height * rows))
+    n = len(walk.video_frames)
+    columns = max(COLUMNS, math.ceil(n * height / WEBP_PIXELS))          # of a long walk: more
+    sheet = Image.new("RGB", (width * min(columns, n), height * math.ceil(n / columns)))
     for t, frame in enumerate(walk.video_frames):
         small = Image.fromarray(np.asarray(frame)).resize((width, height))
-        sheet.paste(small, (t % COLUMNS * width, t // COLUMNS * height))
+        sheet.paste(small, (t % columns * width, t // columns * height))
     sheet.save(path + "_frames.webp", quality=50)
     goals = [goal["position"] for goal in walk.episode["goals"][:1]]
     decisions = [[d.t, d.text, d.plan, flat(planned_path(walk.states[d.t], d.plan, robot))]
@@ -69,7 +72,7 @@ def save_walk(walk: EpisodeState, reference: list | None, robot: dict, folder: s
     distances = [state["distance_to_goal"] for state in walk.states]
     content = {"instruction": walk.instruction, "reference": flat(reference or ()),
                "goals": flat(goals), "decisions": decisions, "map": corner,
-               "frame": [width, height, COLUMNS],
+               "frame": [width, height, columns],
                "distances": [round(d, 2) if d is not None and math.isfinite(d) else None
                              for d in distances]}
     write_text(path + ".json", json.dumps(content, allow_nan=False))

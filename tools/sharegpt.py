@@ -277,10 +277,12 @@ def droppable(paths) -> int:
     2
     >>> droppable([("ep_2", "step_0.png")]), droppable([("images", "a.png"), ("b.png",)])
     (0, 0)
+    >>> droppable([("scene1", "images", "0.png"), ("scene2", "images", "0.png")])
+    0
     """
     shared = os.path.commonprefix([path[:-1] for path in paths])
     names = [k for k, part in enumerate(shared) if WALK_FOLDER.fullmatch(part)]
-    return min([*names, *(max(len(path) - 2, 0) for path in paths)])
+    return min([len(shared), *names, *(max(len(path) - 2, 0) for path in paths)])
 
 
 def holds_bytes(path: str) -> bool:
@@ -668,7 +670,8 @@ def parse_args(argv=None):
     add = p_export.add_argument
     add("recording", help="a folder that make_data.py wrote, e.g. data/vln_ego/train")
     add("--out", default="data/sharegpt", help="folder to write")
-    add("--horizon", type=positive_int, default=6, help="actions per answer; the paper's 6")
+    add("--horizon", type=int, choices=range(1, 9), default=6,
+        help="actions per answer; the paper's 6")
     lsm.add_memory_args(add)
 
     p_contract = command("contract", "give the nav.json of an export to what was trained on it")

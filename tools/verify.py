@@ -196,8 +196,8 @@ def known_key(args, dataset: str) -> tuple | None:
 def main(args):
     """Print the facts and the problems; UserError if there is a problem."""
     episodes = read_episodes(args.episodes, args.split, args.role, args.languages)[:args.limit]
-    dataset = args.robot or dataset_of(episodes[0])
-    robot, scenes = robot_from_args(args, ROBOTS[dataset]), args.scenes or scenes_of(args.episodes)
+    dataset, scenes = dataset_of(episodes[0]), args.scenes or scenes_of(args.episodes)
+    robot = robot_from_args(args, ROBOTS[args.robot or dataset])
     found = Report([], [])
     truths = find_truths(found, args, episodes)
     expert = choose_expert(args, paired(episodes, truths or {}), robot, dataset)
