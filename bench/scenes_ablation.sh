@@ -14,10 +14,10 @@ for row in ${@:-view view_no_marks frames_2 frames_4 frames_8 frames_4_no_view};
   data=data/ablation/$row ckpt=ckpt/ablation/$row out=results/ablation/$row
   [ -e "$data/meta.json" ] || python -m gpt4scene.scenes --out "$data" --train-scenes 2000 \
     --rooms 1 --bev-pixels 112 ${ROWS[$row]} > /dev/null
-  [ -e "$ckpt/course/nav.json" ] || $TRAIN --model tiny --data "$data"/{dense_train,train}.json \
-    --shares 30 1 --val-data "$data/dense_val.json" --out "$ckpt/course" --steps-per-walk 2 \
+  [ -e "$ckpt/curriculum/nav.json" ] || $TRAIN --model tiny --data "$data"/{dense_train,train}.json \
+    --shares 30 1 --val-data "$data/dense_val.json" --out "$ckpt/curriculum" --steps-per-walk 2 \
     --batch-size 40 --schedule constant --max-steps 500
-  [ -e "$ckpt/scenes/nav.json" ] || $TRAIN --model "$ckpt/course" --data "$data/train.json" \
+  [ -e "$ckpt/scenes/nav.json" ] || $TRAIN --model "$ckpt/curriculum" --data "$data/train.json" \
     --out "$ckpt/scenes" --steps-per-walk 6 --batch-size 96 --max-steps 1000
   python -m gpt4scene.answer "$data" --ckpt "$ckpt/scenes" --device cpu --out "$out"
   echo "$row: ${ROWS[$row]}"

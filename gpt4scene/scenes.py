@@ -9,7 +9,7 @@ number on all of them, and texts call them <OBJ007>. Five benchmarks ask:
     scanrefer    "Which object is this: the chair in the pink room?"             a mark
     multi3dref   "Which objects are these: red or blue things?"                  marks, or none
 Embedded: the houses of world/houses.py are the scenes; proposals are the true boxes with noise, in
-a random order. The `dense` course, to begin with, lists all marks, in two answers. Real: the
+a random order. The `dense` curriculum, to begin with, lists all marks, in two answers. Real: the
 official annotations, attributes (.pt) and pictures become the same files.
 
 Run it   python -m gpt4scene.scenes [--rooms 1] [--no-marks] [--no-bev]
@@ -17,10 +17,10 @@ Run it   python -m gpt4scene.scenes [--rooms 1] [--no-marks] [--no-bev]
              --truth scannet_val_attributes.pt --proposals scannet_mask3d_val_attributes.pt
          python -m gpt4scene.scenes --check data/scenes        # without a GPU or a model
 Writes   <out>/images_2D/<scene>/<k>.png, images_3D/<scene>.png (the bird's-eye view); per split
-         <split>.json (ShareGPT), dense_<split>.json (ShareGPT, the first course),
+         <split>.json (ShareGPT), dense_<split>.json (ShareGPT, the curriculum),
          selected_images_<split>.json, <benchmark>_<split>.json, scan2cap_<split>_corpus.json,
          attributes_<split>.json (boxes); unique_multiple_lookup.json; at last meta.json: the
-         flags, and what blind constants reach per template
+         flags, and what best constants reach per template
 Expect   700 + 60 scenes in a minute on one core; the same seed gives the same files
 
 [1] GPT4Scene, https://arxiv.org/abs/2501.01428   [2] Chat-Scene (formats), arXiv 2312.08168
@@ -144,7 +144,7 @@ def pair_boxes(labels, truth, proposal_labels, proposals) -> Boxes:
 
 class Question(NamedTuple):
     benchmark: str
-    template: str               # blind constants are counted per template
+    template: str               # best constants are counted per template
     prompt: str
     trained: list               # answers, a record each; none if an object has no proposal
     references: list            # answers that are right
@@ -156,7 +156,7 @@ class Scene(NamedTuple):
     images: list                # paths, relative to --out; the bird's-eye view first
     boxes: Boxes | None
     questions: list
-    dense: list = []            # the questions of the first course, of an embedded scene
+    dense: list = []            # the questions of the curriculum, of an embedded scene
 
 
 def sqa_type(question: str) -> int:
@@ -734,7 +734,7 @@ def plain(text: str) -> str:
     return text.lower().rstrip(".")
 
 
-def blind_constants(asked: list[Question], trained: list[Question]) -> dict:
+def best_constants(asked: list[Question], trained: list[Question]) -> dict:
     """What an answer reaches that looks at no picture, by exact match with a reference:
     {"<benchmark>/<template>": {"questions", "answerable": share whose objects have proposals,
     "constant": the best one, "accuracy": its share, "by_text": the share of the answer that
@@ -822,15 +822,15 @@ def main(args) -> None:
     sizes = {split: {"scenes": len(splits[split]), "questions": len(questions),
                      "records": sum(len(question.trained) for question in questions)}
              for split, questions in asked.items()}
-    blind = blind_constants(asked[[*asked][-1]], asked["train"] if len(asked) > 1 else [])
+    constants = best_constants(asked[[*asked][-1]], asked["train"] if len(asked) > 1 else [])
     for split, size in sizes.items():
         print(f"{split}: {', '.join(f'{count:,} {what}' for what, count in size.items())}")
     print(f"{'':24}{'questions':>9}{'answerable':>12}{'by text':>9}{'constant':>10}")
-    for name, row in blind.items():
+    for name, row in constants.items():
         print(f"{name:24}{row['questions']:9}{row['answerable']:12.3f}{row['by_text']:9.3f}"
               f"{row['accuracy']:10.3f}  {row['constant'][:40]}")
     flags = {key: value for key, value in vars(args).items() if key not in ("out", "jobs")}
-    write_json(meta, {"version": 1, "flags": flags, "splits": sizes, "blind": blind})
+    write_json(meta, {"version": 1, "flags": flags, "splits": sizes, "constants": constants})
 
 
 if __name__ == "__main__":

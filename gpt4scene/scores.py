@@ -58,7 +58,7 @@ def parse_args(argv=None):
                                 description=__doc__.split("\n")[1])
     p.add_argument("answers", metavar="ANSWERS", help="a file or a folder of answers; or, to see "
                    "what a score is worth: first-reference (of each question), constant:TEXT, "
-                   "blind:META (gpt4scene.scenes' meta.json: the best constant of each template)")
+                   "constants:META (gpt4scene.scenes' meta.json: the best one of each template)")
     p.add_argument("annotations", nargs="*", metavar="ANNOTATIONS", help="annotation files, or "
                    "folders of them; released predictions hold their questions themselves")
     p.add_argument("--as-released", action="store_true", help="put the released evaluator's scores "
@@ -520,22 +520,22 @@ def read_released(paths: Sequence[str], files: dict) -> dict[str, dict[str, dict
 
 def constant_answers(word: str, files: dict) -> dict[str, dict]:
     """Answers that need no model, as read_lines() gives them: first-reference of each question that
-    has texts as references, constant:TEXT, or blind:META, a constant for each template."""
-    names, blind = [name for name in NEEDS if name in files], {}
+    has texts as references, constant:TEXT, or constants:META, a constant for each template."""
+    names, constants = [name for name in NEEDS if name in files], {}
     if word == "first-reference":
         names = [name for name in names if name in ("scanqa", "sqa3d", "scan2cap")]
-    if word.startswith("blind:"):
+    if word.startswith("constants:"):
         try:
-            blind = {template: row["constant"].replace("<obj", "<OBJ") for template, row in
-                     read_json(word.removeprefix("blind:"))["blind"].items()}
+            constants = {template: row["constant"].replace("<obj", "<OBJ") for template, row in
+                     read_json(word.removeprefix("constants:"))["constants"].items()}
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{word} names no meta.json of gpt4scene.scenes: name one") from None
 
     def answer(name: str, row: dict) -> str | None:
         if word == "first-reference":
             return (row.get("ref_captions") or row.get("answers") or [None])[0]
-        if word.startswith("blind:"):
-            return blind.get(f"{name}/{row.get('template')}", "")
+        if word.startswith("constants:"):
+            return constants.get(f"{name}/{row.get('template')}", "")
         return word.removeprefix("constant:")
     return {f"{name}/{i}": {"pred": answer(name, row)}
             for name in names for i, row in enumerate(files[name])}
@@ -552,7 +552,7 @@ def read_answers(path: str, files: dict) -> dict[str, list[Question]]:
     ours, theirs = (sorted(glob.glob(inside + name, recursive=True), key=chunk_order)
                     for name in ("answers*.jsonl", "predictions_chunk_*.json"))
     paths = ours or theirs or [path] * os.path.isfile(path)
-    if path == "first-reference" or path.startswith(("constant:", "blind:")):
+    if path == "first-reference" or path.startswith(("constant:", "constants:")):
         found = join(path, constant_answers(path, files), files)
     elif not paths:
         raise UserError(f"{path} holds no answers*.jsonl and no predictions_chunk_*.json: name a "

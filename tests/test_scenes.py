@@ -278,17 +278,17 @@ def test_proposals_fail_the_gates_now_and_then():
     assert 0.01 < np.mean([mark is None for _, marks in boxes for mark in marks]) < 0.03
 
 
-def test_blind_constants_of_three_questions():
+def test_best_constants_of_three_questions():
     asked = [scenes.text_question("scanqa", "colour", prompt, *answers) for prompt, answers in
              (("a?", ["red"]), ("b?", ["blue", "it is blue"]), ("c?", ["red"]))]
-    assert scenes.blind_constants(asked, asked[1:2]) == {"scanqa/colour": {
+    assert scenes.best_constants(asked, asked[1:2]) == {"scanqa/colour": {
         "questions": 3, "constant": "red", "accuracy": 0.6667, "by_text": 1.0, "answerable": 1.0}}
 
 
-def test_blind_constants_are_scored_like_answers(exact):
+def test_best_constants_are_scored_like_answers(exact):
     """Acc of ScanRefer's constants is what meta.json counted, for boxes are exact here."""
-    rows, meta = load(exact, "scanrefer_val"), load(exact, "meta")["blind"]
-    word = f"blind:{exact}/meta.json"
+    rows, meta = load(exact, "scanrefer_val"), load(exact, "meta")["constants"]
+    word = f"constants:{exact}/meta.json"
     files = scores.read_annotations([str(exact)])
     answers = scores.read_answers(word, files)
     assert set(answers) == set(scores.NEEDS)
@@ -297,7 +297,7 @@ def test_blind_constants_are_scored_like_answers(exact):
     found = scores.score("scanrefer", answers["scanrefer"], files, False).metrics["Acc@0.5"].value
     assert found == pytest.approx(hits / len(rows), abs=1e-3)
     with pytest.raises(UserError, match="names no meta.json"):
-        scores.read_answers(f"blind:{exact}/attributes_val.json", files)
+        scores.read_answers(f"constants:{exact}/attributes_val.json", files)
 
 
 # ---------------------------------------------------------------- real annotations
