@@ -37,7 +37,7 @@ def main(args):
     with open(args.results) as file:
         rows = {row["name"]: row for row in json.load(file)["rows"]
                 if row["table"].endswith("the SFT policy")}
-    figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     axes.axhline(0, color="0.8", linewidth=1)
     for label, names in LINES.items():
         found = [rows[name] for name in names if name in rows]
@@ -49,7 +49,7 @@ def main(args):
                             [max(some) - mean for mean, some in zip(means, each)]])
     axes.set(xlabel="CPU minutes of stage two (recording and evaluation not counted)",
              ylabel="success rate, difference to SFT")
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(args.out, dpi=120)
 
 
