@@ -316,7 +316,7 @@ def main(args):
     val = val and policy.arrange(val)
     if val and "turn_deg" in policy.contract:
         check_recording(policy, val, "the validation split")
-    val_units = step_groups(val, 0, 0, steps_per_walk and 8) if val else []
+    val_units = step_groups(val, 0, 0, steps_per_walk and 8) if val and args.val_decisions else []
     sizes = [8 if policy.whole_walks else len(steps) for _, steps in val_units]   # of a dialog: 8
     val_units = val_units[:np.searchsorted(np.cumsum(sizes), args.val_decisions) + 1]
 
