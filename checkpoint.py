@@ -331,8 +331,8 @@ def read_contract(path: str, content: bytes) -> dict:
                         "an answer; copy that file again from the checkpoint")
     memory = contract.get("memory")
     if memory and (memory["name"] not in MEMORIES or not all(
-            type(value) is int and value >= key.endswith("stride") for key, value in memory.items()
-            if key != "name")):
+            type(value) is int and value >= (1 if key.endswith("stride") else 0)
+            for key, value in memory.items() if key != "name")):
         raise UserError(f"{path}: memory is {memory!r}; its name must be one of "
                         f"{', '.join(MEMORIES)}, and the others whole numbers of 0 or more (strides"
                         " 1); copy that file again from the checkpoint")
@@ -568,7 +568,7 @@ def main(args):
     base = lora.read_config(args.merge)["base_model_name_or_path"]
     config = read_object(os.path.join(base, "config.json"), read_file(base, "config.json"))
     text = config.get("text_config") or {}                # where Qwen3-VL's own config has it
-    dtype = (config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32")
+    dtype = config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float32"
     save_policy(policy.to(getattr(torch, dtype)), args.out)
     print(f"wrote {args.out}: {base} with the adapter of {args.merge} in its weights ({dtype})")
 

@@ -629,7 +629,8 @@ def setup(args, device):
                         "activevln.grpo_online")
     for path, data in zip(args.data, sources):
         check_recording(policy, data, f"--data {path}")
-        data.check_plans(policy.contract)
+        if not data.whole_walks:                        # a ShareGPT file may hold no plan at all
+            data.check_plans(policy.contract)
         check_lengths(policy, policy.walk_lengths(data) if data.whole_walks
                       else data.lengths(policy, MAX_ANSWER_TOKENS), path)
     return sources, policy

@@ -785,8 +785,9 @@ def main(args):
     if args.policy:
         from tools import own_walks
         return own_walks.main(args)
+    default = parse_args([])
     ignored = [flag for flag in ("temperature", "expert_share", "execute", "label_path", "device")
-               if vars(args)[flag] != parse_args([]).__dict__[flag]]
+               if getattr(args, flag) != getattr(default, flag)]
     if ignored:
         raise UserError(f"--{ignored[0].replace('_', '-')} is of own walks: give --policy with it")
     if not 0 <= args.noise < 1:

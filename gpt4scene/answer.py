@@ -124,7 +124,8 @@ def read_scenes(args) -> list[Scene]:
                 raise UserError(f"record {i} of {name} has no \"prompt\" that could be asked (text "
                                 f"without {' or '.join(RESERVED_TOKENS)}): make the file with "
                                 "gpt4scene.scenes, from the official one")
-            shown = images.get(str(scene)) if isinstance(images, dict) else None
+            named = isinstance(images, dict) and isinstance(scene, str)
+            shown = images.get(scene) if named else None
             if not shown or not isinstance(shown, list) or not all(
                     isinstance(one, str) for one in shown):
                 raise UserError(f"{path} lists no pictures of {scene}, which record {i} of {name} "

@@ -79,12 +79,17 @@ def test_recordings_are_mixed_in_their_shares():
     assert sampler.per_epoch == 2 and sampler(3) == epochs[1][9:18] and sampler(0) == epochs[0][:9]
 
 
+def with_robot(ego, folder, **changes):
+    """A copy of a recording that says another robot made it."""
+    shutil.copytree(ego, folder)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["robot"].update(changes)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
+
+
 def test_recordings_of_other_robots_are_not_mixed(ego, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(ego, other)
-    meta = json.loads((other / "meta.json").read_text())
-    meta["robot"]["camera_height_m"] = 0.5
-    (other / "meta.json").write_text(json.dumps(meta))
+    other = with_robot(ego, tmp_path / "other", camera_height_m=0.5)
     args = ["--data", ego, str(other), "--out", str(tmp_path / "out"), *TINY]
     with pytest.raises(UserError, match="another camera_height_m than"):
         sft.setup(sft.parse_args(args), "cpu")
@@ -139,11 +144,7 @@ def test_validation_takes_as_many_decisions_as_it_is_told(ego, monkeypatch, tmp_
 
 
 def test_a_split_of_another_robot_is_not_validated_on(ego, tmp_path):
-    val = tmp_path / "val_seen"
-    shutil.copytree(ego, val)
-    meta = json.loads((val / "meta.json").read_text())
-    meta["robot"]["turn_deg"] = 45
-    (val / "meta.json").write_text(json.dumps(meta))
+    val = with_robot(ego, tmp_path / "val_seen", turn_deg=45)
     done = run_sft(ego, tmp_path / "out", "--val-data", val, check=False)
     assert done.returncode == 2 and "the validation split was recorded with 45" in done.stderr
     (val / "episodes.jsonl").write_text("")

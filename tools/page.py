@@ -60,7 +60,7 @@ def save_walk(walk: EpisodeState, reference: list | None, robot: dict, folder: s
     scale = min(1.0, FRAME_PIXELS / width)
     width, height = round(width * scale), round(height * scale)
     n = len(walk.video_frames)
-    columns = max(COLUMNS, math.ceil(n * height / WEBP_PIXELS))          # of a long walk: more
+    columns = max(COLUMNS, math.ceil(n / (WEBP_PIXELS // height)))      # of a long walk: more
     sheet = Image.new("RGB", (width * min(columns, n), height * math.ceil(n / columns)))
     for t, frame in enumerate(walk.video_frames):
         small = Image.fromarray(np.asarray(frame)).resize((width, height))
