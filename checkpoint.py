@@ -92,7 +92,7 @@ def load_policy(name: str, contract: dict | None = None, device: str = "cpu",
     contract = contract if replace_contract and contract else own or contract or CONTRACT
     files = {file: content for file, content in files.items() if content is not None}
     policy = policy_class(contract["prompt"])(
-        model.to(device), tokenizer, contract, image_processor(files, model), files)
+        model, tokenizer, contract, image_processor(files, model), files).to(device)
     check_template(policy, source)
     if lora_rank:
         policy.base = os.path.abspath(source) if os.path.isdir(source) else source

@@ -1,4 +1,6 @@
-"""Every test runs offline, on one CPU thread, and finds the repository's scripts by name."""
+"""Every test runs offline, on one CPU thread, and finds the repository's scripts by name. A GPU is
+hidden, because it does not sum in a fixed order; test_gpu.py shows it to the scripts that it runs.
+"""
 import contextlib
 import importlib
 import io
@@ -11,6 +13,9 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the GPU was before it was hidden; a process of pytest-xdist inherits both variables.
+os.environ.setdefault("GPU_OF_TESTS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [ROOT, os.path.join(ROOT, "bench")]
 

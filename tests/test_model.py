@@ -287,6 +287,14 @@ def test_tiny_is_deterministic():
     assert isinstance(a, Policy)
 
 
+def test_all_of_a_policy_lies_on_the_device_that_was_asked_for(policy, tmp_path):
+    """Ids that the policy may not write are a buffer of ours, outside transformers' model."""
+    save_policy(policy, str(tmp_path))
+    elsewhere = load_policy(str(tmp_path), device="meta")
+    assert {x.device.type for x in [*elsewhere.parameters(), *elsewhere.buffers()]} == {"meta"}
+    assert "banned" in dict(elsewhere.named_buffers())
+
+
 def test_a_missing_model_is_an_error_of_one_sentence():
     with pytest.raises(UserError, match="hf download Qwen/Qwen2-VL-2B-Instruct"):
         load_policy("Qwen2-VL-2B")
