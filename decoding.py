@@ -167,7 +167,7 @@ class FixedPasses:
 
     A CUDA graph [1] repeats its kernels on the same memory, so nothing may grow: T is rounded up to
     a multiple of 16, with tokens that nothing sees, and there is a graph for each T. On a CPU the
-    same pass runs without a graph (tests/test_families.py). Not yet run on a GPU.
+    same pass runs without a graph (tests/test_families.py).
     """
 
     def __init__(self, policy: Qwen, n: int, size: int):

@@ -260,7 +260,8 @@ def add_row(args, row, ours, peer, peer_name, unit, equal, check, setting, packa
              "unit": unit, "ratio": round(ratio, 2), "equal": equal, "check": check,
              "spread": {"ours": [round(min(ours), 5), round(max(ours), 5)],
                         "peer": [round(min(peer), 5), round(max(peer), 5)]},
-             "setting": setting, "device": args.device, "shape": args.shape,
+             "setting": setting, "shape": args.shape, "device": (
+                 "cpu" if args.device == "cpu" else torch.cuda.get_device_name()),
              "versions": versions(*packages)}
     print(f"{row}\n  ours {a:.4g} [{min(ours):.4g}, {max(ours):.4g}]   {peer_name} {b:.4g} "
           f"[{min(peer):.4g}, {max(peer):.4g}] {unit}   ratio {ratio:.2f}\n"
