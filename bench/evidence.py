@@ -73,12 +73,17 @@ TRANSFERS = {
     "transfer_expert": f"grpo.py --data {TARGET} --lr 3e-4 --prompts 6400 {GRPO} --init",
     "transfer_own": f"grpo.py --data {{own}} --lr 3e-4 --prompts 6400 {GRPO} --init",
 }
-# GRPO in the simulator, from a policy whose prompts are dialogs (docs/activevln.md).
+# GRPO in the simulator, from a policy whose prompts are dialogs (docs/activevln.md): plans compared
+# at each state of a walk, or whole walks.
+PLANS = ("-m activevln.grpo_online --groups state --batch-size 24 --group-size 8 --sims 24 "
+         "--scale-rewards none --kl-coef 0.05 --schedule cosine --micro-tokens 6000 "
+         "--max-steps 100 --val-every 50 --save-every 25")
 ONLINE = {
-    "online_state": "-m activevln.grpo_online --groups state --batch-size 24 --group-size 8 "
-                    "--sims 24 --temperature 0.7 --scale-rewards none --kl-coef 0.05 --lr 3e-4 "
-                    "--schedule cosine --micro-tokens 6000 --max-steps 100 --val-every 50 "
-                    "--save-every 25",
+    "online_state": f"{PLANS} --lr 3e-4 --temperature 0.7",
+    "online_slow": f"{PLANS} --lr 1e-4 --temperature 0.7",
+    "online_cool": f"{PLANS} --lr 1e-4 --temperature 0.4",
+    "online_walks": f"{PLANS} --lr 1e-4 --temperature 0.7 --groups episode --batch-size 8 "
+                    "--reward soft_success+0.5*progress",
 }
 # Rows that go on from another row's policy, with fresh walks of that policy: (that row, its flags).
 # {first}: the walks of the SFT policy.
@@ -106,8 +111,8 @@ def own_walks(name: str, policy: str, needs: str, seed: int, walks: int = 1500,
 def evaluation(run: str, ckpt: str, needs: str, houses: str = "unseen") -> Job:
     """The walks on which a checkpoint is evaluated: 1,200 in 300 houses, if they are `unseen`."""
     return Job(f"walk_{run}", [needs, houses], f"evaluate.py --ckpt {ckpt} --episodes "
-               f"evidence/{houses} --split val_unseen --device cpu --sims 24 --max-actions 150 "
-               f"--out evidence/results/{run}")
+               f"evidence/{houses} --split val_unseen --device cpu --dtype float32 --sims 24 "
+               f"--max-actions 150 --out evidence/results/{run}")
 
 
 def job_list(rows: list[str], sft_seeds: list[int], seeds: list[int]) -> list[Job]:
@@ -187,7 +192,7 @@ def memory_jobs(row: str, s: int, _: int) -> list[Job]:
         Job("look4", ["muon_look0", "record4"], "sft.py --model evidence/ckpt/muon_look0 "
             f"--out evidence/ckpt/look4 --memory-budget 0 --max-steps 1200 {learn}"),
         Job(run, ["look4"], f"sft.py --model evidence/ckpt/look4 --out evidence/ckpt/{run} "
-            f"{MEMORIES[row]} --max-steps 400 --seed {s} {learn}"),
+            f"{MEMORIES[row]} --max-steps 1200 --seed {s} {learn}"),
         evaluation(run, f"evidence/ckpt/{run}", run, "houses4")]
 
 
@@ -311,7 +316,8 @@ class Lanes:
 
 
 def main(args):
-    jobs = job_list(args.rows, args.sft_seeds, args.seeds)
+    jobs = [job._replace(command=job.command.replace("--device cpu", f"--device {args.device}"))
+            for job in job_list(args.rows, args.sft_seeds, args.seeds)]
     os.makedirs(os.path.join(WORK, "logs"), exist_ok=True)
     lanes = Lanes(jobs)
     if args.list:
@@ -334,5 +340,6 @@ if __name__ == "__main__":
     p.add_argument("--sft-seeds", nargs="+", type=int, default=[0, 1, 2])
     p.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of stage two")
     p.add_argument("--lanes", type=int, default=2)
+    p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     p.add_argument("--list", action="store_true")
     main(p.parse_args())

@@ -28,8 +28,8 @@ RESAMPLES = 2000
 TABLES = {
     "stage": ("stage two, against the SFT policy", "start_{}"),
     "own_high": ("stage two, against GRPO on own walks with the same seeds and rounds", ""),
-    "reward": ("rewards, against the time-decayed one", "own_high_{}_0"),
-    "group": ("plans per prompt, against 8", "own_high_{}_0"),
+    "reward": ("rewards, against the time-decayed one", "own_high_{}_{}"),
+    "group": ("plans per prompt, against 8", "own_high_{}_{}"),
     "muon": ("stage two after SFT with Muon, against that policy", "muon_start_{}_0"),
     "online": ("GRPO on walks in the simulator, dialogs, against the policy before it",
                "online_start_{}_0"),
@@ -77,7 +77,7 @@ def read_tables(folder: str) -> dict[str, dict[str, list[tuple[str, str]]]]:
             continue
         row, sft_seed, seed = name.rsplit("_", 2)
         title, other = TABLES.get(row.partition("_")[0], TABLES["stage"])
-        other = other.format(sft_seed)
+        other = other.format(sft_seed, seed)
         if (name, other) not in tables[title][row]:
             tables[title][row].append((name, other))
         rounds = f"{'own2' if row in TWO_ROUNDS else 'own_high'}_{sft_seed}_{seed}"
@@ -142,7 +142,8 @@ def recording_of(run: str, minutes: dict[str, float]) -> float | None:
     return minutes.get(f"own{seeds[0]}") if kind in ("own", "dagger", "reward", "group") else None
 
 
-def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) -> dict:
+def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict,
+            metric: str = "success") -> dict:
     """One row of the table over its runs."""
     by_house, before, after, spl, steps = defaultdict(list), [], [], [], []
     for run, start in pairs:
@@ -151,10 +152,10 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
             raise ValueError(f"{run} and {start} walked different episodes")
         houses = defaultdict(list)
         for key in a:
-            houses[a[key]["scene_id"]].append(b[key]["success"] - a[key]["success"])
+            houses[a[key]["scene_id"]].append(b[key][metric] - a[key][metric])
         by_house[run.rsplit("_", 2)[1]].append(houses)
-        before.append(mean(one["success"] for one in a.values()))
-        after.append(mean(one["success"] for one in b.values()))
+        before.append(mean(one[metric] for one in a.values()))
+        after.append(mean(one[metric] for one in b.values()))
         spl.append(mean(one["spl"] for one in b.values()))
         steps.append(mean(one["steps"] for one in b.values()))
     each = [round(y - x, 4) for x, y in zip(before, after)]
@@ -173,10 +174,10 @@ def measure(folder: str, row: str, pairs: list[tuple[str, str]], minutes: dict) 
             "minutes_recording": round(mean(recorded), 2) if recorded else None}
 
 
-def print_table(title: str, rows: list[dict]):
+def print_table(title: str, rows: list[dict], metric: str = "SR"):
     """Sorted by the difference; a row that the others are compared with has none."""
     paper = any(row["paper_sr"] for row in rows)
-    print(f"{title}\n{'row':18s} runs  SR ref.    SR    difference, over houses     "
+    print(f"{title}\n{'row':18s} runs  {metric} ref. {metric:>5s}    difference, over houses     "
           f"over houses and runs   SPL  actions  minutes  recording{'  paper' * paper}")
     for r in sorted(rows, key=lambda r: -r["diff"]):
         apart = both = ""
@@ -202,6 +203,10 @@ def main(args):
                 for row, pairs in table.items()]
         print_table(title, rows)
         found += rows
+        if title == TABLES["memory"][0]:                 # there and back: did it walk both ways?
+            rows = [dict(measure(args.folder, row, pairs, minutes, "sdtw"), paper_sr=None)
+                    for row, pairs in table.items()]
+            print_table(f"{title}, SDTW", rows, "SDTW")
     if args.out:
         os.makedirs(os.path.dirname(args.out), exist_ok=True)
         with open(args.out, "w") as file:
