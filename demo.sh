@@ -69,14 +69,17 @@ stage grpo $TRAIN grpo.py --init ckpt/sft --data data/own/train --val-data data/
 for agent in stop random forward oracle; do
   stage "walk_$agent" walk "$agent" --split val_unseen --limit 200 --agent "$agent"
 done
-for policy in sft grpo; do
-  stage "walk_${policy}_seen" walk "${policy}_seen" --split val_seen --limit 200 --ckpt "ckpt/$policy"
-  stage "walk_$policy" walk "$policy" --split val_unseen --ckpt "ckpt/$policy" \
-    --pictures 6 --page 100
-done
-stage walk_blank_frames walk blank_frames --split val_unseen --limit 200 --ckpt ckpt/sft --blank-frames
-stage walk_shuffled_instruction walk shuffled_instruction --split val_unseen --limit 200 \
-  --ckpt ckpt/sft --shuffled-instruction
+walk_policy() {
+  stage "walk_$1_seen" walk "$1_seen" --split val_seen --limit 200 --ckpt "ckpt/$1"
+  stage "walk_$1" walk "$1" --split val_unseen --ckpt "ckpt/$1" --pictures 6 --page 100
+}
+control() { stage "walk_$1" walk "$1" --split val_unseen --limit 200 --ckpt ckpt/sft "$2"; }
+# Two evaluations at a time. If one fails, the other is ended.
+trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+{ walk_policy sft; control shuffled_instruction --shuffled-instruction; } & other=$!
+walk_policy grpo
+control blank_frames --blank-frames
+wait "$other"
 
 # 5. Two tables, that of the 200 walks with upper bounds for policies that use half of the input; as
 #    JSON in results/.

@@ -201,6 +201,22 @@ def validate(policy: Policy, data, units: list, rank: int, world_size: int) -> d
             if n}
 
 
+MEMORY_FLAGS = ("memory", "memory_budget", "memory_recent", "short_stride", "long_stride")
+# Flags that say nothing about a prompt: a run that took them would not be what they ask for.
+FLAGS_OF_OTHERS = {"window": ("vary_turns", "longest_side"),
+                   "dialog": (*MEMORY_FLAGS, "steps_per_walk", "longest_side"),
+                   "chat": (*MEMORY_FLAGS, "horizon", "vary_turns")}
+
+
+def check_prompt_flags(args) -> None:
+    """UserError at a flag of another --prompt."""
+    default = parse_args([])
+    for flag in FLAGS_OF_OTHERS[args.prompt]:
+        if getattr(args, flag) != getattr(default, flag):
+            raise UserError(f"--{flag.replace('_', '-')} says nothing about --prompt "
+                            f"{args.prompt}: leave it out")
+
+
 def make_contract(args, kind: type[Policy], sources: list) -> dict:
     """What the checkpoint will be for, from the flags and the data. UserError if they differ."""
     default = kind.default_contract
@@ -231,6 +247,7 @@ def make_contract(args, kind: type[Policy], sources: list) -> dict:
 def setup(args, device: str):
     """Data, contract and policy, from the flags."""
     check_lora_args(args)
+    check_prompt_flags(args)
     kind = policy_class(args.prompt)
     sources = [kind.arrange(data) for data in open_sources(args)]
     contract = make_contract(args, kind, sources)

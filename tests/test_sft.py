@@ -399,9 +399,10 @@ def test_lengths_are_checked_before_training(ego, tmp_path):
             for row in data.episodes]
     (tmp_path / "long" / "episodes.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     args[1] = str(tmp_path / "long")
-    for prompt in ("window", "dialog"):
+    dialog = [*args[:4], "--model", "tiny", "--device", "cpu", "--prompt", "dialog"]
+    for argv in (args, dialog):
         with pytest.raises(UserError, match=f"episode {longest['episode_id']} is .* tokens long"):
-            sft.setup(sft.parse_args([*args, "--prompt", prompt]), "cpu")
+            sft.setup(sft.parse_args(argv), "cpu")
 
 
 # ---------------------------------------------------------------- bad input
@@ -414,6 +415,9 @@ def test_lengths_are_checked_before_training(ego, tmp_path):
     pytest.param(["--device", "cuda"], "torch finds no GPU", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="there is a GPU")),
     (["--horizon", "20"], "--horizon 20: give 1 to 8"),
+    (["--vary-turns"], "--vary-turns says nothing about --prompt window"),
+    (["--prompt", "dialog", "--memory-budget", "0"], "says nothing about --prompt dialog"),
+    (["--prompt", "chat", "--horizon", "6"], "says nothing about --prompt chat"),
     (["--data", "/nowhere/train"], "make_data.py"),
     (["--model", "Qwen2-VL-2B"], "hf download Qwen/Qwen2-VL-2B-Instruct"),
     (["--beta2", "1"], "--beta2 must be below 1"), (["--seed", "-1"], "'-1' is not a whole number"),
