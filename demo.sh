@@ -18,14 +18,14 @@ CPU="--device cpu --dtype float32 --beta2 0.99"
 LEARN="$CPU --optimizer muon --batch-size 64 --steps-per-walk 4 --val-every 300 --save-every 300"
 mkdir -p results
 
-minutes() { echo "{\"stage\": \"$1\", \"minutes\": $(awk "BEGIN {print ($(date +%s) - $2) / 60}")}"; }
-stage() {      # name, command...: run it and record its minutes, unless it is done already
+record_times() { echo "{\"stage\": \"$1\", \"began\": $2, \"ended\": $(date +%s)}"; }
+stage() {      # name, command...: run it and record its times, unless it is done already
   local name=$1 from; shift
   if grep -qs "\"$name\"" results/minutes.jsonl; then return; fi
   echo; echo "== $name: $*"
   from=$(date +%s)
   "$@"
-  minutes "$name" "$from" >> results/minutes.jsonl
+  record_times "$name" "$from" >> results/minutes.jsonl
 }
 # name, flags...: evaluate.py. No expert takes more than 60 actions, so a limit of 150 ends only
 # walks that wander, and every row of the table has the same limit.
@@ -33,7 +33,7 @@ walk() {
   local name=$1; shift
   python evaluate.py --device cpu --sims 24 --max-actions 150 --out "results/$name" "$@"
 }
-[ -e results/minutes.jsonl ] || minutes setup "$started" > results/minutes.jsonl
+[ -e results/minutes.jsonl ] || record_times setup "$started" > results/minutes.jsonl
 
 # 1. Data: 500 houses to train in, 200 others, and walks in them with instructions.
 stage houses python -m world.houses --train-houses 500 --unseen-houses 200 --val-episodes 1200

@@ -194,16 +194,19 @@ def test_one_table_of_real_results(monkeypatch, tmp_path, capsys):
     call(*both)
     printed = capsys.readouterr().out
     assert "difference +1.000 (the same in every scene: no interval)   9 pairs" in printed
-    (tmp_path / "minutes.jsonl").write_text('{"stage": "walk", "minutes": 1.5}\n')
+    (tmp_path / "minutes.jsonl").write_text("".join(json.dumps(
+        {"stage": name, "began": began, "ended": ended}) + "\n" for name, began, ended in (
+            ("train", 0, 60), ("walk", 60, 150), ("walk_too", 90, 180), ("later", 300, 360))))
     call("--summary", *both, "--out", tmp_path / "demo.json")
     written = json.loads((tmp_path / "demo.json").read_text())
-    assert written["minutes"] == {"walk": 1.5}
+    assert written["minutes"] == {"train": 1, "walk": 1.5, "walk_too": 1.5, "later": 1}
     assert [(r["agent"], r["split"], r["sr"], r["sr_ci"]) for r in written["rows"]] == [
         ("stop", "val", 0.0, wilson(0, 9)), ("oracle", "val", 1.0, wilson(9, 9))]
     assert set(written["rows"][0]) == {
         "agent", "split", "episodes", "partial", "radius_m", "max_actions", "sr", "sr_ci", "spl",
         "os", "ne_m", "tl_m", "ndtw", "sdtw", "steps", "errors", "unscored", "interval"}
     printed = capsys.readouterr().out
+    assert "4.0 minutes: train 1.0, walk 1.5, walk_too 1.5, later 1.0" in printed  # two overlap
     assert "oracle  val              9   1.00 [0.70, 1.00]" in printed
     assert "a bootstrap over 9 trajectories for means; fewer than 5 scenes" in printed
 

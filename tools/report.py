@@ -312,8 +312,13 @@ def stage_minutes(folder: str) -> dict[str, float]:
     path = os.path.join(folder, "minutes.jsonl")
     if not os.path.exists(path):
         return {}
-    minutes = {stage["stage"]: round(stage["minutes"], 2) for stage in read_rows(path)}
-    print(f"{sum(minutes.values()):.1f} minutes: "
+    stages = read_rows(path)
+    minutes = {one["stage"]: round((one["ended"] - one["began"]) / 60, 2) for one in stages}
+    seconds, until = 0, 0                              # stages may run at the same time
+    for began, ended in sorted((one["began"], one["ended"]) for one in stages):
+        seconds += max(0, ended - max(began, until))
+        until = max(until, ended)
+    print(f"{seconds / 60:.1f} minutes: "
           + ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items()))
     return minutes
 
