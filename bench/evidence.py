@@ -80,7 +80,6 @@ PLANS = ("-m activevln.grpo_online --groups state --batch-size 24 --group-size 8
          "--max-steps 100 --val-every 50 --save-every 25")
 ONLINE = {
     "online_state": f"{PLANS} --lr 3e-4 --temperature 0.7",
-    "online_slow": f"{PLANS} --lr 1e-4 --temperature 0.7",
     "online_cool": f"{PLANS} --lr 1e-4 --temperature 0.4",
     "online_walks": f"{PLANS} --lr 1e-4 --temperature 0.7 --groups episode --batch-size 8 "
                     "--reward soft_success+0.5*progress",
