@@ -145,11 +145,13 @@ class Policy(Qwen):
         token = tokenizer.convert_tokens_to_ids
         self.image_token, self.end_token = token("<|image_pad|>"), token("<|im_end|>")
         # The policy may not write image tokens: these ids have probability zero in sampling and in
-        # the log-probabilities alike, so the two are one distribution.
-        banned = [token(t) for t in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
-                                     "<|vision_end|>", "<|vision_pad|>")
-                  if token(t) is not None and token(t) != tokenizer.unk_token_id]
-        self.register_buffer("banned", torch.tensor(banned, dtype=torch.long),
+        # the log-probabilities alike, so the two are one distribution. A list of them as well, for
+        # a policy without weights, of which a server is told.
+        self.banned_ids = [token(t) for t in ("<|image_pad|>", "<|video_pad|>",
+                                              "<|vision_start|>", "<|vision_end|>",
+                                              "<|vision_pad|>")
+                           if token(t) is not None and token(t) != tokenizer.unk_token_id]
+        self.register_buffer("banned", torch.tensor(self.banned_ids, dtype=torch.long),
                              persistent=False)
         self._token_cache = {}                                  # text piece -> ids
         self._chat_parts = None                                 # the chat template around a text

@@ -212,7 +212,7 @@ class ChatServer:
         self.request = {"model": model, "temperature": float(temperature),
                         "top_p": policy.contract.get("sampling", {}).get("top_p", 1.0),
                         "max_tokens": max_tokens,
-                        "logit_bias": {str(token): -100.0 for token in policy.banned.tolist()}}
+                        "logit_bias": {str(token): -100.0 for token in policy.banned_ids}}
 
     def check_request(self, body: dict, ours: int) -> dict:
         """Send a request of `ours` prompt tokens -> what was found, for server.json. UserError if
